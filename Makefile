@@ -1,0 +1,34 @@
+# Each target makes .venv first if need be. PYTHON is only used for that.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+OUT := out
+
+.PHONY: help demo test lint bench clean
+
+help:  ## This list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+
+.venv/ready: setup.py pins.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint pins.txt setuptools torch
+	$(BIN)/pip install --quiet --constraint pins.txt --editable ".[test,train]"
+	touch $@
+
+demo: .venv/ready  ## Sample the reference model in full and accelerated: pictures, table, figures in out/
+	$(BIN)/python bench/demo.py --out $(OUT)
+
+test: .venv/ready lint  ## Lint and the whole test suite
+	$(BIN)/pytest
+
+lint: .venv/ready  ## ruff, check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready  ## The figures of README.md: correctness, latency, quality (about 15 minutes on one core)
+	$(BIN)/python bench/run_quality.py --json $(OUT)/quality.json
+	$(BIN)/python bench/run_latency.py --model dit-s-2 --steps 10 --schedule uniform:2 --json $(OUT)/dit-s-2.json
+	$(BIN)/python bench/run_latency.py --model dit-fashion --steps 20 --schedule uniform:2 --json $(OUT)/dit-fashion.json
+	$(BIN)/pytest bench/suites --benchmark-only
+
+clean:  ## Remove what the targets above made
+	rm -rf .venv out

@@ -1,0 +1,76 @@
+"""Reuse at module level on the diffusers model itself, in eager mode: what the papers' code does.
+
+The naive baseline of the benchmarks, and the tests' oracle: it shares nothing with the runtime but the schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmonica_rt import Schedule
+
+# Where a branch's module lives in a block, by model class and branch name
+MODULES = {"DiTTransformer2DModel": {"attn": "attn1", "mlp": "ff"}}
+
+
+class ModuleReuse(nn.Module):
+    """`model` whose branch modules return a weighted sum of their last outputs where `schedule` says reuse.
+
+    Steps are counted: call `reset()` before each run. `remove()` gives the model its modules back.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.model, self.step = model, 0
+        self.config = model.config
+        self.dtype = model.dtype
+        self.computed = self.reused = 0
+        self.wrapped: list[tuple[nn.Module, str]] = []
+        compute, weights = schedule.compute.tolist(), schedule.weights.tolist()
+        for layer, block in enumerate(model.transformer_blocks):
+            for branch, name in enumerate(schedule.branches):
+                attribute = MODULES[schedule.model][name]
+                plan = [(step[layer][branch], w[layer][branch]) for step, w in zip(compute, weights)]
+                setattr(block, attribute, _Cached(self, getattr(block, attribute), plan))
+                self.wrapped.append((block, attribute))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.model(*args, **kwargs)
+        self.step += 1
+        return output
+
+    def reset(self) -> None:
+        self.step = 0
+
+    def remove(self) -> nn.Module:
+        for block, attribute in self.wrapped:
+            setattr(block, attribute, getattr(block, attribute).module)
+        self.wrapped.clear()
+        return self.model
+
+
+class _Cached(nn.Module):
+    def __init__(self, owner: ModuleReuse, module: nn.Module, plan: list[tuple[bool, list[float]]]) -> None:
+        super().__init__()
+        object.__setattr__(self, "owner", owner)
+        self.module, self.plan = module, plan
+        self.values: list[Tensor] = []  # newest first
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        computed, weights = self.plan[self.owner.step]
+        if computed:
+            self.owner.computed += 1
+            value = self.module(*args, **kwargs)
+            self.values = [value, *(self.values if self.owner.step else [])][: len(weights)]
+            return value
+        self.owner.reused += 1
+        total = None
+        for weight, value in zip(weights, self.values):
+            if weight == 1.0 and total is None:
+                total = value
+            elif weight != 0.0:
+                total = weight * value if total is None else torch.add(total, value, alpha=weight)
+        return torch.zeros_like(self.values[0]) if total is None else total

@@ -1,0 +1,348 @@
+"""`compile()`: a model or pipeline whose denoiser runs a schedule's program, behind the model's own forward."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import operator
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .executor import BACKENDS, Plan, Shape
+from .kernels.inductor import CompilerMissing
+from .lowering import lower
+from .models import Adapter, adapt
+from .models.base import Branch, Inputs, Norm
+from .report import Report, describe_plan
+from .schedule import Schedule
+from .tracking import RunTracker
+
+
+def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto", plans: int = 4) -> Any:
+    """Lower `schedule` onto a diffusion transformer.
+
+    Args:
+        model_or_pipeline: a supported diffusers model in eval mode, or a DiffusionPipeline with one as `transformer`.
+        schedule: for a model of this class with as many layers.
+        backend: ``"eager"`` (plain torch ops), ``"inductor"`` (pointwise work compiled by TorchInductor) or
+            ``"auto"``: inductor, or eager if this machine cannot compile; `report()` then says why.
+        plans: how many (batch, resolution, dtype, start) are kept ready; the least recently used goes first.
+
+    Returns:
+        A `CompiledTransformer` for a model; the same pipeline, its transformer replaced, for a pipeline. `uncompile`
+        takes it back. The pipeline's scheduler tells when a run starts and what its timesteps are.
+
+    Raises:
+        TypeError, ValueError: naming what was expected and what came; nothing is changed then.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: expected a harmonica_rt.Schedule, got {type(schedule).__name__}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+    if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
+        raise ValueError(f"plans: expected a positive integer, got {plans!r}")
+    pipeline = model_or_pipeline if _is_pipeline(model_or_pipeline) else None
+    model = model_or_pipeline if pipeline is None else pipeline.transformer
+    model = uncompiled(model)
+    compiled = CompiledTransformer(model, schedule, backend=backend, plans=plans, pipeline=pipeline)
+    if pipeline is None:
+        return compiled
+    _put(pipeline, compiled)
+    return pipeline
+
+
+def uncompile(model_or_pipeline: Any) -> Any:
+    """The model as it was, or the same pipeline with its own transformer back."""
+    if _is_pipeline(model_or_pipeline):
+        if isinstance(model_or_pipeline.transformer, CompiledTransformer):
+            model_or_pipeline.transformer.uncompile()
+        return model_or_pipeline
+    return uncompiled(model_or_pipeline)
+
+
+def uncompiled(model: Any) -> Any:
+    return model.model if isinstance(model, CompiledTransformer) else model
+
+
+def _is_pipeline(candidate: Any) -> bool:
+    return (
+        not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and hasattr(candidate, "transformer")
+    )
+
+
+def _put(pipeline: Any, transformer: nn.Module) -> None:
+    # Past DiffusionPipeline.__setattr__, which would write the new class into the pipeline's saved config
+    object.__setattr__(pipeline, "transformer", transformer)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The run under way: where it entered, its plan, and what its modulation rows were last filled for."""
+
+    plan: Plan
+    start: int
+    filled: dict[int, float | None]
+    conditioning: tuple[Tensor, ...] = ()  # the caller's tensors
+    versions: tuple[int | None, ...] = ()
+    copies: tuple[Tensor, ...] = ()
+
+
+class CompiledTransformer(nn.Module):
+    """Same forward, config, dtype, device, parameters and state_dict as `model`, which stays usable on its own.
+
+    Calls must come in the order of the sampler's steps. On a CPU each call's timestep is read and checked; elsewhere
+    calls are counted, and `reset()` starts a run (a pipeline's scheduler does so by itself).
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule, *, backend: str, plans: int, pipeline: Any = None) -> None:
+        super().__init__()
+        adapter = adapt(model)
+        adapter.check_schedule(schedule)
+        _check_model(model)
+        keep = functools.partial(object.__setattr__, self)
+        keep("model", model)  # not a child: its parameters and names are this module's own, unprefixed
+        keep("schedule", schedule)
+        keep("backend", backend)
+        self._pipeline, self._capacity = pipeline, plans
+        self._signature = inspect.signature(model.forward)
+        self._tracker = RunTracker(schedule.steps, schedule.timesteps)
+        self._timesteps: Tensor | None = None  # of the pipeline's scheduler, as last seen
+        self._warned: set[str] = set()
+        self._weights: tuple[Any, ...] | None = None
+        self._bound: tuple[Adapter, list[Branch], Norm] | None = None
+        self._plans: OrderedDict[tuple[Shape, int], Plan] = OrderedDict()
+        self._run: _Run | None = None
+        self._fallback: str | None = None
+        self._busy = threading.Lock()
+        self.training = False
+
+        @functools.wraps(model.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        self.forward = forward
+
+    # ---- the model's own face
+
+    def __getattr__(self, name: str) -> Any:
+        if "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        return self.model.named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        return self.model.named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledTransformer:
+        self.model._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> CompiledTransformer:
+        if mode:
+            raise RuntimeError("a compiled transformer samples only: train its .model, in eval mode again afterwards")
+        return self
+
+    def __repr__(self) -> str:
+        return f"CompiledTransformer({self.schedule!r}, backend={self.backend!r})"
+
+    def uncompile(self) -> nn.Module:
+        """The original model; a pipeline this was compiled for gets it back. Frees all plans."""
+        with self._exclusive():
+            if self._pipeline is not None and self._pipeline.transformer is self:
+                _put(self._pipeline, self.model)
+            self._end_run()
+            self._plans.clear()
+        return self.model
+
+    # ---- runs
+
+    def reset(self) -> None:
+        """The next call starts a new run."""
+        with self._exclusive():
+            self._end_run()
+
+    def report(self) -> Report:
+        """What the plans made so far cost: slots, bytes, launches, MACs, compile time."""
+        return Report(repr(self.schedule), self._fallback, tuple(describe_plan(p) for p in self._plans.values()))
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self._signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        wants_grad = torch.is_grad_enabled()
+        with self._exclusive(), torch.inference_mode(False), torch.no_grad():
+            self._watch_scheduler()
+            adapter = self._bound[0] if self._bound is not None else adapt(self.model)
+            inputs = adapter.inputs(arguments.arguments)
+            if wants_grad and inputs.sample.requires_grad:
+                raise RuntimeError(
+                    "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only "
+                    "samples; differentiate through .model"
+                )
+            output = self._step(inputs)
+        return adapter.output(output) if inputs.return_dict else (output,)
+
+    def _step(self, inputs: Inputs) -> Tensor:
+        timestep = _read(inputs.timestep)
+        step, start = self._tracker.locate(timestep)
+        run = self._start_run(inputs, start) if step == start else self._run
+        if (shape := _shape(inputs.sample)) != run.plan.shape:
+            raise ValueError(f"the run under way has samples of {run.plan.shape}, got {shape}: call reset() to change")
+        try:
+            self._modulate(run, inputs, step, timestep)
+            output = run.plan.run(step - start, inputs.sample)
+        except BaseException:  # slots may be half written: what comes next must be a new run
+            self._end_run()
+            raise
+        self._run = run
+        self._tracker.commit(step, start, timestep)
+        return output
+
+    def _end_run(self) -> None:
+        self._tracker.reset()
+        self._run = None
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "concurrent use: this compiled transformer is already running in another thread, and its cached values "
+                "belong to that run; compile one for each thread"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _watch_scheduler(self) -> None:
+        """A pipeline's scheduler makes new timesteps for each run: check them against the schedule, once a run."""
+        scheduler = None if self._pipeline is None else self._pipeline.scheduler
+        if scheduler is None or scheduler.timesteps is self._timesteps:
+            return
+        timesteps = tuple(float(t) for t in scheduler.timesteps)
+        name, schedule = type(scheduler).__name__, self.schedule
+        if len(timesteps) != schedule.steps:
+            raise ValueError(f"the schedule has {schedule.steps} steps, but {name} has {len(timesteps)} timesteps")
+        if schedule.timesteps is not None and not np.allclose(timesteps, schedule.timesteps, rtol=1e-5, atol=1e-6):
+            step = int(np.argmin(np.isclose(timesteps, schedule.timesteps, rtol=1e-5, atol=1e-6)))
+            raise ValueError(
+                f"timesteps differ: at step {step} the schedule has {schedule.timesteps[step]:g}, "
+                f"{name} has {timesteps[step]:g}"
+            )
+        if schedule.sampler not in (None, name) and name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"the schedule was made for {schedule.sampler}, the pipeline samples with {name}", stacklevel=5
+            )
+        self._end_run()
+        self._tracker.timesteps = timesteps
+        self._tracker.reset(entry=getattr(scheduler, "begin_index", None) or 0)
+        self._timesteps = scheduler.timesteps
+
+    def _start_run(self, inputs: Inputs, start: int) -> _Run:
+        """A run on the plan of this shape and entry step. Looks at the model anew: weights may have moved."""
+        adapter = adapt(self.model)
+        dtype, device = _check_model(self.model)
+        shape = _shape(inputs.sample)
+        if (shape.dtype, shape.device) != (dtype, device):
+            raise ValueError(
+                f"expected a sample of the model's dtype and device, {dtype} on {device}, "
+                f"got {shape.dtype} on {shape.device}"
+            )
+        adapter.tokens(shape.height, shape.width)
+        if self._bound is None or _addresses(self.model) != self._weights:
+            self._plans.clear()
+            self._bound = (adapter, *adapter.bind())
+            self._weights = _addresses(self.model)
+        if (shape, start) not in self._plans:
+            self._plans[shape, start] = self._make_plan(shape, start)
+        self._plans.move_to_end((shape, start))
+        while len(self._plans) > self._capacity:
+            self._plans.popitem(last=False)
+        return _Run(self._plans[shape, start], start, {})
+
+    def _make_plan(self, shape: Shape, start: int) -> Plan:
+        program = lower(self.schedule.starting_at(start))
+        if self.backend != "auto":
+            return Plan(*self._bound, program, shape, self.backend)
+        try:
+            return Plan(*self._bound, program, shape, "inductor")
+        except CompilerMissing as error:
+            if self._fallback is None:
+                warnings.warn(f"harmonica_rt runs its eager backend: {error}", stacklevel=7)
+            self._fallback = str(error)
+            return Plan(*self._bound, program, shape, "eager")
+
+    def _modulate(self, run: _Run, inputs: Inputs, step: int, timestep: float | None) -> None:
+        """Have the modulation rows of `step` filled: for as many steps ahead as timesteps are known for."""
+        current = inputs.conditioning
+        versions = tuple(None if t.is_inference() else t._version for t in current)
+        if timestep is not None:  # host tensors: look at the values
+            same = len(run.copies) == len(current) and all(map(torch.equal, run.copies, current))
+        else:
+            same = (
+                None not in versions and versions == run.versions and all(map(operator.is_, run.conditioning, current))
+            )
+        known = self._tracker.predicted if timestep is not None or self._pipeline is not None else None
+        expected = timestep if timestep is not None or known is None else known[step]
+        if same and expected is not None and run.filled.get(step) == expected:
+            return
+        run.filled.clear()
+        index, window = step - run.start, run.plan.window
+        timesteps = inputs.timestep[:1]
+        if known is not None and known[step] == expected:
+            end = min(index - index % window + window, len(run.plan.program.steps)) + run.start
+            timesteps = torch.tensor(known[step:end], dtype=timesteps.dtype, device=timesteps.device)
+            run.filled.update(zip(range(step, end), known[step:end]))
+        run.plan.modulate(index, timesteps, current)
+        run.conditioning, run.versions, run.copies = current, versions, tuple(t.clone() for t in current)
+
+
+def _read(timestep: Tensor) -> float | None:
+    """The timestep of a call, or None where reading it would make the host wait for a device."""
+    if timestep.device.type != "cpu":
+        return None
+    values = set(timestep.tolist())
+    if len(values) != 1:
+        raise ValueError(f"timestep: expected the same for all samples, got {sorted(values)[:4]}")
+    return float(values.pop())
+
+
+def _shape(sample: Tensor) -> Shape:
+    batch, _, height, width = sample.shape
+    return Shape(batch, height, width, sample.dtype, sample.device)
+
+
+def _addresses(model: nn.Module) -> tuple[Any, ...]:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return tuple((t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors)
+
+
+def _check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The one floating dtype and device of an eval-mode model."""
+    if model.training:
+        raise ValueError("expected a model in eval mode, got one in training mode (it drops labels): call model.eval()")
+    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    if len(kinds) != 1:
+        raise ValueError(f"expected parameters of one dtype on one device, got {sorted(map(str, kinds))}")
+    dtype, device = kinds.pop()
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"expected parameters in float32, float16 or bfloat16, got {dtype}")
+    return dtype, device

@@ -1,0 +1,41 @@
+"""Supported models: one adapter file per diffusers class."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+from .base import Adapter, UnsupportedModelError
+
+ADAPTERS = {"DiTTransformer2DModel": ("dit", "DiTAdapter")}
+
+__all__ = ["ADAPTERS", "Adapter", "UnsupportedModelError", "adapt"]
+
+
+def adapt(model: nn.Module) -> Adapter:
+    """The adapter of `model`. Its class decides, by name, so that diffusers need not be imported to ask.
+
+    Raises:
+        UnsupportedModelError: naming the supported classes, or the part of the model that cannot be expressed.
+    """
+    model = vars(model).get("model", model)  # a CompiledTransformer stands for its model
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("diffusers.") and cls.__name__ in ADAPTERS:
+            module, name = ADAPTERS[cls.__name__]
+            _check_unhooked(model)
+            return getattr(import_module(f".{module}", __name__), name)(model)
+    raise UnsupportedModelError(
+        f"expected a diffusers model of a supported class ({', '.join(sorted(ADAPTERS))}), "
+        f"got {type(model).__module__}.{type(model).__name__}"
+    )
+
+
+def _check_unhooked(model: nn.Module) -> None:
+    """A hook or a replaced forward would silently not run: refuse it by name."""
+    for name, module in model.named_modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__}: expected no forward hooks, got some (a cache, offloading or casting "
+                "hook?); remove them before compiling"
+            )

@@ -1,0 +1,189 @@
+"""What an adapter tells about its model: branches as stages, norms and gates as modulation rows, MACs.
+
+The executor runs any model described in these words and knows no model class.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Linear:
+    """h @ weight.T + bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gelu:
+    """`approximate` as in torch.nn.functional.gelu."""
+
+    approximate: str
+
+
+@dataclass(frozen=True, slots=True)
+class SelfAttention:
+    """h [B, N, 3 D] holds query, key, value of all heads side by side; the result is [B, N, D]."""
+
+    heads: int
+
+
+Stage = Linear | Gelu | SelfAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """y = layer_norm(x) * scale + shift. Shift and scale are numbers of modulation rows; scale holds 1 + scale."""
+
+    shift: int
+    scale: int
+    eps: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Branch:
+    """A residual function before its gate: `stages` on y, the last one a Linear. x += gate * stages(y).
+
+    `gate` is the number of a modulation row.
+    """
+
+    stages: tuple[Stage, ...]
+    norm: Norm
+    gate: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A forward call's arguments, read.
+
+    Attributes:
+        sample: [batch, channels, height, width].
+        timestep: [batch], the same for all.
+        conditioning: what else modulation depends on; tensors whose first dimension is the batch.
+        return_dict: as in diffusers.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    conditioning: tuple[Tensor, ...]
+    return_dict: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Macs:
+    """Multiply-accumulates of one forward: one evaluation of each branch, and everything that is not a branch."""
+
+    branches: tuple[int, ...]
+    fixed: int
+
+
+class Adapter(ABC):
+    """One supported model. Constructing it checks the model and changes nothing.
+
+    Attributes:
+        model_class: diffusers class name.
+        branches: names of a layer's branches, in the order they run.
+        layers: number of transformer blocks, L.
+        width: channels of the token stream.
+        rows: modulation rows of a step: the shifts, scales and gates of all branches and of the head's norm.
+    """
+
+    model_class: ClassVar[str]
+    branches: ClassVar[tuple[str, ...]]
+    model: nn.Module
+    layers: int
+    width: int
+    rows: int
+
+    @abstractmethod
+    def bind(self) -> tuple[list[Branch], Norm]:
+        """The L * B branches in the order they run, and the head's norm, on the model's own weights.
+
+        Query, key and value weights are made neighbours in memory (the model's parameters become views of one
+        storage), so that they run as one GEMM and still follow `load_state_dict`.
+        """
+
+    @abstractmethod
+    def modulate(self, timesteps: Tensor, conditioning: tuple[Tensor, ...], out: Tensor) -> None:
+        """Fill the modulation rows of n steps at once.
+
+        Args:
+            timesteps: [n].
+            conditioning: as in `Inputs`.
+            out: [n, batch, rows, width].
+        """
+
+    @abstractmethod
+    def inputs(self, arguments: dict[str, Any]) -> Inputs:
+        """Read and check a forward call's arguments. Raises TypeError or ValueError on what cannot be expressed."""
+
+    @abstractmethod
+    def tokens(self, height: int, width: int) -> int:
+        """Length of the token stream for such a sample. Raises ValueError if it does not fit the patches."""
+
+    @abstractmethod
+    def embed(self, sample: Tensor, out: Tensor) -> None:
+        """[batch, channels, height, width] -> `out` [batch, tokens, width]."""
+
+    @abstractmethod
+    def finish(self, y: Tensor, height: int, width: int) -> Tensor:
+        """The head, after its norm: [batch, tokens, width] -> a new [batch, out channels, height, width]."""
+
+    @abstractmethod
+    def output(self, sample: Tensor) -> Any:
+        """What the model returns with `return_dict=True`."""
+
+    @abstractmethod
+    def macs(self, height: int | None, width: int | None, batch: int) -> Macs:
+        """Counted as the model's own forward does them; size is config.sample_size unless given."""
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raise ValueError unless `schedule` is for such a model."""
+        for what, expected, got in [
+            ("model", self.model_class, schedule.model),
+            ("layers", self.layers, schedule.layers),
+            ("branches", self.branches, schedule.branches),
+        ]:
+            if expected != got:
+                raise ValueError(f"schedule does not fit the model: {what} expected {expected}, got {got}")
+
+
+class UnsupportedModelError(TypeError):
+    """The model is of a class, or built in a way, that no adapter can express."""
+
+
+def join_rows(parameters: list[nn.Parameter]) -> Tensor:
+    """One [sum of rows, ...] tensor over `parameters`, which become views of it unless they are neighbours already."""
+    first = parameters[0]
+    end, neighbours = first.data_ptr(), True
+    for p in parameters:
+        same_storage = p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        neighbours &= same_storage and p.data_ptr() == end and p.is_contiguous()
+        end += p.numel() * p.element_size()
+    if not neighbours:
+        joined = torch.cat([p.data for p in parameters])
+        start = 0
+        for p in parameters:
+            p.data = joined[start : start + len(p)]
+            start += len(p)
+    shape = (sum(len(p) for p in parameters), *first.shape[1:])
+    return first.data.as_strided(shape, first.stride())
+
+
+def expect_exactly(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """A subclass or wrapper (quantised, LoRA, parallel) computes something else than `kind`: refuse it by name."""
+    if type(module) is not kind:
+        raise UnsupportedModelError(
+            f"{name}: expected a plain {kind.__name__}, got {type(module).__module__}.{type(module).__name__}; "
+            "merge or remove what replaced it before compiling"
+        )

@@ -1,0 +1,64 @@
+"""The instructions a schedule is lowered to. Plain data: no tensors, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One addend of a Gap: weight * gate(entry, this step) * slot."""
+
+    slot: int
+    weight: float
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """x += sum of `terms`; then y = modulate(norm(x)) for branch `norm` (past the last: the model's head)."""
+
+    terms: tuple[Term, ...]
+    norm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run branch `entry` on y, writing its output straight into `slot`."""
+
+    entry: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One denoiser call: each Gap prepares y for the Compute that follows it, `last` for the model's head."""
+
+    body: tuple[tuple[Gap, Compute], ...]
+    last: Gap
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        return (*(gap for gap, _ in self.body), self.last)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A lowered schedule. Entry e is branch e % B of layer e // B; `entries` (= L B) stands for the model's head."""
+
+    steps: tuple[Step, ...]
+    entries: int
+    slots: int
+
+    @property
+    def computed(self) -> int:
+        return sum(len(step.body) for step in self.steps)
+
+    @property
+    def terms(self) -> int:
+        return sum(len(gap.terms) for step in self.steps for gap in step.gaps)
+
+    @property
+    def distinct_steps(self) -> int:
+        """Steps that differ in instructions or slots: as many graphs as a capture of the run needs."""
+        return len(set(self.steps))

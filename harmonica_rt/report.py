@@ -1,0 +1,108 @@
+"""What a compiled transformer's plans cost, for `CompiledTransformer.report()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .executor import Plan
+from .kernels.gap import chunks
+
+ENDS = 4  # launches outside the blocks: patch embedding, positions, output projection, unpatchify
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """One plan: a program for one shape.
+
+    Attributes:
+        shape: batch, resolution, dtype and device.
+        backend: the one that runs it.
+        steps, computed, reused: denoiser calls of a run; branch evaluations made and spared.
+        slots, slot_bytes: values held between steps.
+        modulation_bytes: modulation rows held for the steps ahead.
+        model_bytes: the model's weights, for comparison.
+        launches: dispatched non-view ops or compiled kernels, of each step.
+        macs, full_macs: multiply-accumulates of a run, with the schedule and without.
+        seconds: time it took to make the plan, compilation included.
+    """
+
+    shape: str
+    backend: str
+    steps: int
+    computed: int
+    reused: int
+    slots: int
+    slot_bytes: int
+    modulation_bytes: int
+    model_bytes: int
+    launches: tuple[int, ...]
+    macs: int
+    full_macs: int
+    seconds: float
+
+    def __str__(self) -> str:
+        share = 100 * self.slot_bytes / self.model_bytes
+        mean = sum(self.launches) / len(self.launches)
+        return (
+            f"{self.shape}, {self.backend}: {self.steps} steps, "
+            f"{self.computed} branches computed, {self.reused} reused\n"
+            f"  {self.slots} slots, {_mib(self.slot_bytes)} ({share:.1f} % of the model); "
+            f"modulation rows {_mib(self.modulation_bytes)}\n"
+            f"  launches a step: mean {mean:.1f}, {min(self.launches)} to {max(self.launches)}\n"
+            f"  {self.macs / 1e9:.2f} of {self.full_macs / 1e9:.2f} GMACs a run: "
+            f"theoretical {self.full_macs / self.macs:.2f}x\n"
+            f"  made in {self.seconds:.2f} s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`fallback`: why ``backend="auto"`` did not take its first choice, or None."""
+
+    schedule: str
+    fallback: str | None
+    plans: tuple[PlanReport, ...]
+
+    def __str__(self) -> str:
+        lines = [self.schedule]
+        if self.fallback:
+            lines.append(f"fallback to eager: {self.fallback}")
+        return "\n".join(lines + [str(plan) for plan in self.plans] if self.plans else [*lines, "no plan made yet"])
+
+
+def describe_plan(plan: Plan) -> PlanReport:
+    shape, program, adapter = plan.shape, plan.program, plan.adapter
+    macs = adapter.macs(shape.height, shape.width, shape.batch)
+    kinds = len(adapter.branches)
+    run = len(program.steps) * macs.fixed
+    run += sum(macs.branches[compute.entry % kinds] for step in program.steps for _, compute in step.body)
+    full = len(program.steps) * (macs.fixed + adapter.layers * sum(macs.branches))
+    total = len(program.steps) * program.entries
+    return PlanReport(
+        shape=str(shape),
+        backend=plan.backend,
+        steps=len(program.steps),
+        computed=program.computed,
+        reused=total - program.computed,
+        slots=program.slots,
+        slot_bytes=plan.slot_bytes,
+        modulation_bytes=plan.modulation_bytes,
+        model_bytes=sum(p.numel() * p.element_size() for p in adapter.model.parameters()),
+        launches=tuple(launches(plan, step) for step in range(len(program.steps))),
+        macs=run,
+        full_macs=full,
+        seconds=plan.seconds,
+    )
+
+
+def launches(plan: Plan, step: int) -> int:
+    """Dispatched non-view ops and compiled kernels of one step, from its instructions."""
+    instructions = plan.program.steps[step]
+    compiled = plan.backend == "inductor"
+    gaps = sum(len(chunks(len(gap.terms))) if compiled else len(gap.terms) + 2 for gap in instructions.gaps)
+    computes = sum(len(plan.branches[compute.entry].stages) for _, compute in instructions.body)
+    return ENDS + gaps + computes
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,202 @@
+"""Files of a `Schedule`: its own JSON, and the published router checkpoints. Nothing read here can run code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .schedule import Schedule
+
+FORMAT = "harmonica_rt.schedule"
+VERSION = 1
+MAX_BYTES = 64 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
+_REQUIRED = {"format", "version", "model", "layers", "branches", "steps", "order", "compute"}
+_OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights"}
+
+
+def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
+    """Write `schedule`; the file is replaced only once it is complete.
+
+    ``compute``: one string a step, one group of 0/1 (1 = computed) a branch, one digit a layer. ``weights`` (only if
+    not the forecast's): one list a step, one [newest, ...] list for each 0 of that step's string, in reading order.
+    """
+    order_in_row = schedule.compute.transpose(0, 2, 1)
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": schedule.model,
+        "layers": schedule.layers,
+        "branches": list(schedule.branches),
+        "steps": schedule.steps,
+        "order": schedule.order,
+        "sampler": schedule.sampler,
+        "guidance_scale": schedule.guidance_scale,
+        "note": schedule.note,
+        "cur": round(schedule.cur, 6),
+        "timesteps": None if schedule.timesteps is None else list(schedule.timesteps),
+        "compute": [" ".join("".join("01"[int(x)] for x in row) for row in step) for step in order_in_row],
+    }
+    if schedule.learned:
+        by_row = schedule.weights.transpose(0, 2, 1, 3)
+        fields["weights"] = [by_row[i][~order_in_row[i]].tolist() for i in range(schedule.steps)]
+    lines = []
+    for name, value in fields.items():
+        if name in ("compute", "weights"):
+            text = "[\n    " + ",\n    ".join(json.dumps(row) for row in value) + "\n  ]"
+        else:
+            text = json.dumps(value)
+        lines.append(f"  {json.dumps(name)}: {text}")
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike[str]) -> Schedule:
+    """Read a file of `write_json`. Raises ValueError that names the file and what is wrong with it."""
+    size = os.path.getsize(path)
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: expected a schedule file of at most {MAX_BYTES} bytes, got {size}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise ValueError(f"{path}: not a schedule file: JSON nested too deeply") from None
+    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path}: not a schedule file: {error}") from None
+    try:
+        return _from_fields(fields)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number a schedule can hold")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields := dict(pairs)) != len(pairs):
+        raise ValueError("a field is given twice")
+    return fields
+
+
+def _from_fields(fields: Any) -> Schedule:
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f'not a schedule file: expected a JSON object with "format": "{FORMAT}"')
+    if (version := fields.get("version")) != VERSION or isinstance(version, bool):
+        raise ValueError(f"schema version: this harmonica_rt reads version {VERSION}, got {version!r}")
+    if missing := sorted(_REQUIRED - set(fields)):
+        raise ValueError(f"missing field {missing[0]!r}")
+    if unknown := sorted(set(fields) - _REQUIRED - _OPTIONAL):
+        raise ValueError(f"unknown field {unknown[0]!r}")
+    branches, steps, layers = fields["branches"], fields["steps"], fields["layers"]
+    if not isinstance(branches, list):
+        raise TypeError(f"branches: expected a list of names, got {type(branches).__name__}")
+    for name, value in [("steps", steps), ("layers", layers), ("order", fields["order"])]:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+    rows = fields["compute"]
+    if not isinstance(rows, list) or len(rows) != steps:
+        raise ValueError(f"compute: expected a list of {steps} rows (one a step), got {_size(rows)}")
+    for i, row in enumerate(rows):  # lengths before patterns: the file's own counts are not to be trusted
+        groups = row.split(" ") if isinstance(row, str) else None
+        if groups is None or [len(group) for group in groups] != [layers] * len(branches) or set(row) - set("01 "):
+            raise ValueError(
+                f"compute, step {i}: expected {len(branches)} groups (one a branch) of {layers} digits 0 or 1 "
+                f"(one a layer), got {_short(row)}"
+            )
+    flat = np.array([[digit == "1" for digit in row.replace(" ", "")] for row in rows], dtype=bool)
+    by_row = flat.reshape(steps, len(branches), layers)
+    weights = None if fields.get("weights") is None else _read_weights(fields["weights"], by_row, fields["order"])
+    for name in ("timesteps",):
+        if fields.get(name) is not None and not isinstance(fields[name], list):
+            raise TypeError(f"{name}: expected a list, got {type(fields[name]).__name__}")
+    meta = {name: fields.get(name) for name in ("sampler", "timesteps", "guidance_scale")}
+    return Schedule(
+        by_row.transpose(0, 2, 1),
+        model=fields["model"],
+        branches=branches,
+        order=fields["order"],
+        weights=weights,
+        note=fields.get("note", ""),
+        **meta,
+    )
+
+
+def _read_weights(rows: Any, by_row: np.ndarray, order: int) -> np.ndarray:
+    if not isinstance(rows, list) or len(rows) != len(by_row):
+        raise ValueError(f"weights: expected a list of {len(by_row)} rows (one a step), got {_size(rows)}")
+    if not 0 <= order <= 2:
+        raise ValueError(f"order: expected one of (0, 1, 2), got {order}")
+    weights = np.zeros((*by_row.shape, order + 1))
+    for i, (row, computed) in enumerate(zip(rows, by_row)):
+        reused = int((~computed).sum())
+        if not isinstance(row, list) or len(row) != reused:
+            raise ValueError(f"weights, step {i}: expected {reused} lists (one a reused branch), got {_size(row)}")
+        for entry in row:
+            if not isinstance(entry, list) or len(entry) != order + 1:
+                raise ValueError(f"weights, step {i}: expected lists of {order + 1} numbers, got {_short(entry)}")
+            if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in entry):
+                raise TypeError(f"weights, step {i}: expected numbers, got {_short(entry)}")
+        if reused:
+            weights[i][~computed] = np.array(row, dtype=np.float64)
+    return weights.transpose(0, 2, 1, 3)
+
+
+def _size(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, list) else type(value).__name__
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_router(path: str | os.PathLike[str]) -> np.ndarray:
+    """Logits of a published router checkpoint, float64 [T, entries], in the order the steps run.
+
+    The file numbers the other way: ``<k>.prob`` is step i = T-1-k. Only tensors and an argparse.Namespace may be in it.
+
+    Raises:
+        ValueError: not such a checkpoint; a pickle that wants anything else is refused before it runs.
+    """
+    import argparse
+    import pickle
+
+    import torch
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such router checkpoint")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a router checkpoint that can be read safely: {error}") from None
+    routers = checkpoint.get("routers") if isinstance(checkpoint, dict) else None
+    if not isinstance(routers, dict) or not routers:
+        raise ValueError(f'{path}: expected a dict with a state dict under "routers", got {type(checkpoint).__name__}')
+    rows: dict[int, np.ndarray] = {}
+    for name, value in routers.items():
+        match = re.fullmatch(r"(\d{1,6})\.prob", name) if isinstance(name, str) else None
+        if match is None or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: expected tensors named '<k>.prob' under \"routers\", got {_short(name)}")
+        rows[int(match[1])] = value.detach().double().flatten().numpy()
+    if sorted(rows) != list(range(len(rows))):
+        raise ValueError(f"{path}: expected routers 0 to {len(rows) - 1}, got {sorted(rows)}")
+    sizes = {len(row) for row in rows.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"{path}: expected as many logits in every step, got {sorted(sizes)}")
+    logits = np.stack([rows[k] for k in reversed(range(len(rows)))])
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            f"{path}: expected finite logits, got NaN or infinity in step {np.argwhere(~np.isfinite(logits))[0][0]}"
+        )
+    return logits

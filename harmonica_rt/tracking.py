@@ -1,0 +1,109 @@
+"""Which step of its run a denoiser call is. Host state only: reading a device would stall it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+class RunTracker:
+    """Follows a sampler through its run, call by call.
+
+    `locate` decides without changing anything; `commit` moves on once the call has succeeded, so that a call that
+    failed can be made again.
+
+    Args:
+        steps: denoiser calls of a run, T.
+        timesteps: the run's T timesteps if they are known beforehand.
+    """
+
+    def __init__(self, steps: int, timesteps: Sequence[float] | None = None) -> None:
+        self.steps = steps
+        self.timesteps = None if timesteps is None else tuple(timesteps)
+        self._seen: list[float | None] = []
+        self.previous: list[float | None] = []
+        self.reset()
+
+    def reset(self, entry: int = 0) -> None:
+        """The next call starts a run; at step `entry` if its timestep does not tell."""
+        self.start: int | None = None  # step at which the run under way entered
+        self.next = entry
+        if self._seen:
+            self.previous, self._seen = self._seen, []
+
+    def locate(self, timestep: float | None) -> tuple[int, int]:
+        """Step of this call, and the step at which its run entered (the same two: a new run starts here).
+
+        Args:
+            timestep: its timestep, or None where reading it would mean waiting for a device.
+
+        Raises:
+            RuntimeError: this call does not follow from the ones before.
+        """
+        fresh = self.start is None
+        if timestep is None:
+            return self._by_count(fresh)
+        return self._by_list(timestep, fresh) if self.timesteps is not None else self._by_order(timestep, fresh)
+
+    def commit(self, step: int, start: int, timestep: float | None) -> None:
+        if step == start:
+            if self.start is not None:
+                self.reset()
+            self._seen = []
+        self.start, self.next = start, step + 1
+        self._seen.append(timestep)
+
+    @property
+    def predicted(self) -> tuple[float, ...] | None:
+        """The run's timesteps: given, or else those of the run before, if that was whole. A guess, to be checked."""
+        if self.timesteps is not None:
+            return self.timesteps
+        whole = len(self.previous) == self.steps and None not in self.previous
+        return tuple(self.previous) if whole else None  # type: ignore[arg-type]
+
+    def _by_count(self, fresh: bool) -> tuple[int, int]:
+        if fresh:
+            return self.next, self.next
+        if self.next >= self.steps:
+            raise self._beyond("another call")
+        return self.next, self.start
+
+    def _by_list(self, timestep: float, fresh: bool) -> tuple[int, int]:
+        expected = self.timesteps
+        if not fresh and self.next < self.steps and _close(timestep, expected[self.next]):
+            return self.next, self.start
+        if _close(timestep, expected[0]):
+            return 0, 0
+        entry = next((i for i, t in enumerate(expected) if _close(timestep, t)), None)
+        if fresh and entry is not None:
+            return entry, entry
+        if fresh:
+            raise RuntimeError(
+                f"timestep {timestep:g} is not in the run: expected one of the {self.steps} timesteps "
+                f"{expected[0]:g} ... {expected[-1]:g}"
+            )
+        if self.next >= self.steps:
+            raise self._beyond(f"timestep {timestep:g}")
+        raise RuntimeError(
+            f"expected timestep {expected[self.next]:g} (step {self.next}) or {expected[0]:g} (a new run), got "
+            f"{timestep:g}; call reset() to start a run midway"
+        )
+
+    def _by_order(self, timestep: float, fresh: bool) -> tuple[int, int]:
+        first, latest = (self._seen[0], self._seen[-1]) if self._seen else (None, None)
+        restart = fresh or latest is None or timestep > latest or timestep == first
+        if restart:
+            return 0, 0
+        if self.next >= self.steps:
+            raise self._beyond(f"timestep {timestep:g}")
+        return self.next, self.start
+
+    def _beyond(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"forward beyond the last step: expected {self.steps} steps, got {what} after them; "
+            "a new run starts with its first timestep or after reset()"
+        )
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)

@@ -1,0 +1,1 @@
+"""One op a file. Always imported as `harmonica_rt.kernels`."""

@@ -1,0 +1,34 @@
+from pathlib import Path
+
+from setuptools import setup
+
+# The folders kernels/ and train/ are parts of harmonica_rt: installed under their own names they would shadow
+# PyPI's `kernels`, which diffusers imports.
+setup(
+    name="harmonica_rt",
+    version="0.1.0",
+    description="Compiled-kernel acceleration runtime for diffusion transformers: static feature-caching schedules",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["harmonica_rt", "harmonica_rt.models", "harmonica_rt.kernels"],
+    package_dir={"harmonica_rt.kernels": "kernels", "harmonica_rt.train": "train"},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "triton==3.7.1; platform_system == 'Linux'",  # torch 2.13's partner; its CPU wheel does not ask for it
+        "diffusers>=0.42.1,<0.43",
+        "numpy>=2.0,<3",
+        "safetensors>=0.6,<1",
+        "huggingface_hub>=1.0,<3",
+        "tqdm>=4.66,<5",
+        "typer>=0.15,<1",
+        "rich>=13,<16",
+        "matplotlib>=3.9,<4",
+    ],
+    extras_require={
+        "train": ["accelerate>=1.10,<2"],
+        "test": ["pytest>=8,<10", "pytest-benchmark>=5,<6", "hypothesis>=6.100,<7", "ruff==0.17.6"],
+    },
+)
