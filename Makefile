@@ -25,10 +25,7 @@ lint: .venv/ready  ## ruff, check only
 	$(BIN)/ruff format --check .
 
 bench: .venv/ready  ## The figures of README.md: correctness, latency, quality (about 15 minutes on one core)
-	$(BIN)/python bench/run_quality.py --json $(OUT)/quality.json
-	$(BIN)/python bench/run_latency.py --model dit-s-2 --steps 10 --schedule uniform:2 --json $(OUT)/dit-s-2.json
-	$(BIN)/python bench/run_latency.py --model dit-fashion --steps 20 --schedule uniform:2 --json $(OUT)/dit-fashion.json
-	$(BIN)/pytest bench/suites --benchmark-only
+	$(BIN)/python bench/targets.py
 
 clean:  ## Remove what the targets above made
 	rm -rf .venv out

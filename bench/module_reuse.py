@@ -26,7 +26,7 @@ class ModuleReuse(nn.Module):
         super().__init__()
         self.model, self.step = model, 0
         self.config = model.config
-        self.dtype = model.dtype
+        self.dtype, self.device = model.dtype, model.device
         self.computed = self.reused = 0
         self.wrapped: list[tuple[nn.Module, str]] = []
         compute, weights = schedule.compute.tolist(), schedule.weights.tolist()

@@ -105,7 +105,7 @@ class CompiledTransformer(nn.Module):
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, backend: str, plans: int, pipeline: Any = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         adapter = adapt(model)
         adapter.check_schedule(schedule)
         _check_model(model)
@@ -133,6 +133,11 @@ class CompiledTransformer(nn.Module):
         self.forward = forward
 
     # ---- the model's own face
+
+    @property
+    def __class__(self) -> type:
+        """The model's: `isinstance` checks hold, and a pipeline saves its transformer as what it is."""
+        return type(self.__dict__["model"]) if "model" in self.__dict__ else type(self)
 
     def __getattr__(self, name: str) -> Any:
         if "model" not in self.__dict__:
@@ -300,7 +305,8 @@ class CompiledTransformer(nn.Module):
             same = (
                 None not in versions and versions == run.versions and all(map(operator.is_, run.conditioning, current))
             )
-        known = self._tracker.predicted if timestep is not None or self._pipeline is not None else None
+        # A device's timestep is not read: only a pipeline's scheduler is then known to have told the right ones
+        known = self._tracker.timesteps if timestep is not None or self._pipeline is not None else None
         expected = timestep if timestep is not None or known is None else known[step]
         if same and expected is not None and run.filled.get(step) == expected:
             return

@@ -33,6 +33,10 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"batch {self.batch}, {self.height}x{self.width}, {dtype} on {self.device}"
+
 
 class Plan:
     """A program bound to a model's weights and to buffers for one shape.

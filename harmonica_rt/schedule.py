@@ -60,9 +60,7 @@ def forecast(compute: np.ndarray, order: int) -> np.ndarray:
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    array = np.array(array, order="C")
-    array.setflags(write=False)
-    return array
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)  # over bytes: setflags cannot unfreeze it
 
 
 class Schedule:
@@ -122,11 +120,12 @@ class Schedule:
         for name, value in [("model", model), ("note", note), ("sampler", "" if sampler is None else sampler)]:
             if not isinstance(value, str):
                 raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-        if isinstance(branches, str) or not all(isinstance(b, str) and b for b in branches) or not branches:
+        named = isinstance(branches, Sequence) and not isinstance(branches, str)
+        if not named or not branches or not all(isinstance(b, str) and b for b in branches):
             raise TypeError(f"branches: expected a sequence of names, got {branches!r}")
         if len(set(branches)) != len(branches):
             raise ValueError(f"branches: expected distinct names, got {tuple(branches)}")
-        if isinstance(order, bool) or order not in ORDERS:
+        if not isinstance(order, (int, np.integer)) or isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
         compute = _check_compute(compute, len(branches))
         unlearned = forecast(compute, order)
@@ -213,7 +212,8 @@ class Schedule:
                 f"{path}: the router has {logits.shape[1]} logits a step, but {adapter.model_class} has "
                 f"{adapter.layers} layers x {len(adapter.branches)} branches = {entries}"
             )
-        compute = 1.0 / (1.0 + np.exp(-logits)) > tau
+        with np.errstate(over="ignore"):  # a logit far below 0 is a sigmoid of 0
+            compute = 1.0 / (1.0 + np.exp(-logits)) > tau
         if method == "l2c":
             compute[len(compute) - 1 - np.arange(len(compute)) & 1 == 1] = True
         compute[0] = True
@@ -229,7 +229,7 @@ class Schedule:
             raise TypeError(f"replace: unknown field {unknown[0]!r}, expected one of {sorted(known)}")
         if "weights" not in changes and ({"compute", "order"} & set(changes) or not self.learned):
             known["weights"] = None
-        if "timesteps" not in changes and len(changes.get("compute", self.compute)) != self.steps:
+        if "timesteps" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
             known["timesteps"] = None
         known.update(changes)
         return Schedule(known.pop("compute"), **known)
@@ -247,9 +247,8 @@ class Schedule:
         compute = self.compute[step:].copy()
         compute[0] = True
         weights = forecast(compute, self.order)
-        before, now = history(self.compute, self.order)[step:], history(compute, self.order)
-        before = np.where(self.weights[step:] != 0, before - step, -1)
-        same = ((before == now) | (before < 0) & (self.weights[step:] == 0)).all(-1) & ~compute
+        before, now = history(self.compute, self.order)[step:] - step, history(compute, self.order)
+        same = ((self.weights[step:] == 0) | (now >= 0) & (now == before)).all(-1) & ~compute
         weights[same] = self.weights[step:][same]
         timesteps = None if self.timesteps is None else self.timesteps[step:]
         return self.replace(compute=compute, weights=weights, timesteps=timesteps)
@@ -365,9 +364,13 @@ def _positive(name: str, value: Any) -> int:
 def _finite(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
 
 
 def _check_compute(compute: Any, branches: int) -> np.ndarray:
@@ -415,7 +418,11 @@ def _place(where: np.ndarray) -> str:
 
 
 def _check_timesteps(timesteps: Sequence[float], steps: int) -> tuple[float, ...]:
-    values = tuple(_finite("timesteps", t) for t in timesteps)
+    try:
+        values = tuple(timesteps)
+    except TypeError:
+        raise TypeError(f"timesteps: expected a sequence of numbers, got {type(timesteps).__name__}") from None
+    values = tuple(_finite("timesteps", t) for t in values)
     if len(values) != steps:
         raise ValueError(f"timesteps: expected {steps} (one a step), got {len(values)}")
     return values

@@ -100,9 +100,9 @@ def _from_fields(fields: Any) -> Schedule:
     branches, steps, layers = fields["branches"], fields["steps"], fields["layers"]
     if not isinstance(branches, list):
         raise TypeError(f"branches: expected a list of names, got {type(branches).__name__}")
-    for name, value in [("steps", steps), ("layers", layers), ("order", fields["order"])]:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
+    for name, value, least in [("steps", steps, 1), ("layers", layers, 1), ("order", fields["order"], 0)]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise TypeError(f"{name}: expected an integer from {least} on, got {value!r}")
     rows = fields["compute"]
     if not isinstance(rows, list) or len(rows) != steps:
         raise ValueError(f"compute: expected a list of {steps} rows (one a step), got {_size(rows)}")
@@ -134,7 +134,7 @@ def _from_fields(fields: Any) -> Schedule:
 def _read_weights(rows: Any, by_row: np.ndarray, order: int) -> np.ndarray:
     if not isinstance(rows, list) or len(rows) != len(by_row):
         raise ValueError(f"weights: expected a list of {len(by_row)} rows (one a step), got {_size(rows)}")
-    if not 0 <= order <= 2:
+    if order > 2:
         raise ValueError(f"order: expected one of (0, 1, 2), got {order}")
     weights = np.zeros((*by_row.shape, order + 1))
     for i, (row, computed) in enumerate(zip(rows, by_row)):
@@ -160,6 +160,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _holds_its_numbers(value: Any) -> bool:
+    """Whether `value` is a plain float tensor with a number in the file for each of its elements."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout is not torch.strided:
+        return False
+    if value.device.type != "cpu" or not value.is_floating_point():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def read_router(path: str | os.PathLike[str]) -> np.ndarray:
     """Logits of a published router checkpoint, float64 [T, entries], in the order the steps run.
 
@@ -169,7 +180,6 @@ def read_router(path: str | os.PathLike[str]) -> np.ndarray:
         ValueError: not such a checkpoint; a pickle that wants anything else is refused before it runs.
     """
     import argparse
-    import pickle
 
     import torch
 
@@ -178,16 +188,20 @@ def read_router(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a router checkpoint that can be read safely: {error}") from None
+    except Exception as error:  # refused, or corrupt: there is no end to what the unpickler can trip over
+        raise ValueError(
+            f"{path}: not a router checkpoint that can be read safely: {type(error).__name__}: {error}"
+        ) from None
     routers = checkpoint.get("routers") if isinstance(checkpoint, dict) else None
     if not isinstance(routers, dict) or not routers:
         raise ValueError(f'{path}: expected a dict with a state dict under "routers", got {type(checkpoint).__name__}')
     rows: dict[int, np.ndarray] = {}
     for name, value in routers.items():
-        match = re.fullmatch(r"(\d{1,6})\.prob", name) if isinstance(name, str) else None
-        if match is None or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: expected tensors named '<k>.prob' under \"routers\", got {_short(name)}")
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.prob", name) if isinstance(name, str) else None
+        if match is None or not _holds_its_numbers(value):
+            raise ValueError(
+                f"{path}: expected floating-point tensors named '<k>.prob' under \"routers\", got {_short(name)}"
+            )
         rows[int(match[1])] = value.detach().double().flatten().numpy()
     if sorted(rows) != list(range(len(rows))):
         raise ValueError(f"{path}: expected routers 0 to {len(rows) - 1}, got {sorted(rows)}")

@@ -20,16 +20,13 @@ class RunTracker:
     def __init__(self, steps: int, timesteps: Sequence[float] | None = None) -> None:
         self.steps = steps
         self.timesteps = None if timesteps is None else tuple(timesteps)
-        self._seen: list[float | None] = []
-        self.previous: list[float | None] = []
         self.reset()
 
     def reset(self, entry: int = 0) -> None:
         """The next call starts a run; at step `entry` if its timestep does not tell."""
         self.start: int | None = None  # step at which the run under way entered
         self.next = entry
-        if self._seen:
-            self.previous, self._seen = self._seen, []
+        self._first = self._latest = None  # timesteps of the run under way
 
     def locate(self, timestep: float | None) -> tuple[int, int]:
         """Step of this call, and the step at which its run entered (the same two: a new run starts here).
@@ -46,20 +43,9 @@ class RunTracker:
         return self._by_list(timestep, fresh) if self.timesteps is not None else self._by_order(timestep, fresh)
 
     def commit(self, step: int, start: int, timestep: float | None) -> None:
-        if step == start:
-            if self.start is not None:
-                self.reset()
-            self._seen = []
+        self._first = timestep if step == start else self._first
+        self._latest = timestep
         self.start, self.next = start, step + 1
-        self._seen.append(timestep)
-
-    @property
-    def predicted(self) -> tuple[float, ...] | None:
-        """The run's timesteps: given, or else those of the run before, if that was whole. A guess, to be checked."""
-        if self.timesteps is not None:
-            return self.timesteps
-        whole = len(self.previous) == self.steps and None not in self.previous
-        return tuple(self.previous) if whole else None  # type: ignore[arg-type]
 
     def _by_count(self, fresh: bool) -> tuple[int, int]:
         if fresh:
@@ -70,8 +56,8 @@ class RunTracker:
 
     def _by_list(self, timestep: float, fresh: bool) -> tuple[int, int]:
         expected = self.timesteps
-        if not fresh and self.next < self.steps and _close(timestep, expected[self.next]):
-            return self.next, self.start
+        if self.next < self.steps and _close(timestep, expected[self.next]):
+            return self.next, self.next if fresh else self.start
         if _close(timestep, expected[0]):
             return 0, 0
         entry = next((i for i, t in enumerate(expected) if _close(timestep, t)), None)
@@ -90,9 +76,9 @@ class RunTracker:
         )
 
     def _by_order(self, timestep: float, fresh: bool) -> tuple[int, int]:
-        first, latest = (self._seen[0], self._seen[-1]) if self._seen else (None, None)
-        restart = fresh or latest is None or timestep > latest or timestep == first
-        if restart:
+        if fresh:
+            return self.next, self.next
+        if self._latest is None or timestep > self._latest or timestep == self._first:
             return 0, 0
         if self.next >= self.steps:
             raise self._beyond(f"timestep {timestep:g}")

@@ -19,7 +19,8 @@ def adapt(model: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: naming the supported classes, or the part of the model that cannot be expressed.
     """
-    model = vars(model).get("model", model)  # a CompiledTransformer stands for its model
+    if isinstance(model, nn.Module):
+        model = vars(model).get("model", model)  # a CompiledTransformer stands for its model
     for cls in type(model).__mro__:
         if cls.__module__.startswith("diffusers.") and cls.__name__ in ADAPTERS:
             module, name = ADAPTERS[cls.__name__]

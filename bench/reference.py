@@ -1,7 +1,12 @@
-"""The reference model dit-fashion and a pipeline for it: pixels, class labels, no VAE."""
+"""The models the benchmarks run, behind one pipeline: class labels in, pixels (or latents) out, no VAE.
+
+``dit-fashion`` was trained for this project; ``dit-s-2`` and ``dit-xl-2`` are the published architectures at 256 px
+with random weights, good for timings only.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,13 +15,13 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "models" / "dit-fashion"
+FASHION = Path(__file__).parent / "models" / "dit-fashion"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 GUIDANCE = 1.5
 
 
-class FashionPipeline(DiffusionPipeline):
-    """Class-conditional sampling in pixel space; the call is `DiTPipeline`'s."""
+class PixelDiTPipeline(DiffusionPipeline):
+    """Class-conditional sampling of a DiT without a VAE; the call is `DiTPipeline`'s."""
 
     model_cpu_offload_seq = "transformer"
 
@@ -38,7 +43,7 @@ class FashionPipeline(DiffusionPipeline):
         """Sample one image a label.
 
         Args:
-            class_labels: 0 to 9.
+            class_labels: one an image, from 0; the model's null label is added for guidance.
             guidance_scale: classifier-free guidance; off unless above 1.
             output_type: ``"pil"``, ``"np"`` ([batch, height, width, channels] in [0, 1]) or ``"pt"``
                 ([batch, channels, height, width] in [0, 1]), or ``"latent"``: pixels as sampled, around [-1, 1].
@@ -57,7 +62,7 @@ class FashionPipeline(DiffusionPipeline):
             model_input = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
             noise = self.transformer(
                 model_input, timestep=t.to(device).expand(len(model_input)), class_labels=labels
-            ).sample
+            ).sample[:, : config.in_channels]  # learned variances, if any, are not used
             if guided:
                 conditional, unconditional = noise.chunk(2)
                 noise = unconditional + guidance_scale * (conditional - unconditional)
@@ -73,10 +78,68 @@ class FashionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def load_fashion(dtype: torch.dtype = torch.float32) -> FashionPipeline:
-    """The reference pipeline, as trained: DDIM on linear betas, noise prediction. Quiet."""
-    transformer = DiTTransformer2DModel.from_pretrained(FOLDER, variant="fp16", torch_dtype=dtype)
+@dataclass(frozen=True)
+class Reference:
+    """How to make a model: the trained one has no config; `size` is the side of its input."""
+
+    config: dict[str, int] | None
+    classes: int
+    size: int
+
+    @property
+    def trained(self) -> bool:
+        return self.config is None
+
+
+def _published(layers: int, heads: int, head_dim: int) -> Reference:
+    config = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
+    return Reference(config, classes=1000, size=32)
+
+
+REFERENCES = {
+    "dit-fashion": Reference(None, classes=10, size=28),
+    "dit-s-2": _published(layers=12, heads=6, head_dim=64),
+    "dit-xl-2": _published(layers=28, heads=16, head_dim=72),
+}
+
+
+def load_pipeline(name: str, layers: int | None = None, size: int | None = None) -> PixelDiTPipeline:
+    """A quiet fp32 pipeline of one of `REFERENCES`, with DDIM on linear betas as dit-fashion was trained.
+
+    Args:
+        layers, size: shrink a published architecture (not dit-fashion) so that a CPU can finish.
+    """
+    reference = REFERENCES[name]
+    if reference.trained:
+        if layers is not None or size is not None:
+            raise ValueError(f"{name} is trained: expected no other layers or size, got {layers} and {size}")
+        transformer = DiTTransformer2DModel.from_pretrained(FASHION, variant="fp16", torch_dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        config = {**reference.config, "sample_size": size or reference.size}
+        if layers is not None:
+            config["num_layers"] = layers
+        transformer = DiTTransformer2DModel(
+            in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=1000, **config
+        ).eval()
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    pipeline = FashionPipeline(transformer, scheduler)
+    pipeline = PixelDiTPipeline(transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def noise(pipeline: PixelDiTPipeline, count: int, seed: int = 0) -> Tensor:
+    """Initial noise for `count` images."""
+    config = pipeline.transformer.config
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+
+
+def labels(name: str, count: int) -> list[int]:
+    """Class labels for `count` images: every class in turn."""
+    return [i % REFERENCES[name].classes for i in range(count)]
+
+
+def timesteps(pipeline: PixelDiTPipeline, steps: int) -> list[int]:
+    pipeline.scheduler.set_timesteps(steps)
+    return pipeline.scheduler.timesteps.tolist()

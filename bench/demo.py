@@ -1,0 +1,117 @@
+"""The main job on the reference model: the same noise sampled in full and accelerated, as pictures and numbers.
+
+make demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+import harmonica_rt as hrt
+from bench import run_latency
+from bench.measure import psnr
+from bench.reference import CLASSES, GUIDANCE, labels, load_pipeline, noise
+from bench.run_quality import sample
+
+MODEL, STEPS, SCHEDULE = "dit-fashion", 20, "uniform:2"
+AMPLIFIED = 8
+
+
+def grid(full: Tensor, fast: Tensor, names: list[str], path: Path) -> None:
+    """Full run on top, accelerated below it, their difference (amplified) at the bottom; one column a noise."""
+    rows = [
+        ("full", (full / 2 + 0.5).clamp(0, 1)),
+        ("accelerated", (fast / 2 + 0.5).clamp(0, 1)),
+        (f"difference x{AMPLIFIED}", (AMPLIFIED * (fast - full).abs() / 2).clamp(0, 1)),
+    ]
+    figure = Figure(figsize=(1.05 * len(names) + 1.2, 3.9), layout="constrained")
+    for row, axes_row in zip(rows, figure.subplots(3, len(names), squeeze=False)):
+        title, images = row
+        for column, axes in enumerate(axes_row):
+            axes.imshow(images[column, 0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if title == "full":
+                axes.set_title(names[column], fontsize=8)
+            if column == 0:
+                axes.set_ylabel(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--schedule", default=SCHEDULE, help="uniform:N[:ORDER] or a schedule file")
+    parser.add_argument("--count", type=int, default=64, help="noises that PSNR is taken on")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", choices=("auto", "eager"), default="auto", help="eager compiles nothing")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    console, out = Console(width=160), arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    pipeline = load_pipeline(MODEL)
+    schedule = run_latency.parse_schedule(arguments.schedule, pipeline, STEPS)
+    schedule.plot(out / "schedule.png")
+    console.print(str(schedule), highlight=False)
+    start = noise(pipeline, arguments.count)
+    with console.status(f"sampling {arguments.count} images in full"):
+        began = time.perf_counter()
+        full = sample(pipeline, start, STEPS)
+        seconds_full = time.perf_counter() - began
+    with console.status(f"compiling, then sampling {arguments.count} images with the schedule"):
+        hrt.compile(pipeline, schedule, backend=arguments.backend)
+        sample(pipeline, start[:16], STEPS)
+        began = time.perf_counter()
+        fast = sample(pipeline, start, STEPS)
+        seconds_fast = time.perf_counter() - began
+        report = pipeline.transformer.report()
+        hrt.uncompile(pipeline)
+    console.print(str(report), highlight=False)
+    shown = min(10, arguments.count)
+    grid(full[:shown], fast[:shown], [CLASSES[c] for c in labels(MODEL, shown)], out / "images.png")
+
+    compiles = report.plans[0].backend == "inductor"
+    with console.status("") as status:
+        result = run_latency.measure(
+            MODEL,
+            arguments.schedule,
+            backends=["eager", "inductor"] if compiles else ["eager"],
+            steps=STEPS,
+            batch=4,
+            rounds=arguments.rounds,
+            compiled=compiles,
+            progress=status.update,
+        )
+    console.print(run_latency.table(result))
+    run_latency.plot(result, str(out / "latency.png"))
+    values = psnr(fast, full)
+    best = result["rows"][-1]
+    result["demo"] = {"psnr_mean": values.mean().item(), "psnr_worst": values.min().item(), "count": arguments.count}
+    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {out}/: images.png, schedule.png, latency.png, demo.json")
+    console.print(
+        f"Seen: with {100 * schedule.cur:.0f} % of its branches reused, {MODEL} samples {best['speedup']:.2f}x as "
+        f"fast as diffusers (theory: {result['theoretical']:.2f}x), {values.mean():.1f} dB PSNR from the full run's "
+        f"images on average (worst {values.min():.1f}) over {arguments.count} noises at guidance {GUIDANCE}; "
+        f"{arguments.count} images took {seconds_fast:.1f} s, not {seconds_full:.1f} s.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Latency of a schedule on this runtime against diffusers eager, torch.compile and module-level reuse, in one run.
+
+    python bench/run_latency.py --model dit-s-2 --steps 10 --schedule uniform:2
+
+Every candidate samples the same noise through the same pipeline; rounds are interleaved; outputs are checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import harmonica_rt as hrt
+from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
+from bench.module_reuse import ModuleReuse
+from bench.reference import GUIDANCE, REFERENCES, PixelDiTPipeline, labels, load_pipeline, noise, timesteps
+
+EAGER, COMPILED, NAIVE = "diffusers eager", "torch.compile, full", "module-level reuse"
+GATE = 1e-4  # relative error to module-level reuse that every candidate of ours must stay below to be timed
+
+
+class WrongResult(RuntimeError):
+    """A candidate does not compute what it should: nothing is timed."""
+
+
+def parse_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> hrt.Schedule:
+    """``full``, ``uniform:N`` or ``uniform:N:ORDER`` for the pipeline's model and sampler, or a schedule file."""
+    known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": timesteps(pipeline, steps)}
+    name, *numbers = text.split(":")
+    if name == "full" and not numbers:
+        return hrt.Schedule.full(pipeline.transformer, steps, **known)
+    if name == "uniform" and 1 <= len(numbers) <= 2 and all(n.isdigit() for n in numbers):
+        every, order = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
+        return hrt.Schedule.uniform(pipeline.transformer, steps, every, order, **known)
+    if not Path(text).is_file():
+        raise ValueError(f"--schedule: expected full, uniform:N[:ORDER] or a schedule file, got {text!r}")
+    return hrt.Schedule.load(text)
+
+
+def measure(
+    model: str,
+    schedule: str | hrt.Schedule,
+    *,
+    backends: list[str],
+    steps: int,
+    batch: int,
+    rounds: int,
+    layers: int | None = None,
+    size: int | None = None,
+    guidance: float = GUIDANCE,
+    compiled: bool = True,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Run the benchmark; the result is what ``--json`` writes."""
+    pipeline = load_pipeline(model, layers, size)
+    transformer = pipeline.transformer
+    plan = parse_schedule(schedule, pipeline, steps) if isinstance(schedule, str) else schedule
+    start, classes = noise(pipeline, batch), labels(model, batch)
+
+    def sample(denoiser: torch.nn.Module) -> Tensor:
+        object.__setattr__(pipeline, "transformer", denoiser)
+        try:
+            call = pipeline(classes, guidance, num_inference_steps=steps, latents=start, output_type="latent")
+            return call.images
+        finally:
+            object.__setattr__(pipeline, "transformer", transformer)
+
+    def naive() -> Tensor:
+        reuse = ModuleReuse(transformer, plan)
+        try:
+            return sample(reuse)
+        finally:
+            reuse.remove()
+
+    progress(f"{model}: reference runs")
+    with CountLaunches() as counter:
+        full = sample(transformer)
+    launches = {EAGER: counter.count / steps}
+    with CountLaunches() as counter:
+        expected = naive()
+    launches[NAIVE] = counter.count / steps
+    candidates: dict[str, Callable[[], Tensor]] = {EAGER: lambda: sample(transformer)}
+    outputs, seconds = {EAGER: full, NAIVE: expected}, {EAGER: 0.0, NAIVE: 0.0}
+    if compiled:
+        progress(f"{model}: torch.compile of the whole model")
+        from torch._inductor.utils import run_and_get_code
+
+        whole = torch.compile(transformer)
+        started = time.perf_counter()
+        outputs[COMPILED], sources = run_and_get_code(sample, whole)
+        seconds[COMPILED] = time.perf_counter() - started - _seconds(lambda: sample(whole))
+        launches[COMPILED] = float(count_generated(sources))
+        candidates[COMPILED] = lambda: sample(whole)
+        _gate(COMPILED, outputs[COMPILED], full, 1e-3)
+    candidates[NAIVE] = naive
+    reports = {}
+    for backend in backends:
+        name = f"harmonica_rt, {backend}"
+        progress(f"{model}: {name}")
+        fast = hrt.compile(transformer, plan.replace(timesteps=timesteps(pipeline, steps)), backend=backend)
+        outputs[name] = sample(fast)
+        _gate(name, outputs[name], expected, GATE)
+        report = reports[name] = fast.report().plans[0]
+        launches[name] = sum(report.launches) / steps
+        seconds[name] = report.seconds
+        candidates[name] = lambda fast=fast: sample(fast)
+    progress(f"{model}: {rounds} rounds of {len(candidates)} candidates")
+    timings = interleave(candidates, rounds)
+    theoretical = plan.speedup(transformer)
+    return {
+        "model": model,
+        "schedule": schedule if isinstance(schedule, str) else schedule.note,
+        "cur": plan.cur,
+        "order": plan.order,
+        "steps": steps,
+        "batch": batch,
+        "guidance": guidance,
+        "layers": plan.layers,
+        "size": transformer.config.sample_size,
+        "dtype": str(transformer.dtype),
+        "rounds": rounds,
+        "theoretical": theoretical,
+        "environment": environment(),
+        "rows": [
+            _row(name, timings, theoretical, steps, batch)
+            | {
+                "launches_per_step": launches[name],
+                "compile_seconds": seconds[name],
+                "slot_bytes": reports[name].slot_bytes if name in reports else None,
+                "slot_share": reports[name].slot_bytes / reports[name].model_bytes if name in reports else None,
+                "psnr": _mean_psnr(outputs[name], full) if REFERENCES[model].trained else None,
+            }
+            for name in candidates
+        ],
+    }
+
+
+def _row(name: str, timings: dict[str, Timing], theoretical: float, steps: int, batch: int) -> dict[str, Any]:
+    timing, reuses = timings[name], name not in (EAGER, COMPILED)
+    speedup = ratio(timings[EAGER], timing)
+    over_compiled = ratio(timings[COMPILED], timing) if COMPILED in timings else None
+    return {
+        "name": name,
+        "ms_per_image": 1e3 * timing.median / batch,
+        "ms_per_image_p20": 1e3 * timing.percentile(20) / batch,
+        "ms_per_image_p80": 1e3 * timing.percentile(80) / batch,
+        "ms_per_step": 1e3 * timing.median / steps,
+        "speedup": speedup,
+        "speedup_over_compile": over_compiled,
+        "realised": speedup / theoretical if reuses else None,
+        "realised_over_compile": over_compiled / theoretical if reuses and over_compiled else None,
+        "seconds": list(timing.seconds),
+    }
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _mean_psnr(images: Tensor, full: Tensor) -> float | None:
+    return None if torch.equal(images, full) else psnr(images, full).mean().item()
+
+
+def _gate(name: str, output: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = ((output - expected).abs().max() / expected.abs().max()).item()
+    if not error <= tolerance:  # NaN fails too
+        raise WrongResult(f"{name}: relative error {error:.1e}, expected at most {tolerance:.0e}; nothing was timed")
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result as people read it."""
+    env = result["environment"]
+    title = (
+        f"{result['model']}, {result['layers']} layers, DDIM {result['steps']}, batch {result['batch']}"
+        f"{' with guidance' if result['guidance'] > 1 else ''}, {result['schedule']}: "
+        f"CUR {100 * result['cur']:.0f} %, theoretical {result['theoretical']:.2f}x"
+    )
+    caption = f"{env['cpu']}, {env['threads']} thread(s), fp32, torch {env['torch']}, {result['rounds']} rounds, median"
+    out = Table(title=title, caption=f"{caption}; commit {env['commit']}")
+    out.add_column("")
+    for column in (
+        "ms/image",
+        "p20-p80",
+        "ms/step",
+        "speed-up",
+        "realised",
+        "vs compile",
+        "launches",
+        "slots",
+        "compile s",
+        "PSNR",
+    ):
+        out.add_column(column, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        slots = (
+            "" if row["slot_bytes"] is None else f"{row['slot_bytes'] / 2**20:.1f} MiB, {100 * row['slot_share']:.0f} %"
+        )
+        out.add_row(
+            row["name"],
+            f"{row['ms_per_image']:.1f}",
+            f"{row['ms_per_image_p20']:.1f}-{row['ms_per_image_p80']:.1f}",
+            f"{row['ms_per_step']:.1f}",
+            f"{row['speedup']:.2f}x",
+            _or_blank(row["realised"]),
+            _or_blank(row["realised_over_compile"]),
+            f"{row['launches_per_step']:.0f}",
+            slots,
+            f"{row['compile_seconds']:.1f}",
+            _or_blank(row["psnr"], ".1f"),
+        )
+    return out
+
+
+def _or_blank(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def plot(result: dict[str, Any], path: str) -> None:
+    """Bars: ms an image of every candidate, and the time the theory allows."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    figure = Figure(figsize=(8, 0.7 * len(rows) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    values = [row["ms_per_image"] for row in rows]
+    errors = [
+        [v - r["ms_per_image_p20"] for v, r in zip(values, rows)],
+        [r["ms_per_image_p80"] - v for v, r in zip(values, rows)],
+    ]
+    colours = ["#1f4e79" if row["name"].startswith("harmonica_rt") else "#a9b8c6" for row in rows]
+    bars = axes.barh([row["name"] for row in rows], values, xerr=errors, color=colours, ecolor="#333333", capsize=3)
+    axes.bar_label(bars, [f"{row['speedup']:.2f}x" for row in rows], label_type="center", color="white", weight="bold")
+    axes.axvline(values[0] / result["theoretical"], color="#c0392b", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"theoretical {result['theoretical']:.2f}x",
+        (values[0] / result["theoretical"], len(rows) - 0.55),
+        xytext=(4, 0),
+        textcoords="offset points",
+        color="#c0392b",
+        fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.set_xlabel("ms an image (median; whiskers p20 to p80)")
+    axes.set_title(f"{result['model']}, DDIM {result['steps']}, {result['schedule']}", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=REFERENCES, default="dit-fashion")
+    parser.add_argument("--schedule", default="uniform:2", help="full, uniform:N[:ORDER] or a schedule file")
+    parser.add_argument("--backend", default="eager,inductor", help="one of ours, or several with commas")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=1, help="images a call; guidance doubles the samples")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="1 turns guidance off")
+    parser.add_argument("--layers", type=int, help="shrink a published architecture")
+    parser.add_argument("--size", type=int, help="side of a published architecture's latent")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the whole model")
+    parser.add_argument(
+        "--keep-cache", action="store_true", help="use TorchInductor's cache: compile times are not cold"
+    )
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="PNG")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=160)
+    with tempfile.TemporaryDirectory() as cache, console.status("") as status:
+        if not arguments.keep_cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        try:
+            result = measure(
+                arguments.model,
+                arguments.schedule,
+                backends=arguments.backend.split(","),
+                steps=arguments.steps,
+                batch=arguments.batch,
+                rounds=arguments.rounds,
+                layers=arguments.layers,
+                size=arguments.size,
+                guidance=arguments.guidance,
+                compiled=not arguments.no_compile,
+                progress=status.update,
+            )
+        except (ValueError, TypeError, WrongResult) as error:
+            console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+            return 2
+    console.print(table(result))
+    for path, write in [(arguments.json, _write_json), (arguments.plot, plot)]:
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write(result, path)
+    return 0
+
+
+def _write_json(result: dict[str, Any], path: str) -> None:
+    Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The figures this project promises, measured again: each line says what was expected and what came.
+
+    python bench/targets.py
+
+Exits with 1 if one is missed. One thread; ratios, not seconds, so any machine may run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
+
+import numpy as np
+import torch
+from rich.console import Console
+
+import harmonica_rt as hrt
+from bench import run_latency, run_quality
+from bench.reference import load_pipeline, timesteps
+
+INDUCTOR, EAGER = "harmonica_rt, inductor", "harmonica_rt, eager"
+
+
+@dataclass(frozen=True)
+class Target:
+    what: str
+    measured: float
+    bound: float
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        verdict = "met" if self.met else "MISSED"
+        return f"{verdict:6}  {self.what}: {self.measured:.2f} (expected {sign} {self.bound:g})"
+
+
+def random_schedule(model: str, steps: int, reuse: float, order: int, seed: int = 0) -> hrt.Schedule:
+    """Every entry reused with probability `reuse`: the hardest kind for a runtime, no two steps alike."""
+    pipeline = load_pipeline(model)
+    like = hrt.Schedule.full(pipeline.transformer, steps, order=order, timesteps=timesteps(pipeline, steps))
+    compute = np.random.default_rng(seed).random(like.compute.shape) >= reuse
+    compute[0] = True
+    return like.replace(compute=compute, note=f"random, {100 * reuse:.0f} % reused, order {order}")
+
+
+def quality() -> Iterator[Target]:
+    result = run_quality.measure(("uniform:2:1", "uniform:2:0"), steps=20, count=64, seed=0, fewer=())
+    for row, bound in zip(result["rows"], (42.5, 30.0)):
+        yield Target(f"dit-fashion, DDIM 20, {row['name']}: mean PSNR over 64 noises, dB", row["mean"], bound)
+
+
+def latency(rounds: int) -> Iterator[Target]:
+    result = run_latency.measure(
+        "dit-fashion", "uniform:2", backends=["inductor"], steps=20, batch=4, rounds=rounds, compiled=False
+    )
+    yield Target(
+        "dit-fashion, batch 4 with guidance, uniform:2: speed-up over diffusers", _row(result, INDUCTOR)["speedup"], 1.9
+    )
+    for schedule in ("uniform:2", random_schedule("dit-s-2", 10, 0.5, order=1)):
+        result = run_latency.measure(
+            "dit-s-2", schedule, backends=["inductor"], steps=10, batch=1, rounds=rounds, compiled=True
+        )
+        row, name = _row(result, INDUCTOR), f"dit-s-2, 10 steps, {result['schedule']}: realised / theoretical"
+        yield Target(f"{name}, against diffusers eager", row["realised"], 1.0)
+        yield Target(f"{name}, against torch.compile of the full model", row["realised_over_compile"], 0.95)
+
+
+def eager_backend(rounds: int) -> Iterator[Target]:
+    """Small batches of a small model, where every launch shows."""
+    schedules = ["full", "uniform:2:0", "uniform:4:1"]
+    schedules += [random_schedule("dit-fashion", 20, reuse, order) for reuse, order in ((0.1, 0), (0.5, 1), (0.9, 2))]
+    for schedule in schedules:
+        result = run_latency.measure(
+            "dit-fashion", schedule, backends=["eager"], steps=20, batch=1, rounds=rounds, compiled=False
+        )
+        naive, ours = (_row(result, name)["speedup"] for name in (run_latency.NAIVE, EAGER))
+        yield Target(
+            f"dit-fashion, batch 1, {result['schedule']}: eager backend over module-level reuse", ours / naive, 0.97
+        )
+
+
+COLD = """
+import sys, time
+import torch
+import harmonica_rt as hrt
+from bench.reference import load_pipeline
+torch.set_num_threads(1)
+model = load_pipeline("dit-s-2").transformer
+call = (torch.randn(2, 4, 32, 32), torch.tensor([900, 900]), torch.tensor([1, 1000]))
+for every in (2, 3):
+    began = time.perf_counter()
+    hrt.compile(model, hrt.Schedule.uniform(model, 10, every), backend="inductor")(*call)
+    print(time.perf_counter() - began)
+"""
+
+
+def compile_time() -> Iterator[Target]:
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", COLD],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    cold, second = map(float, done.stdout.split())
+    yield Target(
+        "dit-s-2: seconds to compile a plan and run its first step, nothing cached", cold, 40.0, at_least=False
+    )
+    yield Target("dit-s-2: seconds for a second schedule on the same shapes", second, 3.0, at_least=False)
+
+
+def _row(result: dict, name: str) -> dict:
+    return next(row for row in result["rows"] if row["name"] == name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    console, missed = Console(), 0
+    for targets in (compile_time(), quality(), latency(arguments.rounds), eager_backend(arguments.rounds)):
+        for target in targets:
+            console.print(str(target), soft_wrap=True, highlight=False, style=None if target.met else "red")
+            missed += not target.met
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

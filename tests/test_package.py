@@ -1,0 +1,44 @@
+"""The package as installed: what importing costs and pulls in, and that it shadows nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import harmonica_rt
+
+
+def python(code: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_pulls_in_nothing_heavy() -> None:
+    loaded = python(
+        "import torch, sys; before = set(sys.modules); import harmonica_rt;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    ).split()
+    assert "harmonica_rt" in loaded
+    assert not {"triton", "matplotlib", "diffusers", "accelerate", "typer", "rich"} & set(loaded)
+
+
+def test_import_works_without_triton_and_matplotlib() -> None:
+    python(
+        "import sys; sys.modules.update(triton=None, matplotlib=None); import harmonica_rt as h; h.Schedule, h.compile"
+    )
+
+
+def test_kernels_is_ours_only_under_our_name(tmp_path: Path) -> None:
+    assert python("import harmonica_rt.kernels.gap as gap; print(gap.__name__)") == "harmonica_rt.kernels.gap"
+    assert importlib.metadata.distribution("harmonica_rt").read_text("top_level.txt").split() == ["harmonica_rt"]
+    code = "import importlib.util as u; print([n for n in ('kernels', 'train', 'bench', 'tests') if u.find_spec(n)])"
+    assert python(code, cwd=tmp_path) == "[]"
+
+
+def test_public_names_have_docstrings() -> None:
+    assert set(harmonica_rt.__all__) >= {"Schedule", "compile", "uncompile"}
+    for name in harmonica_rt.__all__:
+        assert getattr(harmonica_rt, name).__doc__

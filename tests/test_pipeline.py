@@ -1,0 +1,208 @@
+"""Pipelines: one line makes them fast, their scheduler tells where a run is, and they can be had back."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+
+import harmonica_rt as hrt
+from bench.module_reuse import ModuleReuse
+from bench.reference import PixelDiTPipeline
+
+from .conftest import make_dit, random_schedule, relative_error
+
+
+def make_pipeline(model: torch.nn.Module | None = None) -> PixelDiTPipeline:
+    pipeline = PixelDiTPipeline(model or make_dit(in_channels=2, out_channels=2), DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline: PixelDiTPipeline, steps: int = 6, guidance: float = 1.5, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline([0, 3], guidance, generator, num_inference_steps=steps, output_type="latent").images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler]
+)
+def test_a_pipeline_equals_module_level_reuse(scheduler: type, guidance: float) -> None:
+    pipeline = make_pipeline()
+    pipeline.scheduler = scheduler()
+    pipeline.scheduler.set_timesteps(6)
+    calls = len(pipeline.scheduler.timesteps)  # Heun calls the denoiser twice a step
+    schedule = random_schedule(3, steps=calls)
+    model = pipeline.transformer
+    oracle = ModuleReuse(model, schedule)
+    object.__setattr__(pipeline, "transformer", oracle)
+    wanted = sample(pipeline, guidance=guidance)
+    oracle.remove()
+    object.__setattr__(pipeline, "transformer", model)
+    assert hrt.compile(pipeline, schedule, backend="eager") is pipeline
+    for _ in range(2):
+        assert relative_error(sample(pipeline, guidance=guidance), wanted) < 1e-4
+    report = pipeline.transformer.report().plans[0]
+    assert report.computed == schedule.compute.sum()
+
+
+def test_modulation_is_computed_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = hrt.compile(make_pipeline(), random_schedule(3), backend="eager")
+    sample(pipeline)
+    filled = []
+    plan = next(iter(pipeline.transformer._plans.values()))
+    modulate = plan.adapter.modulate
+    monkeypatch.setattr(plan.adapter, "modulate", lambda t, c, out: filled.append(len(t)) or modulate(t, c, out))
+    sample(pipeline)
+    sample(pipeline)
+    assert filled == [6, 6]
+
+
+def test_modulation_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows for many steps are computed in parts, and come out the same."""
+    pipeline = make_pipeline()
+    hrt.compile(pipeline, random_schedule(3), backend="eager")
+    wanted = sample(pipeline)
+    row_bytes = 4 * pipeline.transformer.report().plans[0].modulation_bytes // (4 * 6)
+    monkeypatch.setattr("harmonica_rt.executor.MODULATION_BYTES", 4 * row_bytes + 1)
+    hrt.compile(pipeline, random_schedule(3), backend="eager")
+    assert relative_error(sample(pipeline), wanted) < 1e-5
+    assert pipeline.transformer.report().plans[0].modulation_bytes == 4 * row_bytes
+
+
+def test_diffusers_own_dit_pipeline() -> None:
+    vae = AutoencoderKL(in_channels=3, out_channels=3, block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
+    model = make_dit(in_channels=2, out_channels=4, num_embeds_ada_norm=1000)
+    pipeline = DiTPipeline(model, vae.eval(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images() -> np.ndarray:
+        generator = torch.Generator().manual_seed(1)
+        return pipeline([1, 2], generator=generator, num_inference_steps=4, output_type="np").images
+
+    wanted = images()
+    hrt.compile(pipeline, hrt.Schedule.full(model, 4), backend="eager")
+    np.testing.assert_allclose(images(), wanted, atol=1e-4)
+    hrt.uncompile(pipeline)
+    assert pipeline.transformer is model
+
+
+def test_a_pipeline_interrupted_starts_over() -> None:
+    pipeline = hrt.compile(make_pipeline(), random_schedule(3), backend="eager")
+    wanted = sample(pipeline)
+    model_step, calls = pipeline.scheduler.step, []
+
+    def failing(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return model_step(*args, **kwargs)
+
+    pipeline.scheduler.step = failing
+    with pytest.raises(KeyboardInterrupt):
+        sample(pipeline, seed=5)
+    pipeline.scheduler.step = model_step
+    assert torch.equal(sample(pipeline), wanted)
+
+
+def test_a_run_entering_midway_follows_the_schedulers_timesteps() -> None:
+    """What image-to-image pipelines do: all timesteps set, the first ones left out."""
+    pipeline = make_pipeline()
+    model, schedule = pipeline.transformer, random_schedule(4)
+    hrt.compile(pipeline, schedule, backend="eager")
+    oracle = ModuleReuse(model, schedule.starting_at(2))
+    pipeline.scheduler.set_timesteps(6)
+    x, labels = torch.randn(2, 2, 8, 8), torch.tensor([1, 2])
+    for t in pipeline.scheduler.timesteps[2:]:
+        with torch.no_grad():
+            wanted = oracle(x, timestep=t.expand(2), class_labels=labels).sample
+        pairs = [(block, name, getattr(block, name)) for block, name in oracle.wrapped]
+        for block, name, cached in pairs:  # the compiled model sees the plain modules
+            setattr(block, name, cached.module)
+        assert relative_error(pipeline.transformer(x, timestep=t.expand(2), class_labels=labels).sample, wanted) < 1e-4
+        for block, name, cached in pairs:
+            setattr(block, name, cached)
+    oracle.remove()
+
+
+def test_another_scheduler_is_noticed() -> None:
+    pipeline = make_pipeline()
+    hrt.compile(pipeline, hrt.Schedule.full(pipeline.transformer, 6), backend="eager")
+    sample(pipeline)
+    pipeline.scheduler = DPMSolverMultistepScheduler()
+    fast = sample(pipeline)
+    hrt.uncompile(pipeline)
+    assert relative_error(fast, sample(pipeline)) < 1e-4
+
+
+def test_a_schedule_for_other_steps_names_both() -> None:
+    pipeline = make_pipeline()
+    hrt.compile(pipeline, hrt.Schedule.full(pipeline.transformer, 6), backend="eager")
+    with pytest.raises(ValueError, match=r"the schedule has 6 steps, but DDIMScheduler has 5 timesteps"):
+        sample(pipeline, steps=5)
+    assert sample(pipeline, steps=6).isfinite().all()
+
+
+def test_a_schedule_for_other_timesteps_names_both() -> None:
+    pipeline = make_pipeline()
+    schedule = hrt.Schedule.full(pipeline.transformer, 4, timesteps=[750, 500, 249, 0])
+    hrt.compile(pipeline, schedule, backend="eager")
+    with pytest.raises(ValueError, match=r"at step 2 the schedule has 249, DDIMScheduler has 250"):
+        sample(pipeline, steps=4)
+
+
+def test_a_schedule_for_another_sampler_warns_once() -> None:
+    pipeline = make_pipeline()
+    hrt.compile(pipeline, hrt.Schedule.full(pipeline.transformer, 4, sampler="UniPC"), backend="eager")
+    with pytest.warns(UserWarning, match="made for UniPC, the pipeline samples with DDIMScheduler"):
+        sample(pipeline, steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(pipeline, steps=4)
+
+
+def test_compiling_again_replaces_the_schedule_and_uncompile_restores() -> None:
+    pipeline = make_pipeline()
+    model, wanted = pipeline.transformer, sample(pipeline)
+    config = dict(pipeline.config)
+    hrt.compile(pipeline, random_schedule(1), backend="eager")
+    hrt.compile(pipeline, hrt.Schedule.full(model, 6), backend="eager")
+    assert pipeline.transformer.model is model
+    assert relative_error(sample(pipeline), wanted) < 1e-5
+    assert dict(pipeline.config) == config
+    pipeline.transformer.uncompile()
+    assert pipeline.transformer is model
+    assert torch.equal(sample(pipeline), wanted)
+
+
+def test_a_refused_compile_leaves_the_pipeline_alone() -> None:
+    pipeline = make_pipeline()
+    model = pipeline.transformer
+    with pytest.raises(ValueError, match="layers expected 3, got 5"):
+        hrt.compile(pipeline, random_schedule(1, layers=5))
+    assert pipeline.transformer is model
+
+
+def test_a_compiled_pipeline_saves_as_if_never_compiled(tmp_path: object) -> None:
+    pipeline = make_pipeline()
+    wanted = sample(pipeline)
+    hrt.compile(pipeline, random_schedule(1), backend="eager")
+    sample(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    model = DiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+    scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    loaded = PixelDiTPipeline(model, scheduler)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded), wanted)
