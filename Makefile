@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OUT := out
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench kernels clean
 
 help:  ## This list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
@@ -18,6 +18,7 @@ demo: .venv/ready  ## Sample the reference model in full and accelerated: pictur
 	$(BIN)/python bench/demo.py --out $(OUT)
 
 test: .venv/ready lint  ## Lint and the whole test suite
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 	$(BIN)/pytest
 
 lint: .venv/ready  ## ruff, check only
@@ -26,6 +27,9 @@ lint: .venv/ready  ## ruff, check only
 
 bench: .venv/ready  ## The figures of README.md: correctness, latency, quality (about 15 minutes on one core)
 	$(BIN)/python bench/targets.py
+
+kernels: .venv/ready  ## Compile the Triton kernels for sm_80 to sm_120, without a GPU: registers, spills, loads
+	$(BIN)/python bench/aot.py
 
 clean:  ## Remove what the targets above made
 	rm -rf .venv out

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.gap import CHUNKS, chunks, compiled_gap, gap_eager
+from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu, gelu_eager
 from .models.base import Adapter, Branch, Gelu, Linear, Norm, SelfAttention
 from .program import Gap, Program

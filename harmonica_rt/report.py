@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .executor import Plan
-from .kernels.gap import chunks
+from .kernels.gap_torch import chunks
 
 ENDS = 4  # launches outside the blocks: patch embedding, positions, output projection, unpatchify
 

@@ -32,7 +32,9 @@ def test_import_works_without_triton_and_matplotlib() -> None:
 
 
 def test_kernels_is_ours_only_under_our_name(tmp_path: Path) -> None:
-    assert python("import harmonica_rt.kernels.gap as gap; print(gap.__name__)") == "harmonica_rt.kernels.gap"
+    assert (
+        python("import harmonica_rt.kernels.gap_torch as gap; print(gap.__name__)") == "harmonica_rt.kernels.gap_torch"
+    )
     assert importlib.metadata.distribution("harmonica_rt").read_text("top_level.txt").split() == ["harmonica_rt"]
     code = "import importlib.util as u; print([n for n in ('kernels', 'train', 'bench', 'tests') if u.find_spec(n)])"
     assert python(code, cwd=tmp_path) == "[]"

@@ -1,81 +1,129 @@
-"""Gap: eager and compiled against float64, for every number of terms a launch takes."""
+"""The Gap op as torch sees it; the kernel itself is tested in tests/interpreted."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from harmonica_rt.kernels.gap import CHUNKS, chunks, compiled_gap, gap_eager, gap_reference
+pytest.importorskip("triton")
 
-from ..conftest import needs_compiler
-
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative RMS
+from bench import aot
+from harmonica_rt.kernels.gap import DTYPES, bytes_moved, gap, gap_reference, launch_arguments, launch_config
 
 
-def operands(terms: int, shape: tuple[int, int, int], dtype: torch.dtype, rows: int = 7) -> tuple:
-    batch, _, width = shape
-    table = torch.randn(batch, rows + terms, width).to(dtype)
-    row = [table[:, r : r + 1] for r in range(rows + terms)]  # strided, as modulation rows are
-    slots = [torch.randn(shape).to(dtype) for _ in range(terms)]
-    x = (torch.randn(shape) * 2 + 1).to(dtype)
-    return x, slots, row[2 : 2 + terms], torch.randn(terms).tolist(), (row[0], row[1], 1e-5), rows + terms
+def operands(
+    dtype: torch.dtype = torch.float32, batch: int = 2, tokens: int = 5, width: int = 12, terms: int = 3
+) -> dict:
+    return {
+        "x": torch.randn(batch, tokens, width).to(dtype),
+        "y": torch.zeros(batch, tokens, width, dtype=dtype),
+        "arena": torch.randn(4, batch, tokens, width).to(dtype),
+        "rows": torch.randn(2, batch, 6, width).to(dtype),
+        "step": torch.tensor([1], dtype=torch.int32),
+        "table": torch.tensor([[k, 2 + k if k else -1] for k in range(terms)], dtype=torch.int32).view(-1, 2),
+        "weights": torch.randn(terms),
+        "norm": "layer",
+        "shift": 0,
+        "scale": 1,
+        "eps": 1e-6,
+        "affine": None,
+    }
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    assert expected.dtype == torch.float64
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error <= tolerance, f"relative RMS {error:.1e} above {tolerance:.0e}"
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["none", "rms"])
+def test_the_op_is_what_it_says_to_torch(dtype: torch.dtype, norm: str) -> None:
+    torch.library.opcheck(gap, tuple((operands(dtype) | {"norm": norm}).values()))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(1, 1, 4), (2, 63, 60), (3, 5, 33)])
-@pytest.mark.parametrize("terms", [0, 1, 5])
-def test_eager(terms: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    x, slots, gates, weights, norm, _ = operands(terms, shape, dtype)
-    wanted = gap_reference(x, slots, gates, weights, norm)
-    moved, y = gap_eager(x, slots, gates, weights, norm)
-    assert moved is x, "in place"
-    assert y.dtype == dtype
-    for actual, expected in zip((moved, y), wanted):
-        assert_close(actual, expected, TOLERANCE[dtype] * max(1, terms))  # eager rounds to storage after each term
+def test_the_cpu_op_works_in_place() -> None:
+    call = operands()
+    wanted = gap_reference(
+        *(call["x"], call["arena"], call["rows"], 1, call["table"].tolist(), call["weights"].tolist()),
+        *("layer", 0, 1, 1e-6),
+    )
+    gap(**call)
+    for actual, expected in zip((call["x"], call["y"]), wanted):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("terms", [0, *CHUNKS])
-def test_compiled(terms: int, dtype: torch.dtype) -> None:
-    shape = (2, 63, 60)
-    x, slots, gates, weights, norm, rows = operands(terms, shape, dtype)
-    wanted = gap_reference(x, slots, gates, weights, norm)
-    before = x.clone()
-    scalars = torch.tensor([*weights, norm[2]])
-    kernel = compiled_gap(terms, True, shape, rows, dtype, x.device, torch.get_num_threads())
-    *moved, y = kernel(x, scalars, *slots, *gates, *norm[:2])
-    assert torch.equal(x, before), "the stream is not changed in place"
-    assert len(moved) == (terms > 0)
-    assert {t.dtype for t in (*moved, y)} == {dtype}
-    for actual, expected in zip([*moved, y], wanted if terms else wanted[1:]):
-        assert_close(actual, expected, TOLERANCE[dtype])
-    if terms:
-        kernel = compiled_gap(terms, False, shape, rows, dtype, x.device, torch.get_num_threads())
-        (moved,) = kernel(x, scalars, *slots, *gates)
-        assert_close(moved, wanted[0], TOLERANCE[dtype])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"norm": "batch"}, "norm: expected one of .*, got 'batch'"),
+        ({"y": torch.zeros(2, 5, 11)}, r"y: expected shape \(2, 5, 12\), got \(2, 5, 11\)"),
+        ({"y": torch.zeros(2, 5, 12, dtype=torch.float16)}, "y: expected torch.float32, got torch.float16"),
+        ({"y": torch.zeros(2, 12, 5).transpose(1, 2)}, "y: expected a contiguous tensor"),
+        ({"arena": torch.zeros(4, 2, 6, 12)}, r"arena: expected \[slots, 2, 5, 12\]"),
+        ({"rows": torch.zeros(2, 3, 6, 12)}, r"rows: expected \[steps, 2, rows, 12\]"),
+        ({"shift": 6}, "shift, scale: expected -1 to 5, got 6, 1"),
+        ({"table": torch.zeros(3, 2, dtype=torch.int64)}, r"table: expected int32 \[terms, 2\], got torch.int64"),
+        ({"weights": torch.zeros(2)}, r"weights: expected float32 \[3\]"),
+        ({"step": torch.zeros(1, dtype=torch.int64)}, "step: expected int32"),
+        ({"affine": torch.zeros(12)}, r"affine: expected contiguous \[2, 12\]"),
+        ({"x": torch.zeros(2, 5, 12, dtype=torch.float64)}, "x: expected one of .*, got torch.float64"),
+    ],
+)
+def test_what_a_launch_refuses(change: dict, match: str) -> None:
+    call = operands() | change
+    before = call["x"].clone()
+    with pytest.raises(AssertionError, match=match):
+        gap(**call)
+    assert torch.equal(call["x"], before)
 
 
-@given(st.integers(0, 2000))
-def test_chunks_add_up_in_few_launches(terms: int) -> None:
-    sizes = chunks(terms)
-    assert sum(sizes) == terms
-    assert set(sizes) <= {0, *CHUNKS}
-    assert len(sizes) <= terms // 8 + 3 or terms == 0
-    assert sizes == sorted(sizes, reverse=True)
+def test_few_variants_serve_every_schedule() -> None:
+    """What makes a variant are the constants of a launch: the same for any terms, batch, tokens, rows and weights."""
+    seen = set()
+    for batch, tokens, terms in [(1, 1, 0), (2, 5, 1), (3, 16, 2), (16, 256, 56)]:
+        for norm in ("none", "layer", "rms"):
+            for affine in (None, torch.zeros(2, 12)):
+                call = operands(batch=batch, tokens=tokens, terms=terms) | {"norm": norm, "affine": affine}
+                call["arena"] = torch.zeros(60, batch, tokens, 12)
+                call["rows"] = torch.zeros(2, batch, 60, 12)
+                constants = launch_arguments(**call)[2]
+                seen.add(tuple(constants.items()))
+    assert len(seen) <= 8
 
 
-def test_weights_of_order_one_are_extrapolation() -> None:
-    x, slots, gates, _, norm, _ = operands(2, (2, 5, 8), torch.float64)
-    gates = [gates[0]] * 2
-    moved, _ = gap_reference(x, slots, gates, [1.5, -0.5], norm)
-    torch.testing.assert_close(moved, x + gates[0] * (slots[0] + 0.5 * (slots[0] - slots[1])))
+@pytest.mark.parametrize("width", [1, 4, 33, 128, 384, 1152, 1536, 2048, 3072, 5120, 8192])
+def test_every_width_has_a_launch(width: int) -> None:
+    config = launch_config(width)
+    assert config.block >= width
+    assert config.block & (config.block - 1) == 0
+    assert config.block * config.rows <= 8192
+    per_thread = config.block * config.rows / (32 * config.warps)
+    assert per_thread <= 32, "a thread's share of a row must fit its registers"
+
+
+def test_rows_in_the_millions_have_int64_offsets() -> None:
+    """2^22 rows of 1152 do not fit 32 bits: the offsets are made of 64-bit numbers."""
+    x = torch.empty(1 << 14, 1 << 8, 1152, dtype=torch.bfloat16, device="meta")
+    call = operands() | {"x": x, "y": x, "arena": x[None], "rows": torch.empty(1, 1 << 14, 6, 1152, device="meta")}
+    call["rows"] = call["rows"].bfloat16()
+    for name in ("step", "table", "weights"):
+        call[name] = call[name].to("meta")
+    grid, arguments, _ = launch_arguments(**call)
+    assert grid == (1 << 22,)
+    assert x.numel() > 2**31
+    assert arguments[-6] == x.numel(), "the stride between slots"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [0, 1, 3])
+def test_bytes_are_each_operand_once(dtype: torch.dtype, terms: int) -> None:
+    call = operands(dtype, batch=2, tokens=256, width=384, terms=terms)
+    size, stream, row = dtype.itemsize, 2 * 256 * 384, 2 * 384
+    slots = {slot for slot, _ in call["table"].tolist()}
+    gates = {gate for _, gate in call["table"].tolist() if gate >= 0}
+    least = size * (stream * (2 + len(slots) + (terms > 0)) + row * (2 + len(gates)))
+    moved = bytes_moved(*(call[name] for name in ("x", "rows", "table", "norm", "shift", "scale", "affine")))
+    assert least <= moved <= 1.05 * least
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_compiled_kernels_neither_spill_nor_move_less_than_128_bits(architecture: int) -> None:
+    built = [aot.build(*variant) for variant in aot.variants((architecture,))]
+    assert len(built) == 30
+    assert [b for b in built if not b.good] == []
+    assert max(b.registers for b in built) <= 128

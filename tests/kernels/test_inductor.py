@@ -10,7 +10,7 @@ from torch._inductor import config
 
 import harmonica_rt as hrt
 from harmonica_rt.kernels import inductor
-from harmonica_rt.kernels.gap import compiled_gap
+from harmonica_rt.kernels.gap_torch import compiled_gap
 from harmonica_rt.kernels.gelu import compiled_gelu
 
 from ..conftest import Calls, assert_close, needs_compiler, random_schedule

@@ -1,0 +1,130 @@
+"""The Gap kernel itself, lane by lane, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from harmonica_rt.kernels.gap import DTYPES, NORMS, gap, gap_kernel, gap_reference, launch_arguments
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative RMS
+
+
+class Case:
+    """Operands of one launch; everything a kernel must not read is NaN."""
+
+    def __init__(self, shape: tuple[int, int, int], terms: int, dtype: torch.dtype, gated: bool = True, slots: int = 3):
+        batch, _, width = shape
+        self.shape, self.dtype, self.step = shape, dtype, 1
+        self.x = _padded((torch.randn(shape) * 2 + 1).to(dtype))
+        self.arena = _padded(torch.randn(slots, *shape).to(dtype))
+        self.rows = torch.full((3, batch, 6, width), torch.nan).to(dtype)
+        self.rows[self.step] = torch.randn(batch, 6, width).to(dtype)
+        self.table = [(int(torch.randint(slots, ())), 2 + k % 4 if gated or k % 2 else -1) for k in range(terms)]
+        self.weights = torch.randn(terms).tolist()
+
+    def launch(
+        self, norm: str, shift: int = 0, scale: int = 1, affine: torch.Tensor | None = None, kernel: bool = True
+    ):
+        x, y = _padded(self.x.clone()), _padded(torch.full(self.shape, 7.0).to(self.dtype))
+        table = torch.tensor(self.table, dtype=torch.int32).view(-1, 2)
+        step, weights = torch.tensor([self.step], dtype=torch.int32), torch.tensor(self.weights, dtype=torch.float32)
+        call = (x, y, self.arena, self.rows, step, table, weights, norm, shift, scale, 1e-5, affine)
+        if kernel:
+            grid, arguments, constants = launch_arguments(*call)
+            constants.pop("num_warps")
+            gap_kernel[grid](*arguments, **constants)
+        else:
+            gap(*call)
+        for tensor in (x, y):
+            border = torch.as_strided(tensor, (16,), (1,), tensor.storage_offset() + tensor.numel())
+            assert border.isnan().all(), "written past the end"
+        return x, y
+
+    def reference(self, norm: str, shift: int = 0, scale: int = 1, affine: torch.Tensor | None = None):
+        arguments = (self.x, self.arena, self.rows, self.step, self.table, self.weights)
+        return gap_reference(*arguments, norm, shift, scale, 1e-5, affine)
+
+
+def _padded(values: torch.Tensor) -> torch.Tensor:
+    """`values` with NaN before and after them in memory."""
+    storage = torch.full((values.numel() + 32,), torch.nan, dtype=values.dtype)
+    storage[16:-16] = values.flatten()
+    return storage[16:-16].view(values.shape)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = (actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error <= tolerance, f"relative RMS {error:.1e} above {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "cpu op"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("shape", "terms"), [((1, 1, 4), 1), ((2, 63, 60), 3), ((3, 5, 33), 0), ((2, 7, 1152), 5), ((1, 2, 128), 56)]
+)
+def test_against_float64(shape: tuple[int, int, int], terms: int, norm: str, dtype: torch.dtype, kernel: bool) -> None:
+    case = Case(shape, terms, dtype, gated=terms != 3)
+    x, y = case.launch(norm, kernel=kernel)
+    wanted_x, wanted_y = case.reference(norm)
+    assert x.dtype == y.dtype == dtype
+    close(x, wanted_x, TOLERANCE[dtype])
+    if norm == "none":
+        assert (y == 7).all(), "y is left alone"
+    else:
+        close(y, wanted_y, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "cpu op"])
+@pytest.mark.parametrize(("shift", "scale"), [(-1, -1), (0, -1), (-1, 1)])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_affine_norms_and_missing_modulation(norm: str, shift: int, scale: int, kernel: bool) -> None:
+    case, affine = Case((2, 9, 40), 2, torch.float32), torch.randn(2, 40)
+    _, y = case.launch(norm, shift, scale, affine, kernel)
+    close(y, case.reference(norm, shift, scale, affine)[1], 1e-6)
+
+
+def test_without_terms_the_stream_keeps_its_bits() -> None:
+    case = Case((2, 9, 40), 0, torch.bfloat16)
+    x, _ = case.launch("layer")
+    assert torch.equal(x, case.x)
+
+
+@hypothesis_settings(max_examples=25)
+@given(st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.integers(0, 6))
+def test_any_shape(seed: int, batch: int, tokens: int, width: int, terms: int) -> None:
+    torch.manual_seed(seed)
+    case = Case((batch, tokens, width), terms, torch.float32, gated=bool(seed % 2))
+    x, y = case.launch("rms")
+    wanted_x, wanted_y = case.reference("rms")
+    close(x, wanted_x, 1e-6)
+    close(y, wanted_y, 2e-6)
+
+
+@hypothesis_settings(max_examples=20)
+@given(st.integers(0, 2**16), st.permutations(range(5)))
+def test_the_order_of_terms_does_not_matter(seed: int, order: list[int]) -> None:
+    torch.manual_seed(seed)
+    case = Case((2, 5, 24), 5, torch.float32)
+    x, y = case.launch("layer")
+    case.table, case.weights = [case.table[k] for k in order], [case.weights[k] for k in order]
+    for actual, expected in zip(case.launch("layer"), (x, y)):
+        close(actual, expected.double(), 1e-6)
+
+
+def test_terms_of_weight_zero_add_nothing() -> None:
+    case = Case((2, 5, 24), 5, torch.float32)
+    case.weights = [0.0] * 5
+    assert torch.equal(case.launch("none")[0], case.x)
+
+
+def test_order_one_is_explicit_extrapolation() -> None:
+    case = Case((2, 5, 24), 2, torch.float32)
+    case.table, case.weights = [(0, 3), (1, 3)], [1.5, -0.5]
+    newest, before = case.arena[0], case.arena[1]
+    expected = case.x + case.rows[1][:, 3][:, None] * (newest + 0.5 * (newest - before))
+    close(case.launch("none")[0], expected.double(), 1e-6)
