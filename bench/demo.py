@@ -53,17 +53,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--schedule", default=SCHEDULE, help="uniform:N[:ORDER] or a schedule file")
-    parser.add_argument("--count", type=int, default=64, help="noises that PSNR is taken on")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=run_latency.positive, default=64, help="noises that PSNR is taken on")
+    parser.add_argument("--rounds", type=run_latency.positive, default=5)
     parser.add_argument("--backend", choices=("auto", "eager"), default="auto", help="eager compiles nothing")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=run_latency.positive, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console, out = Console(width=160), arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
     pipeline = load_pipeline(MODEL)
-    schedule = run_latency.parse_schedule(arguments.schedule, pipeline, STEPS)
+    try:
+        schedule = run_latency.parse_schedule(arguments.schedule, pipeline, STEPS)
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        return 2
     schedule.plot(out / "schedule.png")
     console.print(str(schedule), highlight=False)
     start = noise(pipeline, arguments.count)

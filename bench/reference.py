@@ -117,6 +117,8 @@ def load_pipeline(name: str, layers: int | None = None, size: int | None = None)
     else:
         torch.manual_seed(0)
         config = {**reference.config, "sample_size": size or reference.size}
+        if config["sample_size"] % 2:
+            raise ValueError(f"{name}: expected a size that is a multiple of the patch, 2, got {size}")
         if layers is not None:
             config["num_layers"] = layers
         transformer = DiTTransformer2DModel(

@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
+from bench import run_latency
 from bench.measure import environment, pooled_psnr, psnr
 from bench.reference import GUIDANCE, PixelDiTPipeline, labels, load_pipeline, noise
-from bench.run_latency import parse_schedule
 
 MODEL = "dit-fashion"
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
@@ -58,7 +58,7 @@ def measure(
     rows = []
     for text in schedules:
         progress(text)
-        schedule = parse_schedule(text, pipeline, steps)
+        schedule = run_latency.parse_schedule(text, pipeline, steps)
         hrt.compile(pipeline, schedule)
         try:
             rows.append(
@@ -66,7 +66,7 @@ def measure(
             )
         finally:
             hrt.uncompile(pipeline)
-    for less in fewer:
+    for less in (n for n in fewer if n < steps):
         progress(f"{less} steps")
         rows.append(_row(f"{less} steps", 1 - less / steps, steps / less, sample(pipeline, start, less), full))
     return {"model": MODEL, "steps": steps, "count": count, "seed": seed, "environment": environment(), "rows": rows}
@@ -102,10 +102,10 @@ def table(result: dict[str, Any]) -> Table:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--schedule", action="append", help="uniform:N[:ORDER] or a file; may be repeated")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--count", type=int, default=64, help="noises")
+    parser.add_argument("--steps", type=run_latency.positive, default=20)
+    parser.add_argument("--count", type=run_latency.positive, default=64, help="noises")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=run_latency.positive, default=1)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

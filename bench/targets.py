@@ -129,8 +129,8 @@ def _row(result: dict, name: str) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=run_latency.positive, default=7)
+    parser.add_argument("--threads", type=run_latency.positive, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console, missed = Console(), 0

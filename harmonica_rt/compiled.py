@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
 import operator
 import threading
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .executor import BACKENDS, Plan, Shape
+from .backends import OPS
+from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
+from .executor import Plan, Shape
 from .kernels.inductor import CompilerMissing
 from .lowering import lower
 from .models import Adapter, adapt
 from .models.base import Branch, Inputs, Norm
+from .program import Program
 from .report import Report, describe_plan
 from .schedule import Schedule
 from .tracking import RunTracker
@@ -34,8 +39,10 @@ def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto"
     Args:
         model_or_pipeline: a supported diffusers model in eval mode, or a DiffusionPipeline with one as `transformer`.
         schedule: for a model of this class with as many layers.
-        backend: ``"eager"`` (plain torch ops), ``"inductor"`` (pointwise work compiled by TorchInductor) or
-            ``"auto"``: inductor, or eager if this machine cannot compile; `report()` then says why.
+        backend: ``"eager"`` (plain torch ops), ``"inductor"`` (pointwise work compiled by TorchInductor),
+            ``"cudagraph"`` (Triton kernels, one CUDA graph for each distinct step) or ``"auto"``: cudagraph on CUDA,
+            where it keeps plain launches if they measure faster, inductor elsewhere, and eager if the first choice
+            cannot be had; `report()` then says why.
         plans: how many (batch, resolution, dtype, start) are kept ready; the least recently used goes first.
 
     Returns:
@@ -46,9 +53,11 @@ def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto"
         TypeError, ValueError: naming what was expected and what came; nothing is changed then.
     """
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule: expected a harmonica_rt.Schedule, got {type(schedule).__name__}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+        raise TypeError(
+            f"schedule: expected a harmonica_rt.Schedule, got {type(schedule).__name__} (Schedule.load reads a file)"
+        )
+    if backend not in ("auto", *OPS):
+        raise ValueError(f"backend: expected one of {('auto', *OPS)}, got {backend!r}")
     if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
         raise ValueError(f"plans: expected a positive integer, got {plans!r}")
     pipeline = model_or_pipeline if _is_pipeline(model_or_pipeline) else None
@@ -104,6 +113,8 @@ class CompiledTransformer(nn.Module):
     calls are counted, and `reset()` starts a run (a pipeline's scheduler does so by itself).
     """
 
+    _recorder: Callable[[torch.device], Recorder] = CudaRecorder
+
     def __init__(self, model: nn.Module, schedule: Schedule, *, backend: str, plans: int, pipeline: Any = None) -> None:
         nn.Module.__init__(self)
         adapter = adapt(model)
@@ -138,6 +149,13 @@ class CompiledTransformer(nn.Module):
     def __class__(self) -> type:
         """The model's: `isinstance` checks hold, and a pipeline saves its transformer as what it is."""
         return type(self.__dict__["model"]) if "model" in self.__dict__ else type(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTransformer:
+        model, pipeline = copy.deepcopy((self.model, self._pipeline), memo)
+        return CompiledTransformer(model, self.schedule, backend=self.backend, plans=self._capacity, pipeline=pipeline)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a compiled transformer cannot be pickled: pickle its .model and .schedule")
 
     def __getattr__(self, name: str) -> Any:
         if "model" not in self.__dict__:
@@ -174,7 +192,7 @@ class CompiledTransformer(nn.Module):
             if self._pipeline is not None and self._pipeline.transformer is self:
                 _put(self._pipeline, self.model)
             self._end_run()
-            self._plans.clear()
+            self._free_plans()
         return self.model
 
     # ---- runs
@@ -196,6 +214,11 @@ class CompiledTransformer(nn.Module):
             self._watch_scheduler()
             adapter = self._bound[0] if self._bound is not None else adapt(self.model)
             inputs = adapter.inputs(arguments.arguments)
+            if torch.is_autocast_enabled(inputs.sample.device.type):
+                raise RuntimeError(
+                    "autocast: expected it off, since a compiled program has one dtype; load the model in the dtype "
+                    "you want (torch_dtype=...)"
+                )
             if wants_grad and inputs.sample.requires_grad:
                 raise RuntimeError(
                     "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only "
@@ -219,6 +242,10 @@ class CompiledTransformer(nn.Module):
         self._run = run
         self._tracker.commit(step, start, timestep)
         return output
+
+    def _free_plans(self) -> None:
+        while self._plans:
+            self._plans.popitem()[1].release()
 
     def _end_run(self) -> None:
         self._tracker.reset()
@@ -273,27 +300,39 @@ class CompiledTransformer(nn.Module):
             )
         adapter.tokens(shape.height, shape.width)
         if self._bound is None or _addresses(self.model) != self._weights:
-            self._plans.clear()
+            self._free_plans()
             self._bound = (adapter, *adapter.bind())
             self._weights = _addresses(self.model)
         if (shape, start) not in self._plans:
             self._plans[shape, start] = self._make_plan(shape, start)
         self._plans.move_to_end((shape, start))
         while len(self._plans) > self._capacity:
-            self._plans.popitem(last=False)
+            self._plans.popitem(last=False)[1].release()
         return _Run(self._plans[shape, start], start, {})
 
     def _make_plan(self, shape: Shape, start: int) -> Plan:
         program = lower(self.schedule.starting_at(start))
         if self.backend != "auto":
-            return Plan(*self._bound, program, shape, self.backend)
+            return self._plan(program, shape, self.backend)
+        first = "cudagraph" if shape.device.type == "cuda" else "inductor"
         try:
-            return Plan(*self._bound, program, shape, "inductor")
-        except CompilerMissing as error:
+            plan = self._plan(program, shape, first)
+        except (CompilerMissing, CaptureFailed, ImportError) as error:
             if self._fallback is None:
-                warnings.warn(f"harmonica_rt runs its eager backend: {error}", stacklevel=7)
+                warnings.warn(f"harmonica_rt runs its eager backend, not {first}: {error}", stacklevel=7)
             self._fallback = str(error)
-            return Plan(*self._bound, program, shape, "eager")
+            return self._plan(program, shape, "eager")
+        if plan.graphs is not None and not plan.graphs.measure():
+            plan.graphs.release()
+        return plan
+
+    def _plan(self, program: Program, shape: Shape, backend: str) -> Plan:
+        plan = Plan(*self._bound, program, shape, backend)
+        if backend == "cudagraph":
+            started = time.perf_counter()
+            plan.graphs = StepGraphs(plan, self._recorder(shape.device))
+            plan.seconds += time.perf_counter() - started
+        return plan
 
     def _modulate(self, run: _Run, inputs: Inputs, step: int, timestep: float | None) -> None:
         """Have the modulation rows of `step` filled: for as many steps ahead as timesteps are known for."""
@@ -312,7 +351,7 @@ class CompiledTransformer(nn.Module):
             return
         run.filled.clear()
         index, window = step - run.start, run.plan.window
-        timesteps = inputs.timestep[:1]
+        timesteps = inputs.timestep.narrow(0, 0, 1)
         if known is not None and known[step] == expected:
             end = min(index - index % window + window, len(run.plan.program.steps)) + run.start
             timesteps = torch.tensor(known[step:end], dtype=timesteps.dtype, device=timesteps.device)
@@ -338,7 +377,7 @@ def _shape(sample: Tensor) -> Shape:
 
 def _addresses(model: nn.Module) -> tuple[Any, ...]:
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return tuple((t.data_ptr(), t.shape, t.dtype, t.device) for t in tensors)
+    return tuple((t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype, t.device) for t in tensors)
 
 
 def _check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
-from .kernels.gelu import compiled_gelu, gelu_eager
+from .backends import OPS, GapCall, linear
+from .cuda_graphs import StepGraphs
 from .models.base import Adapter, Branch, Gelu, Linear, Norm, SelfAttention
-from .program import Gap, Program
+from .program import Program
 
-BACKENDS = ("eager", "inductor")
 MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
 
-GapCall = Callable[[Tensor], tuple[Tensor, Tensor]]
 Built = tuple[list[tuple[GapCall, Callable[[Tensor], None]]], GapCall]
 
 
@@ -44,6 +42,9 @@ class Plan:
     Attributes:
         slots: [slots, batch, tokens, width], what reused branches stand on.
         rows: [window, batch, rows, width], the modulation rows of `window` steps.
+        step: int32 [1], which of them the call under way uses, for kernels that look it up on the device.
+        graphs: captured steps, if the plan replays them.
+        measured: seconds a run takes replayed and launched plainly, once both have been measured.
         seconds: time it took to build, compilation included.
     """
 
@@ -59,33 +60,55 @@ class Plan:
         row_bytes = shape.batch * adapter.rows * width * shape.dtype.itemsize
         self.window = max(1, min(len(program.steps), MODULATION_BYTES // row_bytes))
         self.rows = empty(self.window, shape.batch, adapter.rows, width)
+        self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
         self.x = empty(self.stream)
         self.slots = empty(program.slots, *self.stream)
         self.scratch = empty(shape.batch * tokens * max(_widest(branch) for branch in branches))
-        self._computes = [self._compute(branch) for branch in branches]
+        self.graphs: StepGraphs | None = None
+        self.measured: tuple[float, float] | None = None
         self._steps: list[Built | None] = [None] * len(program.steps)
-        if backend == "inductor":  # all variants now: no step and no later schedule of this shape compiles anything
-            for terms in (0, *CHUNKS):
-                self._variant(terms, norm=True)
-                if terms > 1:
-                    self._variant(terms, norm=False)
+        self.ops = OPS[backend](self)
+        self._computes = [self._compute(branch) for branch in branches]
         self.seconds = time.perf_counter() - started
 
     def run(self, step: int, sample: Tensor) -> Tensor:
         """The model's output at `step`, a new tensor. Modulation rows and earlier slots must be filled."""
+        if self.graphs is not None:
+            return self.graphs.run(step, sample)
+        self.select(step)
+        return self.launch(step, sample)
+
+    def select(self, step: int) -> None:
+        """Have kernels use the modulation rows of `step`."""
+        if self.ops.reads_step:
+            self.step.fill_(step % self.window)
+
+    def launch(self, step: int, sample: Tensor) -> Tensor:
+        """`run`, once the step is selected: no host data goes to the device here, so this may be captured."""
         body, last = self._steps[step] or self._build(step)
-        x = self.x
-        self.adapter.embed(sample, x)
-        for gap, compute in body:
-            x, y = gap(x)
-            compute(y)
-        _, y = last(x)
-        return self.adapter.finish(y, self.shape.height, self.shape.width)
+        x, done = self.x, 0
+        try:
+            self.adapter.embed(sample, x)
+            for gap, compute in body:
+                x, y = gap(x)
+                compute(y)
+                done += 1
+            _, y = last(x)
+            return self.adapter.finish(y, self.shape.height, self.shape.width)
+        except Exception as error:
+            instructions = self.program.steps[step]
+            error.add_note(f"at step {step}, instruction {done}: {[*instructions.body, instructions.last][done]}")
+            raise
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
         """Fill the modulation rows of `step` and of the steps after it, one for each of `timesteps`."""
         start = step % self.window
-        self.adapter.modulate(timesteps, conditioning, self.rows[start : start + len(timesteps)])
+        self.adapter.modulate(timesteps, conditioning, self.rows.narrow(0, start, len(timesteps)))
+
+    def release(self) -> None:
+        """Free the graphs' memory now; a plan without graphs goes with its last reference."""
+        if self.graphs is not None:
+            self.graphs.release()
 
     @property
     def slot_bytes(self) -> int:
@@ -101,81 +124,43 @@ class Plan:
         instructions = self.program.steps[step]
         body = []
         for gap, compute in instructions.body:
-            out = self.slots[compute.slot].view(-1, self.stream[-1])
-            body.append((self._gap(gap, step), partial(self._computes[compute.entry], out)))
-        built = (body, self._gap(instructions.last, step))
+            out = self.slots.select(0, compute.slot).view(-1, self.stream[-1])
+            body.append((self.ops.gap(gap, step), partial(self._computes[compute.entry], out)))
+        built = (body, self.ops.gap(instructions.last, step))
         self._steps[step] = built
         return built
 
-    def _row(self, row: int, step: int) -> Tensor:
-        return self.rows[step % self.window, :, row].unsqueeze(1)
+    def norm(self, entry: int) -> Norm:
+        """What prepares y for branch `entry`, or for the head."""
+        return self.head if entry == self.program.entries else self.branches[entry].norm
 
-    def _gap(self, gap: Gap, step: int) -> GapCall:
-        norm = self.head if gap.norm == self.program.entries else self.branches[gap.norm].norm
-        shift, scale = self._row(norm.shift, step), self._row(norm.scale, step)
-        slots = [self.slots[term.slot] for term in gap.terms]
-        gates = [self._row(self.branches[term.entry].gate, step) for term in gap.terms]
-        weights = [term.weight for term in gap.terms]
-        if self.backend == "eager":
-            return partial(gap_eager, slots=slots, gates=gates, weights=weights, norm=(shift, scale, norm.eps))
-        calls, start, sizes = [], 0, chunks(len(slots))
-        for n, terms in enumerate(sizes):
-            last, part = n == len(sizes) - 1, slice(start, start + terms)
-            start += terms
-            scalars = torch.tensor([*weights[part], norm.eps], dtype=torch.float32, device=self.shape.device)
-            operands = [scalars, *slots[part], *gates[part], *([shift, scale] if last else [])]
-            calls.append((self._variant(terms, norm=last), operands))
-        return partial(_gap_compiled, calls, bool(slots))
-
-    def _variant(self, terms: int, norm: bool) -> Callable[..., list[Tensor]]:
-        shape, rows = self.shape, self.adapter.rows
-        return compiled_gap(terms, norm, self.stream, rows, shape.dtype, shape.device, torch.get_num_threads())
+    def row(self, row: int, step: int) -> Tensor:
+        """A modulation row of `step`, [batch, 1, width]."""
+        return self.rows.select(0, step % self.window).narrow(1, row, 1)
 
     def _compute(self, branch: Branch) -> Callable[[Tensor, Tensor], None]:
         """(out [batch * tokens, width], y) -> None, the branch's last GEMM writing into out."""
         batch, tokens, _ = self.stream
-        calls: list[Callable[[Tensor, Tensor], Tensor]] = []
-        for i, stage in enumerate(branch.stages):
+        calls: list[Callable[..., Tensor]] = []
+        for stage, following in zip(branch.stages, [*branch.stages[1:], None]):
             match stage:
-                case Linear() if i == len(branch.stages) - 1:
-                    calls.append(partial(_linear, stage))
+                case Linear() if following is None:
+                    calls.append(partial(linear, stage))
                 case Linear():
                     columns = len(stage.weight)
-                    out = self.scratch[: batch * tokens * columns].view(-1, columns)
-                    calls.append(partial(_linear, stage, out))
-                case Gelu():
-                    size = (batch * tokens, len(branch.stages[i - 1].weight))
-                    calls.append(self._gelu(stage, size))
+                    out = self.scratch.narrow(0, 0, batch * tokens * columns).view(-1, columns)
+                    if isinstance(following, Gelu):
+                        calls.append(self.ops.linear_gelu(stage, following, out))
+                    else:
+                        calls.append(partial(linear, stage, out))
                 case SelfAttention():
                     calls.append(partial(_attention, stage.heads, batch, tokens))
         return partial(_run_stages, calls)
-
-    def _gelu(self, stage: Gelu, size: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor]:
-        if self.backend == "eager":
-            function = partial(gelu_eager, approximate=stage.approximate)
-        else:
-            function = compiled_gelu(
-                stage.approximate, size, self.shape.dtype, self.shape.device, torch.get_num_threads()
-            )
-        return partial(_in_place, function)
 
 
 def _widest(branch: Branch) -> int:
     """Columns of the widest intermediate result: every Linear but the last writes into scratch."""
     return max((len(stage.weight) for stage in branch.stages[:-1] if isinstance(stage, Linear)), default=0)
-
-
-def _gap_compiled(
-    calls: list[tuple[Callable[..., list[Tensor]], list[Tensor]]], moves: bool, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    for add, operands in calls[:-1]:
-        (x,) = add(x, *operands)
-    norm, operands = calls[-1]
-    if moves:
-        x, y = norm(x, *operands)
-    else:
-        (y,) = norm(x, *operands)
-    return x, y
 
 
 def _run_stages(calls: list[Callable[..., Tensor]], out: Tensor, y: Tensor) -> None:
@@ -185,17 +170,7 @@ def _run_stages(calls: list[Callable[..., Tensor]], out: Tensor, y: Tensor) -> N
     calls[-1](out, h)
 
 
-def _linear(stage: Linear, out: Tensor, h: Tensor) -> Tensor:
-    h, weight = h.view(-1, stage.weight.shape[1]), stage.weight.t()
-    return torch.mm(h, weight, out=out) if stage.bias is None else torch.addmm(stage.bias, h, weight, out=out)
-
-
 def _attention(heads: int, batch: int, tokens: int, qkv: Tensor) -> Tensor:
     q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
     h = F.scaled_dot_product_attention(q, k, v)
     return h.transpose(1, 2).reshape(batch * tokens, -1)
-
-
-def _in_place(function: Callable[[Tensor], object], h: Tensor) -> Tensor:
-    function(h)
-    return h

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .executor import Plan
-from .kernels.gap_torch import chunks
 
 ENDS = 4  # launches outside the blocks: patch embedding, positions, output projection, unpatchify
 
@@ -23,7 +22,9 @@ class PlanReport:
         model_bytes: the model's weights, for comparison.
         launches: dispatched non-view ops or compiled kernels, of each step.
         macs, full_macs: multiply-accumulates of a run, with the schedule and without.
-        seconds: time it took to make the plan, compilation included.
+        seconds: time it took to make the plan, compilation and capture included.
+        graphs: captured graphs, or 0.
+        graph_seconds, launch_seconds: a run replayed and launched plainly, where ``"auto"`` measured both; else None.
     """
 
     shape: str
@@ -39,6 +40,9 @@ class PlanReport:
     macs: int
     full_macs: int
     seconds: float
+    graphs: int = 0
+    graph_seconds: float | None = None
+    launch_seconds: float | None = None
 
     def __str__(self) -> str:
         share = 100 * self.slot_bytes / self.model_bytes
@@ -52,6 +56,12 @@ class PlanReport:
             f"  {self.macs / 1e9:.2f} of {self.full_macs / 1e9:.2f} GMACs a run: "
             f"theoretical {self.full_macs / self.macs:.2f}x\n"
             f"  made in {self.seconds:.2f} s"
+            + (f", {self.graphs} graphs" if self.graphs else "")
+            + (
+                f"; a run takes {1e3 * self.graph_seconds:.2f} ms replayed, {1e3 * self.launch_seconds:.2f} ms launched"
+                if self.graph_seconds is not None
+                else ""
+            )
         )
 
 
@@ -92,15 +102,17 @@ def describe_plan(plan: Plan) -> PlanReport:
         macs=run,
         full_macs=full,
         seconds=plan.seconds,
+        graphs=0 if plan.graphs is None else len(plan.graphs.graphs),
+        graph_seconds=plan.measured and plan.measured[0],
+        launch_seconds=plan.measured and plan.measured[1],
     )
 
 
 def launches(plan: Plan, step: int) -> int:
     """Dispatched non-view ops and compiled kernels of one step, from its instructions."""
     instructions = plan.program.steps[step]
-    compiled = plan.backend == "inductor"
-    gaps = sum(len(chunks(len(gap.terms))) if compiled else len(gap.terms) + 2 for gap in instructions.gaps)
-    computes = sum(len(plan.branches[compute.entry].stages) for _, compute in instructions.body)
+    gaps = sum(plan.ops.gap_launches(gap) for gap in instructions.gaps)
+    computes = sum(plan.ops.branch_launches(plan.branches[compute.entry]) for _, compute in instructions.body)
     return ENDS + gaps + computes
 
 

@@ -74,7 +74,8 @@ class Schedule:
         weights: reuse weights, float [T, L, B, order + 1], newest value first; 0 where computed and for values that
             do not exist yet. The forecast's unless given.
         sampler: class name of the scheduler it was made for.
-        timesteps: the T timesteps of that sampler, in the order they run.
+        timesteps: the T timesteps of that sampler in the order they run, e.g. ``scheduler.timesteps``. A pipeline tells
+            them by itself; a model in a loop of your own is faster, and checked, if the schedule has them.
         guidance_scale: classifier-free guidance it was made for.
         note: how it was made.
 
@@ -336,7 +337,8 @@ class Schedule:
     def __repr__(self) -> str:
         shape = f"{self.steps} steps x {self.layers} layers x {'/'.join(self.branches)}"
         kind = "learned weights" if self.learned else "forecast" if self.order else "plain reuse"
-        return f"<Schedule {self.model}: {shape}, order {self.order} ({kind}), CUR {100 * self.cur:.1f} %>"
+        reuse = "all computed" if self.cur == 0 else f"order {self.order} ({kind}), CUR {100 * self.cur:.1f} %"
+        return f"<Schedule {self.model}: {shape}, {reuse}>"
 
     def __str__(self) -> str:
         head = [repr(self).strip("<>")]
@@ -417,7 +419,9 @@ def _place(where: np.ndarray) -> str:
     return f"step {where[0]}, layer {where[1]}, branch {where[2]}"
 
 
-def _check_timesteps(timesteps: Sequence[float], steps: int) -> tuple[float, ...]:
+def _check_timesteps(timesteps: Any, steps: int) -> tuple[float, ...]:
+    if hasattr(timesteps, "tolist"):  # a scheduler's are a tensor
+        timesteps = timesteps.tolist()
     try:
         values = tuple(timesteps)
     except TypeError:

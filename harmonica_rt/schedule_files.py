@@ -52,6 +52,8 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
             text = json.dumps(value)
         lines.append(f"  {json.dumps(name)}: {text}")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         draft.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -60,10 +60,10 @@ class RunTracker:
             return self.next, self.next if fresh else self.start
         if _close(timestep, expected[0]):
             return 0, 0
-        entry = next((i for i, t in enumerate(expected) if _close(timestep, t)), None)
-        if fresh and entry is not None:
-            return entry, entry
         if fresh:
+            for step, t in enumerate(expected):
+                if _close(timestep, t):
+                    return step, step
             raise RuntimeError(
                 f"timestep {timestep:g} is not in the run: expected one of the {self.steps} timesteps "
                 f"{expected[0]:g} ... {expected[-1]:g}"
@@ -76,18 +76,25 @@ class RunTracker:
         )
 
     def _by_order(self, timestep: float, fresh: bool) -> tuple[int, int]:
+        """Timesteps fall: one that rises, or the first one again, starts a new run."""
         if fresh:
             return self.next, self.next
         if self._latest is None or timestep > self._latest or timestep == self._first:
             return 0, 0
+        if timestep == self._latest:
+            raise RuntimeError(
+                f"timestep {timestep:g} came twice: expected one call a step, with guidance in one batch; for a "
+                "sampler that repeats timesteps give the schedule its timesteps"
+            )
         if self.next >= self.steps:
             raise self._beyond(f"timestep {timestep:g}")
         return self.next, self.start
 
     def _beyond(self, what: str) -> RuntimeError:
+        first = "" if self.timesteps is None else f", {self.timesteps[0]:g}"
         return RuntimeError(
             f"forward beyond the last step: expected {self.steps} steps, got {what} after them; "
-            "a new run starts with its first timestep or after reset()"
+            f"a new run starts with its first timestep{first}, or anywhere after reset()"
         )
 
 

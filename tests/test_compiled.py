@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import threading
 
 import numpy as np
@@ -382,6 +384,22 @@ def test_concurrent_calls_are_refused(dit: torch.nn.Module, monkeypatch: pytest.
     leave.set()
     thread.join()
     assert_close(results[0], calls.run(dit), 1e-5)
+
+
+def test_copies_are_compiled_and_pickles_refused(dit: torch.nn.Module) -> None:
+    fast, calls = hrt.compile(dit, random_schedule(1), backend="eager"), Calls(6)
+    wanted = calls.run(fast)
+    twin = copy.deepcopy(fast)
+    assert twin.model is not dit
+    assert_close(calls.run(twin), wanted, 0.0)
+    with pytest.raises(TypeError, match=r"cannot be pickled: pickle its .model and .schedule"):
+        pickle.dumps(fast)
+
+
+def test_autocast_is_refused(dit: torch.nn.Module) -> None:
+    fast, calls = hrt.compile(dit, random_schedule(1), backend="eager"), Calls(6)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast: expected it off"):
+        calls.call(fast, 0)
 
 
 def test_training_is_refused(dit: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -185,6 +186,16 @@ def test_compiling_again_replaces_the_schedule_and_uncompile_restores() -> None:
     pipeline.transformer.uncompile()
     assert pipeline.transformer is model
     assert torch.equal(sample(pipeline), wanted)
+
+
+def test_a_copied_pipeline_runs_on_its_own() -> None:
+    pipeline = hrt.compile(make_pipeline(), random_schedule(1), backend="eager")
+    twin = copy.deepcopy(pipeline)
+    assert torch.equal(sample(pipeline), sample(twin))
+    assert twin.transformer.model is not pipeline.transformer.model
+    hrt.uncompile(twin)
+    assert type(twin.transformer) is DiTTransformer2DModel
+    assert type(pipeline.transformer) is hrt.CompiledTransformer
 
 
 def test_a_refused_compile_leaves_the_pipeline_alone() -> None:

@@ -26,9 +26,10 @@ def adapt(model: nn.Module) -> Adapter:
             module, name = ADAPTERS[cls.__name__]
             _check_unhooked(model)
             return getattr(import_module(f".{module}", __name__), name)(model)
+    hint = "; pass its .transformer" if hasattr(model, "transformer") and not isinstance(model, nn.Module) else ""
     raise UnsupportedModelError(
         f"expected a diffusers model of a supported class ({', '.join(sorted(ADAPTERS))}), "
-        f"got {type(model).__module__}.{type(model).__name__}"
+        f"got {type(model).__module__}.{type(model).__name__}{hint}"
     )
 
 

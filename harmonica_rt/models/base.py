@@ -95,6 +95,7 @@ class Adapter(ABC):
         branches: names of a layer's branches, in the order they run.
         layers: number of transformer blocks, L.
         width: channels of the token stream.
+        in_channels: channels of a sample.
         rows: modulation rows of a step: the shifts, scales and gates of all branches and of the head's norm.
     """
 
@@ -103,6 +104,7 @@ class Adapter(ABC):
     model: nn.Module
     layers: int
     width: int
+    in_channels: int
     rows: int
 
     @abstractmethod
@@ -165,16 +167,16 @@ class UnsupportedModelError(TypeError):
 def join_rows(parameters: list[nn.Parameter]) -> Tensor:
     """One [sum of rows, ...] tensor over `parameters`, which become views of it unless they are neighbours already."""
     first = parameters[0]
-    end, neighbours = first.data_ptr(), True
+    end, neighbours = first.storage_offset(), True
     for p in parameters:
-        same_storage = p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        neighbours &= same_storage and p.data_ptr() == end and p.is_contiguous()
-        end += p.numel() * p.element_size()
+        same_storage = p.untyped_storage()._cdata == first.untyped_storage()._cdata
+        neighbours &= same_storage and p.storage_offset() == end and p.is_contiguous()
+        end += p.numel()
     if not neighbours:
         joined = torch.cat([p.data for p in parameters])
         start = 0
         for p in parameters:
-            p.data = joined[start : start + len(p)]
+            p.data = joined.narrow(0, start, len(p))
             start += len(p)
     shape = (sum(len(p) for p in parameters), *first.shape[1:])
     return first.data.as_strided(shape, first.stride())

@@ -42,6 +42,7 @@ class DiTAdapter(Adapter):
         self.blocks = model.transformer_blocks
         self.layers = len(self.blocks)
         self.width = model.inner_dim
+        self.in_channels = self.config.in_channels
         self.rows = 6 * self.layers + 2
         self.patch = model.patch_size
         self._positions: dict[tuple[int, int], Tensor] = {}
@@ -112,16 +113,17 @@ class DiTAdapter(Adapter):
         for i, block in enumerate(self.blocks):
             embedded = F.silu(_embed_condition(block.norm1.emb, timesteps, labels, out.dtype))
             if i == 0:
-                head = out[:, :, -2:]
+                head = out.narrow(2, self.rows - 2, 2)
                 _linear_into(self.model.proj_out_1, embedded, head)
-                head[:, :, 1] += 1
-            rows = out[:, :, 6 * i : 6 * i + 6]
+                head.select(2, 1).add_(1)
+            rows = out.narrow(2, 6 * i, 6)
             _linear_into(block.norm1.linear, embedded, rows)
-            rows[:, :, SCALE_ATTN] += 1
-            rows[:, :, SCALE_MLP] += 1
+            shift, scale = rows.select(2, SHIFT_MLP), rows.select(2, SCALE_MLP)
+            rows.select(2, SCALE_ATTN).add_(1)
+            scale.add_(1)
             if block.norm3.weight is not None:  # (norm * w + b) * scale + shift = norm * (w scale) + (b scale + shift)
-                rows[:, :, SHIFT_MLP] += rows[:, :, SCALE_MLP] * block.norm3.bias
-                rows[:, :, SCALE_MLP] *= block.norm3.weight
+                shift.addcmul_(scale, block.norm3.bias)
+                scale.mul_(block.norm3.weight)
 
     # ---- both ends
 
@@ -204,7 +206,7 @@ def _linear(module: nn.Linear) -> Linear:
 def _embed_condition(embedder: nn.Module, timesteps: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """Timestep and label embeddings of n steps and a batch, [n, batch, width]: n rows of one GEMM, not n * batch."""
     time = embedder.timestep_embedder(embedder.time_proj(timesteps).to(dtype))
-    return time[:, None] + embedder.class_embedder(labels)[None]
+    return time.unsqueeze(1) + embedder.class_embedder(labels).unsqueeze(0)
 
 
 def _linear_into(module: nn.Linear, h: Tensor, out: Tensor) -> None:

@@ -65,7 +65,7 @@ def test_run_latency_with_everything_compiled(tmp_path: Path) -> None:
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("harmonica_rt.executor.gap_eager", lambda x, slots, gates, weights, norm: (x, x.clone()))
+    monkeypatch.setattr("harmonica_rt.backends.gap_eager", lambda x, slots, gates, weights, norm: (x, x.clone()))
     assert run_latency.main([*SMALL, "--backend", "eager", "--no-compile"]) == 2
     assert "nothing was timed" in capsys.readouterr().out
 
@@ -77,6 +77,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--schedule", "uniform:2:9"], "order: expected one of (0, 1, 2), got 9"),
         (["--schedule", "no-such-file.json"], "got 'no-such-file.json'"),
         (["--backend", "fast"], "backend: expected one of"),
+        (["--size", "15"], "multiple of the patch, 2, got 15"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], match: str, capsys: pytest.CaptureFixture) -> None:

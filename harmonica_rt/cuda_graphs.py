@@ -1,0 +1,126 @@
+"""A plan's steps as CUDA graphs: capture each distinct step once, then replay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .executor import Plan
+    from .program import Step
+
+
+class CaptureFailed(RuntimeError):
+    """A step could not be captured; the message names the step and the instruction."""
+
+
+class Replayable(Protocol):
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """What captures launches: CUDA, or the tests' emulator of it."""
+
+    def warm_up(self, launch: Callable[[], Tensor]) -> None: ...
+
+    def capture(self, launch: Callable[[], Tensor]) -> tuple[Replayable, Tensor]: ...
+
+    def synchronize(self) -> None: ...
+
+
+class CudaRecorder:
+    """Captures on a side stream; all graphs of a plan share one memory pool, since they never run side by side."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"backend cudagraph: expected a model on a CUDA device, got one on {device}")
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, launch: Callable[[], Tensor]) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            launch()
+        current.wait_stream(self.stream)
+
+    def capture(self, launch: Callable[[], Tensor]) -> tuple[Replayable, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            output = launch()
+        return graph, output
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+class StepGraphs:
+    """One graph for each distinct step of a plan's program.
+
+    Inputs are static: the sample is copied into a buffer, the step's number into `plan.step`, and modulation rows lie
+    where the plan keeps them. The output is handed out as a copy: diffusers' multistep schedulers keep outputs for
+    several steps, so that no fixed number of buffers would do.
+    """
+
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        self.plan, self.recorder = plan, recorder
+        shape = plan.shape
+        channels = plan.adapter.in_channels
+        size = (shape.batch, channels, shape.height, shape.width)
+        self.sample = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.graphs: dict[Step, tuple[Replayable, Tensor]] = {}
+        distinct = {step: i for i, step in reversed(list(enumerate(plan.program.steps)))}  # the first of each kind
+        try:
+            for step in sorted(distinct.values()):
+                plan.select(step)
+                recorder.warm_up(self._launch(step))
+            for step in sorted(distinct.values()):
+                self.graphs[plan.program.steps[step]] = recorder.capture(self._launch(step))
+        except Exception as error:
+            self.release()
+            where = "; ".join(getattr(error, "__notes__", ())) or f"at step {step}"
+            raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
+
+    def _launch(self, step: int) -> Callable[[], Tensor]:
+        return lambda: self.plan.launch(step, self.sample)
+
+    def run(self, step: int, sample: Tensor) -> Tensor:
+        """The model's output at `step`, a new tensor: the next replay does not touch it."""
+        graph, output = self.graphs[self.plan.program.steps[step]]
+        self.plan.select(step)
+        self.sample.copy_(sample)
+        graph.replay()
+        return output.clone()
+
+    def _run_plainly(self, step: int, sample: Tensor) -> Tensor:
+        self.plan.select(step)
+        return self.plan.launch(step, sample)
+
+    def measure(self, rounds: int = 3) -> bool:
+        """Time whole runs replayed and launched plainly, in turn, for `plan.measured`. Is replay the faster?"""
+        times: dict[str, list[float]] = {"graphs": [], "launches": []}
+        for _ in range(rounds):
+            for name, run in (("graphs", self.run), ("launches", self._run_plainly)):
+                self.recorder.synchronize()
+                started = time.perf_counter()
+                for step in range(len(self.plan.program.steps)):
+                    run(step, self.sample)
+                self.recorder.synchronize()
+                times[name].append(time.perf_counter() - started)
+        replayed, launched = min(times["graphs"]), min(times["launches"])
+        self.plan.measured = replayed, launched
+        return replayed <= launched
+
+    def release(self) -> None:
+        """Free the graphs' memory now, and let the plan launch plainly."""
+        for graph, _ in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+        self.plan.graphs = None
