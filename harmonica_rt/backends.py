@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -27,7 +28,7 @@ class EagerOps:
     reads_step: ClassVar[bool] = False  # whether kernels look the step up on the device
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan = weakref.proxy(plan)  # the plan owns this
 
     def gap(self, gap: Gap, step: int) -> GapCall:
         slots, gates, weights = self._terms(gap, step)

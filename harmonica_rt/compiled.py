@@ -11,6 +11,7 @@ import operator
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,11 +62,13 @@ def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto"
     if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
         raise ValueError(f"plans: expected a positive integer, got {plans!r}")
     pipeline = model_or_pipeline if _is_pipeline(model_or_pipeline) else None
-    model = model_or_pipeline if pipeline is None else pipeline.transformer
-    model = uncompiled(model)
+    current = model_or_pipeline if pipeline is None else pipeline.transformer
+    model = current.model if _is_compiled(current) else current
     compiled = CompiledTransformer(model, schedule, backend=backend, plans=plans, pipeline=pipeline)
     if pipeline is None:
         return compiled
+    if _is_compiled(current):
+        current.uncompile()
     _put(pipeline, compiled)
     return pipeline
 
@@ -73,20 +76,24 @@ def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto"
 def uncompile(model_or_pipeline: Any) -> Any:
     """The model as it was, or the same pipeline with its own transformer back."""
     if _is_pipeline(model_or_pipeline):
-        if isinstance(model_or_pipeline.transformer, CompiledTransformer):
+        if _is_compiled(model_or_pipeline.transformer):
             model_or_pipeline.transformer.uncompile()
         return model_or_pipeline
-    return uncompiled(model_or_pipeline)
+    return model_or_pipeline.uncompile() if _is_compiled(model_or_pipeline) else model_or_pipeline
 
 
-def uncompiled(model: Any) -> Any:
-    return model.model if isinstance(model, CompiledTransformer) else model
+def _is_compiled(candidate: Any) -> bool:
+    return type(candidate) is CompiledTransformer
 
 
 def _is_pipeline(candidate: Any) -> bool:
     return (
         not isinstance(candidate, nn.Module) and hasattr(candidate, "scheduler") and hasattr(candidate, "transformer")
     )
+
+
+def _nothing() -> None:
+    """The pipeline of a bare model."""
 
 
 def _put(pipeline: Any, transformer: nn.Module) -> None:
@@ -124,7 +131,8 @@ class CompiledTransformer(nn.Module):
         keep("model", model)  # not a child: its parameters and names are this module's own, unprefixed
         keep("schedule", schedule)
         keep("backend", backend)
-        self._pipeline, self._capacity = pipeline, plans
+        self._pipeline = weakref.ref(pipeline) if pipeline is not None else _nothing
+        self._capacity = plans
         self._signature = inspect.signature(model.forward)
         self._tracker = RunTracker(schedule.steps, schedule.timesteps)
         self._timesteps: Tensor | None = None  # of the pipeline's scheduler, as last seen
@@ -135,15 +143,20 @@ class CompiledTransformer(nn.Module):
         self._run: _Run | None = None
         self._fallback: str | None = None
         self._busy = threading.Lock()
-        self.training = False
+        keep("training", False)
+        keep("__module__", type(model).__module__)  # where a pipeline looks up what it saves
 
-        @functools.wraps(model.forward)
+    # ---- the model's own face
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Same signature as the model's."""
+
+        @functools.wraps(self.model.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(*args, **kwargs)
 
-        self.forward = forward
-
-    # ---- the model's own face
+        return forward
 
     @property
     def __class__(self) -> type:
@@ -151,7 +164,7 @@ class CompiledTransformer(nn.Module):
         return type(self.__dict__["model"]) if "model" in self.__dict__ else type(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTransformer:
-        model, pipeline = copy.deepcopy((self.model, self._pipeline), memo)
+        model, pipeline = copy.deepcopy((self.model, self._pipeline()), memo)
         return CompiledTransformer(model, self.schedule, backend=self.backend, plans=self._capacity, pipeline=pipeline)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -161,6 +174,14 @@ class CompiledTransformer(nn.Module):
         if "model" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        elif name in ("model", "schedule", "backend", "forward", "training"):
+            raise AttributeError(f"{name} of a compiled transformer cannot be set: compile its .model again")
+        else:
+            setattr(self.model, name, value)
 
     def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
         return self.model.named_modules(memo, prefix, remove_duplicate)
@@ -172,15 +193,18 @@ class CompiledTransformer(nn.Module):
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._tracker.abandon()  # cached values belong to the weights that made them
         return self.model.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledTransformer:
+        self._tracker.abandon()
         self.model._apply(fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> CompiledTransformer:
         if mode:
             raise RuntimeError("a compiled transformer samples only: train its .model, in eval mode again afterwards")
+        self.model.eval()
         return self
 
     def __repr__(self) -> str:
@@ -189,8 +213,9 @@ class CompiledTransformer(nn.Module):
     def uncompile(self) -> nn.Module:
         """The original model; a pipeline this was compiled for gets it back. Frees all plans."""
         with self._exclusive():
-            if self._pipeline is not None and self._pipeline.transformer is self:
-                _put(self._pipeline, self.model)
+            pipeline = self._pipeline()
+            if pipeline is not None and pipeline.transformer is self:
+                _put(pipeline, self.model)
             self._end_run()
             self._free_plans()
         return self.model
@@ -237,7 +262,9 @@ class CompiledTransformer(nn.Module):
             self._modulate(run, inputs, step, timestep)
             output = run.plan.run(step - start, inputs.sample)
         except BaseException:  # slots may be half written: what comes next must be a new run
-            self._end_run()
+            self._tracker.commit(step, start, timestep)
+            self._tracker.abandon()
+            self._run = None
             raise
         self._run = run
         self._tracker.commit(step, start, timestep)
@@ -253,19 +280,23 @@ class CompiledTransformer(nn.Module):
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                "concurrent use: this compiled transformer is already running in another thread, and its cached values "
-                "belong to that run; compile one for each thread"
-            )
+        acquired = False
         try:
+            acquired = self._busy.acquire(blocking=False)
+            if not acquired:
+                raise RuntimeError(
+                    "concurrent use: this compiled transformer is already running in another thread, and its cached "
+                    "values belong to that run; compile one for each thread"
+                )
             yield
         finally:
-            self._busy.release()
+            if acquired:
+                self._busy.release()
 
     def _watch_scheduler(self) -> None:
         """A pipeline's scheduler makes new timesteps for each run: check them against the schedule, once a run."""
-        scheduler = None if self._pipeline is None else self._pipeline.scheduler
+        pipeline = self._pipeline()
+        scheduler = None if pipeline is None else pipeline.scheduler
         if scheduler is None or scheduler.timesteps is self._timesteps:
             return
         timesteps = tuple(float(t) for t in scheduler.timesteps)
@@ -345,14 +376,16 @@ class CompiledTransformer(nn.Module):
                 None not in versions and versions == run.versions and all(map(operator.is_, run.conditioning, current))
             )
         # A device's timestep is not read: only a pipeline's scheduler is then known to have told the right ones
-        known = self._tracker.timesteps if timestep is not None or self._pipeline is not None else None
+        known = self._tracker.timesteps if timestep is not None or self._pipeline() is not None else None
         expected = timestep if timestep is not None or known is None else known[step]
         if same and expected is not None and run.filled.get(step) == expected:
             return
         run.filled.clear()
         index, window = step - run.start, run.plan.window
         timesteps = inputs.timestep.narrow(0, 0, 1)
-        if known is not None and known[step] == expected:
+        # Unread labels may be new at each call, and then steps ahead would be filled in vain
+        ahead = timestep is not None or not run.copies
+        if ahead and known is not None and known[step] == expected:
             end = min(index - index % window + window, len(run.plan.program.steps)) + run.start
             timesteps = torch.tensor(known[step:end], dtype=timesteps.dtype, device=timesteps.device)
             run.filled.update(zip(range(step, end), known[step:end]))
@@ -376,18 +409,26 @@ def _shape(sample: Tensor) -> Shape:
 
 
 def _addresses(model: nn.Module) -> tuple[Any, ...]:
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return tuple((t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.dtype, t.device) for t in tensors)
+    """Where each tensor of `model` lies: another answer later means that plans point at old weights."""
+
+    def place(t: Tensor) -> tuple[Any, ...]:
+        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.device
+
+    return tuple(map(place, itertools.chain(model.parameters(), model.buffers())))
 
 
 def _check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The one floating dtype and device of an eval-mode model."""
-    if model.training:
-        raise ValueError("expected a model in eval mode, got one in training mode (it drops labels): call model.eval()")
+    if training := [name or "model" for name, module in model.named_modules() if module.training]:
+        raise ValueError(f"expected a model in eval mode, got {training[0]} in training mode: call eval() on the model")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
     kinds = {(p.dtype, p.device) for p in model.parameters()}
     if len(kinds) != 1:
         raise ValueError(f"expected parameters of one dtype on one device, got {sorted(map(str, kinds))}")
     dtype, device = kinds.pop()
+    if device.type == "meta":
+        raise ValueError("expected parameters with data, got some on the meta device")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"expected parameters in float32, float16 or bfloat16, got {dtype}")
     return dtype, device

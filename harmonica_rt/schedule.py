@@ -398,8 +398,8 @@ def _check_weights(weights: Any, compute: np.ndarray, order: int) -> np.ndarray:
     if weights.shape != expected:
         raise ValueError(f"weights: expected shape {list(expected)} for order {order}, got {list(weights.shape)}")
     weights = weights.astype(np.float64) + 0.0
-    if not np.isfinite(weights).all():
-        where = np.argwhere(~np.isfinite(weights))[0]
+    if not (finite := np.abs(weights) <= np.finfo(np.float32).max).all():
+        where = np.argwhere(~finite)[0]
         raise ValueError(f"weights: expected finite numbers, got {weights[tuple(where)]} at {_place(where)}")
     if (bad := (weights != 0) & compute[..., None]).any():
         where = np.argwhere(bad)[0]

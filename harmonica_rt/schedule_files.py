@@ -14,7 +14,7 @@ from .schedule import Schedule
 
 FORMAT = "harmonica_rt.schedule"
 VERSION = 1
-MAX_BYTES = 64 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
+MAX_BYTES = 16 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
 _REQUIRED = {"format", "version", "model", "layers", "branches", "steps", "order", "compute"}
 _OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights"}
 
@@ -64,9 +64,7 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
 
 def read_json(path: str | os.PathLike[str]) -> Schedule:
     """Read a file of `write_json`. Raises ValueError that names the file and what is wrong with it."""
-    size = os.path.getsize(path)
-    if size > MAX_BYTES:
-        raise ValueError(f"{path}: expected a schedule file of at most {MAX_BYTES} bytes, got {size}")
+    _check_size(path, "schedule file")
     try:
         text = Path(path).read_text(encoding="utf-8")
         fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
@@ -78,6 +76,16 @@ def read_json(path: str | os.PathLike[str]) -> Schedule:
         return _from_fields(fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check_size(path: str | os.PathLike[str], what: str) -> None:
+    """A regular file of at most `MAX_BYTES`, or ValueError; FileNotFoundError if there is none."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such {what}")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a {what}, got something that is not a regular file")
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise ValueError(f"{path}: expected a {what} of at most {MAX_BYTES} bytes, got {size}")
 
 
 def _no_constant(name: str) -> None:
@@ -182,18 +190,25 @@ def read_router(path: str | os.PathLike[str]) -> np.ndarray:
         ValueError: not such a checkpoint; a pickle that wants anything else is refused before it runs.
     """
     import argparse
+    import pickle
+    import zipfile
 
     import torch
 
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such router checkpoint")
+    _check_size(path, "router checkpoint")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                inflated = sum(entry.file_size for entry in archive.infolist())
+            if inflated > MAX_BYTES:
+                raise ValueError(f"expected at most {MAX_BYTES} bytes, got {inflated} once inflated")
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # refused, or corrupt: there is no end to what the unpickler can trip over
-        raise ValueError(
-            f"{path}: not a router checkpoint that can be read safely: {type(error).__name__}: {error}"
-        ) from None
+        reason = "it holds more than tensors and an argparse.Namespace, or is damaged"
+        if not isinstance(error, pickle.UnpicklingError):  # torch's text would advise to load it unsafely
+            reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a router checkpoint that can be read safely: {reason}") from None
     routers = checkpoint.get("routers") if isinstance(checkpoint, dict) else None
     if not isinstance(routers, dict) or not routers:
         raise ValueError(f'{path}: expected a dict with a state dict under "routers", got {type(checkpoint).__name__}')
@@ -203,6 +218,10 @@ def read_router(path: str | os.PathLike[str]) -> np.ndarray:
         if match is None or not _holds_its_numbers(value):
             raise ValueError(
                 f"{path}: expected floating-point tensors named '<k>.prob' under \"routers\", got {_short(name)}"
+            )
+        if value.numel() * len(routers) > MAX_BYTES:
+            raise ValueError(
+                f"{path}: expected at most {MAX_BYTES} logits, got {value.numel()} in each of {len(routers)} steps"
             )
         rows[int(match[1])] = value.detach().double().flatten().numpy()
     if sorted(rows) != list(range(len(rows))):

@@ -27,6 +27,13 @@ class RunTracker:
         self.start: int | None = None  # step at which the run under way entered
         self.next = entry
         self._first = self._latest = None  # timesteps of the run under way
+        self._abandoned: tuple[float | None, float | None] | None = None
+
+    def abandon(self) -> None:
+        """The run under way cannot go on: the next call must start one."""
+        broken = None if self.start is None else (self._first, self._latest)
+        self.reset()
+        self._abandoned = broken
 
     def locate(self, timestep: float | None) -> tuple[int, int]:
         """Step of this call, and the step at which its run entered (the same two: a new run starts here).
@@ -45,9 +52,11 @@ class RunTracker:
     def commit(self, step: int, start: int, timestep: float | None) -> None:
         self._first = timestep if step == start else self._first
         self._latest = timestep
-        self.start, self.next = start, step + 1
+        self.start, self.next, self._abandoned = start, step + 1, None
 
     def _by_count(self, fresh: bool) -> tuple[int, int]:
+        if self._abandoned is not None:
+            raise RuntimeError("the run was cut short by an error: call reset() to start a new one")
         if fresh:
             return self.next, self.next
         if self.next >= self.steps:
@@ -77,6 +86,13 @@ class RunTracker:
 
     def _by_order(self, timestep: float, fresh: bool) -> tuple[int, int]:
         """Timesteps fall: one that rises, or the first one again, starts a new run."""
+        if self._abandoned is not None:
+            first, latest = self._abandoned
+            if timestep != first and timestep <= latest:
+                raise RuntimeError(
+                    f"the run was cut short by an error: expected its first timestep, {first:g}, for a new one, got "
+                    f"{timestep:g}; call reset() to take that as the first"
+                )
         if fresh:
             return self.next, self.next
         if self._latest is None or timestep > self._latest or timestep == self._first:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -292,7 +294,7 @@ def test_compile_refuses_by_name(dit: torch.nn.Module) -> None:
         ((dit, other), ValueError, r"branches expected \('attn', 'mlp'\), got \('attn', 'cross', 'mlp'\)"),
         ((dit, schedule.replace(model="PixArt")), ValueError, r"model expected DiTTransformer2DModel, got PixArt"),
         ((torch.nn.Linear(2, 2), schedule), TypeError, r"supported class \(DiTTransformer2DModel\), got .*Linear"),
-        ((make_dit().train(), schedule), ValueError, r"eval mode, got one in training mode"),
+        ((make_dit().train(), schedule), ValueError, r"eval mode, got model in training mode"),
         ((make_dit().double(), schedule), ValueError, r"float32, float16 or bfloat16, got torch.float64"),
         (("dit", schedule), TypeError, r"DiTTransformer2DModel.*got .*str"),
     ]:
@@ -409,3 +411,92 @@ def test_training_is_refused(dit: torch.nn.Module) -> None:
     dit.train()
     with pytest.raises(ValueError, match="eval mode"):
         calls.run(fast)
+
+
+# ---- what a hostile reviewer found
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown timesteps", "known timesteps"])
+def test_after_a_failed_step_the_rest_of_the_run_is_refused_or_right(dit: torch.nn.Module, known: bool) -> None:
+    """Taking the failed step again must not be taken for the first of a new run."""
+    calls = Calls(6)
+    schedule = random_schedule(4).replace(timesteps=calls.timesteps if known else None)
+    fast = hrt.compile(dit, schedule, backend="eager")
+    for step in range(3):
+        calls.call(fast, step)
+    labels, calls.labels = calls.labels, torch.tensor([99, 99])
+    with pytest.raises(IndexError):
+        calls.call(fast, 3)
+    calls.labels = labels
+    if known:  # a run that enters midway
+        rest = schedule.starting_at(3)
+        tail = Calls(6)
+        tail.samples, tail.timesteps = calls.samples[3:], calls.timesteps[3:]
+        assert_close(calls.run(fast, 3), expected(dit, rest, tail), 1e-4)
+    else:
+        with pytest.raises(RuntimeError, match=r"cut short by an error: expected its first timestep, 990"):
+            calls.call(fast, 3)
+        assert_close(calls.run(fast), expected(dit, schedule, calls), 1e-4)
+
+
+def test_weights_loaded_within_a_run_end_it() -> None:
+    model, other, calls = make_dit(seed=1), make_dit(seed=2), Calls(4)
+    fast = hrt.compile(model, hrt.Schedule.full(model, 4), backend="eager")
+    calls.call(fast, 0)
+    fast.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="cut short"):
+        calls.call(fast, 1)
+    assert_close(calls.run(fast), calls.run(other), 1e-5)
+
+
+def test_transposed_weights_are_seen() -> None:
+    model, calls = make_dit(), Calls(3)
+    fast = hrt.compile(model, hrt.Schedule.full(model, 3), backend="eager")
+    calls.run(fast)
+    weight = model.transformer_blocks[0].attn1.to_out[0].weight
+    weight.data = weight.data.t()
+    assert_close(calls.run(fast), calls.run(model), 1e-5)
+
+
+def test_attributes_go_to_the_model_or_are_refused(dit: torch.nn.Module) -> None:
+    fast, calls = hrt.compile(dit, hrt.Schedule.full(dit, 2), backend="eager"), Calls(2)
+    fast.proj_out_2 = make_dit(seed=5).proj_out_2
+    assert_close(calls.run(fast), calls.run(dit), 1e-5)
+    for name in ("model", "schedule", "backend", "training"):
+        with pytest.raises(AttributeError, match=f"{name} of a compiled transformer cannot be set"):
+            setattr(fast, name, None)
+
+
+def test_eval_reaches_the_model(dit: torch.nn.Module) -> None:
+    fast = hrt.compile(dit, hrt.Schedule.full(dit, 1), backend="eager")
+    dit.train()
+    fast.eval()
+    Calls(1).run(fast)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_goes_with_the_last_reference(backend: str) -> None:
+    """Slots are large: they must not wait for the garbage collector to find a cycle."""
+    gc.collect()
+    gc.disable()
+    try:
+        model, calls = make_dit(), Calls(6)
+        fast = hrt.compile(model, random_schedule(1), backend=backend, plans=1)
+        calls.run(fast)
+        first = weakref.ref(next(iter(fast._plans.values())))
+        Calls(6, batch=1).run(fast)
+        assert first() is None, "evicted"
+        second, owner = weakref.ref(next(iter(fast._plans.values()))), weakref.ref(fast)
+        del fast
+        assert owner() is None
+        assert second() is None
+    finally:
+        gc.enable()
+
+
+def test_parameters_of_inference_mode_and_the_meta_device_are_refused() -> None:
+    with torch.inference_mode():
+        inference = make_dit()
+    for model, match in ((inference, "under torch.inference_mode"), (make_dit().to("meta"), "meta device")):
+        with pytest.raises(ValueError, match=match):
+            hrt.compile(model, random_schedule(1))

@@ -188,6 +188,39 @@ def test_compiling_again_replaces_the_schedule_and_uncompile_restores() -> None:
     assert torch.equal(sample(pipeline), wanted)
 
 
+def test_a_pipeline_reassigned_and_rebuilt_still_saves(tmp_path: object) -> None:
+    pipeline = hrt.compile(make_pipeline(), random_schedule(1), backend="eager")
+    pipeline.transformer = pipeline.transformer
+    rebuilt = type(pipeline)(**pipeline.components)
+    for p in (pipeline, rebuilt):
+        p.save_pretrained(tmp_path)
+        assert p.config["transformer"] == ("diffusers", "DiTTransformer2DModel")
+        loaded = DiTTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
+        assert torch.equal(loaded.proj_out_2.weight, pipeline.transformer.proj_out_2.weight)
+
+
+def test_uncompiling_the_transformer_gives_the_pipeline_its_own_back() -> None:
+    pipeline = make_pipeline()
+    model = pipeline.transformer
+    hrt.compile(pipeline, random_schedule(1), backend="eager")
+    assert hrt.uncompile(pipeline.transformer) is model
+    assert pipeline.transformer is model
+
+
+def test_labels_made_anew_at_each_call_fill_rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where labels cannot be read (here: the device is pretended), steps ahead are not filled again and again."""
+    pipeline = hrt.compile(make_pipeline(), hrt.Schedule.full(make_dit(), 6), backend="eager")
+    sample(pipeline)
+    plan = next(iter(pipeline.transformer._plans.values()))
+    filled, modulate = [], plan.adapter.modulate
+    monkeypatch.setattr(plan.adapter, "modulate", lambda t, c, out: filled.append(len(t)) or modulate(t, c, out))
+    monkeypatch.setattr("harmonica_rt.compiled._read", lambda timestep: None)
+    pipeline.scheduler.set_timesteps(6)
+    for t in pipeline.scheduler.timesteps:
+        pipeline.transformer(torch.randn(2, 2, 8, 8), t.expand(2), torch.tensor([0, 1]))
+    assert filled == [6, 1, 1, 1, 1, 1]
+
+
 def test_a_copied_pipeline_runs_on_its_own() -> None:
     pipeline = hrt.compile(make_pipeline(), random_schedule(1), backend="eager")
     twin = copy.deepcopy(pipeline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
 from torch import nn
 
 from .base import Adapter, UnsupportedModelError
@@ -35,6 +36,9 @@ def adapt(model: nn.Module) -> Adapter:
 
 def _check_unhooked(model: nn.Module) -> None:
     """A hook or a replaced forward would silently not run: refuse it by name."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        raise UnsupportedModelError("expected no forward hooks, got one on all modules (register_module_forward_hook)")
     for name, module in model.named_modules():
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedModelError(

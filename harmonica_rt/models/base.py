@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from ..schedule import Schedule
@@ -189,3 +190,13 @@ def expect_exactly(module: nn.Module, kind: type[nn.Module], name: str) -> None:
             f"{name}: expected a plain {kind.__name__}, got {type(module).__module__}.{type(module).__name__}; "
             "merge or remove what replaced it before compiling"
         )
+    for parameter in module.parameters(recurse=False):
+        if is_traceable_wrapper_subclass(parameter):
+            raise UnsupportedModelError(f"{name}: expected plain tensors, got {type(parameter.data).__name__}")
+
+
+def expect_plain_norm(module: nn.Module, name: str) -> None:
+    """A LayerNorm without weight and bias, as the blocks' modulation needs it."""
+    expect_exactly(module, nn.LayerNorm, name)
+    if module.weight is not None:
+        raise UnsupportedModelError(f"{name}: expected a LayerNorm without weight and bias, got an affine one")

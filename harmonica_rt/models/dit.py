@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GELU
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from .base import (
@@ -23,9 +27,28 @@ from .base import (
     SelfAttention,
     UnsupportedModelError,
     expect_exactly,
+    expect_plain_norm,
     join_rows,
 )
 
+# A wrapper or subclass of any of these may compute something else
+BLOCK_PARTS: dict[str, type[nn.Module]] = {
+    "norm1": AdaLayerNormZero,
+    "norm1.linear": nn.Linear,
+    "norm1.emb": CombinedTimestepLabelEmbeddings,
+    "attn1": Attention,
+    "attn1.to_q": nn.Linear,
+    "attn1.to_k": nn.Linear,
+    "attn1.to_v": nn.Linear,
+    "attn1.to_out.0": nn.Linear,
+    "attn1.to_out.1": nn.Dropout,
+    "norm3": nn.LayerNorm,
+    "ff": FeedForward,
+    "ff.net.0": GELU,
+    "ff.net.0.proj": nn.Linear,
+    "ff.net.1": nn.Dropout,
+    "ff.net.2": nn.Linear,
+}
 # Rows of a block, in the order its modulation layer puts them out
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
@@ -46,31 +69,32 @@ class DiTAdapter(Adapter):
         self.rows = 6 * self.layers + 2
         self.patch = model.patch_size
         self._positions: dict[tuple[int, int], Tensor] = {}
-        expect_exactly(model.proj_out_1, nn.Linear, "proj_out_1")
-        expect_exactly(model.proj_out_2, nn.Linear, "proj_out_2")
+        expect_exactly(model, DiTTransformer2DModel, "model")
+        expect_exactly(model.pos_embed, PatchEmbed, "pos_embed")
         expect_exactly(model.pos_embed.proj, nn.Conv2d, "pos_embed.proj")
+        expect_plain_norm(model.norm_out, "norm_out")
+        for name in ("proj_out_1", "proj_out_2"):
+            expect_exactly(getattr(model, name), nn.Linear, name)
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         for i, block in enumerate(self.blocks):
-            self._check_block(block, f"transformer_blocks.{i}")
+            self._check_block(block, f"transformer_blocks.{i}", uses)
 
     @staticmethod
-    def _check_block(block: nn.Module, name: str) -> None:
+    def _check_block(block: nn.Module, name: str, uses: Counter[int]) -> None:
+        expect_exactly(block, BasicTransformerBlock, name)
+        for path, kind in BLOCK_PARTS.items():
+            expect_exactly(block.get_submodule(path), kind, f"{name}.{path}")
+        expect_plain_norm(block.norm1.norm, f"{name}.norm1.norm")
         attn = block.attn1
         for part in ("to_q", "to_k", "to_v"):
-            expect_exactly(getattr(attn, part), nn.Linear, f"{name}.attn1.{part}")
-        expect_exactly(attn.to_out[0], nn.Linear, f"{name}.attn1.to_out.0")
-        expect_exactly(block.norm1.linear, nn.Linear, f"{name}.norm1.linear")
-        expect_exactly(block.norm1.norm, nn.LayerNorm, f"{name}.norm1.norm")
-        expect_exactly(block.norm3, nn.LayerNorm, f"{name}.norm3")
-        expect_exactly(block.ff.net[0], GELU, f"{name}.ff.net.0")
-        expect_exactly(block.ff.net[0].proj, nn.Linear, f"{name}.ff.net.0.proj")
-        expect_exactly(block.ff.net[2], nn.Linear, f"{name}.ff.net.2")
+            if any(uses[id(p)] > 1 for p in getattr(attn, part).parameters()):
+                raise UnsupportedModelError(f"{name}.attn1.{part}: expected parameters of its own, got tied ones")
         if type(attn.processor) not in (AttnProcessor, AttnProcessor2_0):
             raise UnsupportedModelError(
                 f"{name}.attn1: expected diffusers' AttnProcessor or AttnProcessor2_0, "
                 f"got {type(attn.processor).__name__}"
             )
-        extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
-        for extra in extras:
+        for extra in ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "residual_connection"):
             if getattr(attn, extra, None):
                 raise UnsupportedModelError(f"{name}.attn1: expected no {extra}, got {getattr(attn, extra)}")
         if attn.rescale_output_factor != 1.0:
@@ -122,7 +146,8 @@ class DiTAdapter(Adapter):
             rows.select(2, SCALE_ATTN).add_(1)
             scale.add_(1)
             if block.norm3.weight is not None:  # (norm * w + b) * scale + shift = norm * (w scale) + (b scale + shift)
-                shift.addcmul_(scale, block.norm3.bias)
+                if block.norm3.bias is not None:
+                    shift.addcmul_(scale, block.norm3.bias)
                 scale.mul_(block.norm3.weight)
 
     # ---- both ends
@@ -138,6 +163,8 @@ class DiTAdapter(Adapter):
             raise ValueError(
                 f"hidden_states: expected [batch, {self.config.in_channels}, height, width], got {_describe(sample)}"
             )
+        if 0 in sample.shape:
+            raise ValueError(f"hidden_states: expected at least one sample and pixel, got {_describe(sample)}")
         batch = len(sample)
         for name, value in (("timestep", timestep), ("class_labels", labels)):
             if not isinstance(value, Tensor) or value.shape != (batch,):

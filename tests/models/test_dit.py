@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import FusedAttnProcessor2_0, SlicedAttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +19,20 @@ from ..conftest import make_dit
 
 class Quantised(torch.nn.Linear):
     pass
+
+
+class Other(DiTTransformer2DModel):
+    pass
+
+
+class OtherBlock(BasicTransformerBlock):
+    pass
+
+
+def recast(path: str, kind: type) -> torch.nn.Module:
+    model = make_dit()
+    (model.get_submodule(path) if path else model).__class__ = kind
+    return model
 
 
 def replace(path: str, module: torch.nn.Module) -> torch.nn.Module:
@@ -33,6 +49,13 @@ def replace(path: str, module: torch.nn.Module) -> torch.nn.Module:
         (lambda: replace("transformer_blocks.2.ff.net.2", Quantised(64, 16)), r"blocks\.2\.ff\.net\.2: .*plain Linear"),
         (lambda: replace("proj_out_2", Quantised(16, 16)), r"proj_out_2: .*Quantised"),
         (lambda: replace("transformer_blocks.0.norm3", torch.nn.RMSNorm(16)), r"norm3: expected a plain LayerNorm"),
+        (lambda: recast("", Other), r"model: expected a plain DiTTransformer2DModel, got .*Other"),
+        (lambda: recast("transformer_blocks.1", OtherBlock), r"blocks\.1: expected a plain BasicTransformerBlock"),
+        (lambda: replace("norm_out", torch.nn.LayerNorm(16)), r"norm_out: .*without weight and bias"),
+        (
+            lambda: replace("transformer_blocks.0.attn1.to_out.1", torch.nn.ReLU()),
+            r"to_out\.1: expected a plain Dropout",
+        ),
         (lambda: make_dit(activation_fn="geglu"), r"ff\.net\.0: expected a plain GELU, got .*GEGLU"),
     ],
 )
@@ -47,6 +70,22 @@ def test_other_attention_processors_are_named(processor: object) -> None:
     model.transformer_blocks[1].attn1.processor = processor()
     with pytest.raises(hrt.UnsupportedModelError, match=r"blocks\.1\.attn1: .*AttnProcessor2_0, got \w+"):
         adapt(model)
+
+
+def test_tied_projections_are_named() -> None:
+    model = make_dit()
+    model.transformer_blocks[1].attn1.to_q.weight = model.transformer_blocks[0].attn1.to_q.weight
+    with pytest.raises(hrt.UnsupportedModelError, match=r"blocks\.0\.attn1\.to_q: expected parameters of its own"):
+        adapt(model)
+
+
+def test_a_hook_on_all_modules_is_refused() -> None:
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        with pytest.raises(hrt.UnsupportedModelError, match="got one on all modules"):
+            adapt(make_dit())
+    finally:
+        handle.remove()
 
 
 def test_hooks_are_refused_when_compiling_and_when_they_come_later() -> None:
