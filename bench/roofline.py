@@ -1,0 +1,255 @@
+"""PREDICTED time per step on NVIDIA GPUs, from counted bytes, FLOPs and launches. Nothing here was measured.
+
+    python bench/roofline.py
+
+Every launch takes the longer of its FLOPs and its bytes over the achieved fraction of the GPU's peak. Launched from
+Python it takes at least `--launch-us`, what the host needs to issue a torch op; in a CUDA graph it takes `--node-us` on
+top. The defaults are assumptions to be replaced by measurements: 5 us an op is what PyTorch's dispatcher and the driver
+are usually found to need, 1 us is the order of a graph node's own latency, 0.6 and 0.8 of peak are what large bf16
+GEMMs and streaming kernels commonly reach. Peaks are dense bf16 with fp32 accumulation, and memory bandwidth, from
+NVIDIA's data sheets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import harmonica_rt as hrt
+from bench.module_reuse import ModuleReuse
+from bench.reference import REFERENCES
+from bench.run_latency import positive
+from harmonica_rt.lowering import lower
+from harmonica_rt.models import Adapter, adapt
+from harmonica_rt.models.base import Gelu, Linear, SelfAttention
+
+SIZE = 2  # bytes of a bf16 number
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    flops: float  # dense bf16 with fp32 accumulation, per second
+    bandwidth: float  # bytes per second
+
+
+GPUS = (
+    Gpu("A100 80GB SXM", 312e12, 2.039e12),
+    Gpu("H100 SXM", 989e12, 3.35e12),
+    Gpu("H200 SXM", 989e12, 4.8e12),
+    Gpu("B200", 2250e12, 8.0e12),
+    Gpu("RTX 4090", 165e12, 1.008e12),
+    Gpu("L40S", 362e12, 0.864e12),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    launch_us: float
+    node_us: float
+    flops_fraction: float
+    bandwidth_fraction: float
+
+    def busy(self, launch: Launch, gpu: Gpu) -> float:
+        """Seconds the GPU works on `launch`."""
+        compute = launch.flops / (self.flops_fraction * gpu.flops)
+        return max(compute, launch.bytes / (self.bandwidth_fraction * gpu.bandwidth))
+
+    def launched(self, launches: Iterable[Launch], gpu: Gpu) -> float:
+        """Seconds for launches issued one by one: the host, or the GPU, is the slower."""
+        return sum(max(self.busy(launch, gpu), 1e-6 * self.launch_us) for launch in launches)
+
+    def replayed(self, launches: Iterable[Launch], gpu: Gpu) -> float:
+        """Seconds for the same launches as nodes of a graph."""
+        return sum(self.busy(launch, gpu) + 1e-6 * self.node_us for launch in launches)
+
+
+class Record(TorchDispatchMode):
+    """What a model's forward launches: FLOPs and bytes of every op that is neither a view nor an allocation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not (func.is_view or name.startswith("empty") or name in ("_unsafe_view", "detach")):
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            self.launches.append(Launch(flops, sum(t.numel() * t.element_size() for t in tensors)))
+        return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Flash attention as one op with its FLOPs and bytes: on the meta device torch would take the unfused form."""
+    batch, heads, tokens, width = q.shape
+    if (record := Record.active) is not None:
+        record.launches.append(Launch(4 * batch * heads * tokens * tokens * width, 4 * q.numel() * q.element_size()))
+    return torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def diffusers_launches(model: nn.Module, schedule: hrt.Schedule, samples: int, reuse: bool) -> list[list[Launch]]:
+    """Launches of each step of the diffusers model in eager mode, with module-level reuse if `reuse`."""
+    size, steps = model.config.sample_size, []
+    x = torch.empty(samples, model.config.in_channels, size, size, dtype=torch.bfloat16, device="meta")
+    numbers = torch.empty(samples, dtype=torch.int64, device="meta")
+    wrapped = ModuleReuse(model, schedule) if reuse else model
+    original = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = attention
+    try:
+        for _ in range(schedule.steps if reuse else 1):
+            with torch.no_grad(), Record() as record:
+                Record.active = record
+                wrapped(x, timestep=numbers, class_labels=numbers)
+            steps.append(record.launches)
+    finally:
+        nn.functional.scaled_dot_product_attention = original
+        Record.active = None
+        if reuse:
+            wrapped.remove()
+    return steps if reuse else steps * schedule.steps
+
+
+Record.active = None
+
+
+def program_launches(adapter: Adapter, schedule: hrt.Schedule, samples: int) -> list[list[Launch]]:
+    """Launches of each step of the cudagraph backend, from the program's instructions."""
+    config = adapter.model.config
+    tokens, width = adapter.tokens(config.sample_size, config.sample_size), adapter.width
+    rows = samples * tokens
+    stream, row = SIZE * rows * width, SIZE * samples * width
+    branches, _ = adapter.bind()
+
+    def gemm(k: int, n: int) -> Launch:
+        return Launch(2 * rows * k * n, SIZE * (rows * k + k * n + rows * n))
+
+    def branch(entry: int) -> list[Launch]:
+        launches = []
+        for stage in branches[entry].stages:
+            match stage:
+                case Linear():
+                    launches.append(gemm(stage.weight.shape[1], stage.weight.shape[0]))
+                case SelfAttention():
+                    launches.append(Launch(4 * samples * tokens * tokens * width, 4 * stream))
+                case Gelu():
+                    pass  # the GEMM's epilogue
+        return launches
+
+    pixels = config.patch_size**2
+    inputs, outputs = pixels * config.in_channels, pixels * adapter.model.out_channels
+    before = [gemm(inputs, width), Launch(0, 3 * stream)]
+    before += [Launch(0, 2 * SIZE * rows * inputs), Launch(0, 4)]  # sample in, step's number
+    after = [gemm(width, outputs), *[Launch(0, 2 * SIZE * rows * outputs)] * 2]  # unpatchify, output out
+    macs = adapter.macs(None, None, samples)
+    modulation = Launch(2 * macs.fixed, SIZE * samples * adapter.rows * width + SIZE * macs.fixed / samples)
+    steps = []
+    for step in lower(schedule).steps:
+        launches = [*before, modulation]
+        for gap in step.gaps:
+            gates = len({term.entry for term in gap.terms})
+            launches.append(Launch(0, stream * (2 + len(gap.terms) + bool(gap.terms)) + row * (2 + gates)))
+            if gap.norm < len(branches):
+                launches += branch(gap.norm)
+        steps.append(launches + after)
+    return steps
+
+
+def build(name: str, size: int | None) -> nn.Module:
+    reference = REFERENCES[name]
+    with torch.device("meta"):
+        config = {**reference.config, "sample_size": size or reference.size}
+        model = DiTTransformer2DModel(in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=1000, **config)
+    return model.to(torch.bfloat16).eval()
+
+
+def predict(name: str, size: int | None, every: int, order: int, steps: int, images: int, assume: Assumptions) -> dict:
+    """Predicted seconds a step, by GPU and candidate; the launches they come from."""
+    model = build(name, size)
+    schedule = hrt.Schedule.uniform(model, steps, every, order)
+    adapter, samples = adapt(model), 2 * images
+    full = hrt.Schedule.full(model, steps)
+    launches = {
+        "diffusers eager": diffusers_launches(model, full, samples, reuse=False),
+        "torch.compile, full": program_launches(adapter, full, samples),  # at best: fused as far as ours
+        "module-level reuse": diffusers_launches(model, schedule, samples, reuse=True),
+        "harmonica_rt, cudagraph": program_launches(adapter, schedule, samples),
+    }
+    seconds = {}
+    for gpu in GPUS:
+        for candidate, run in launches.items():
+            time = assume.replayed if candidate.endswith("cudagraph") else assume.launched
+            seconds[gpu.name, candidate] = sum(time(step, gpu) for step in run) / steps
+    return {
+        "theoretical": schedule.speedup(model),
+        "launches": {candidate: sum(map(len, run)) / steps for candidate, run in launches.items()},
+        "seconds": seconds,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=[n for n, r in REFERENCES.items() if not r.trained], default="dit-xl-2")
+    parser.add_argument("--every", type=positive, default=2)
+    parser.add_argument("--order", type=int, default=1)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, default=1, help="images; guidance doubles the samples")
+    parser.add_argument("--launch-us", type=float, default=5.0)
+    parser.add_argument("--node-us", type=float, default=1.0)
+    parser.add_argument("--flops-fraction", type=float, default=0.6)
+    parser.add_argument("--bandwidth-fraction", type=float, default=0.8)
+    arguments = parser.parse_args(argv)
+    assume = Assumptions(arguments.launch_us, arguments.node_us, arguments.flops_fraction, arguments.bandwidth_fraction)
+    diffusers_logging.set_verbosity_error()
+    console = Console(width=130)
+    for pixels, size in ((256, 32), (512, 64)):
+        result = predict(
+            arguments.model, size, arguments.every, arguments.order, arguments.steps, arguments.batch, assume
+        )
+        theoretical, seconds = result["theoretical"], result["seconds"]
+        out = Table(
+            title=f"PREDICTION: {arguments.model} {pixels}, batch {arguments.batch} with guidance, uniform, every "
+            f"{arguments.every}, order {arguments.order}: ms a step (speed-up; of theory, {theoretical:.2f}x)",
+            caption=f"not measured; {assume}",
+        )
+        out.add_column("launches a step")
+        for candidate, count in result["launches"].items():
+            out.add_column(f"{candidate}\n{count:.0f}", justify="right")
+        for gpu in GPUS:
+            eager, cells = seconds[gpu.name, "diffusers eager"], []
+            for candidate in result["launches"]:
+                now = seconds[gpu.name, candidate]
+                reuses = candidate in ("module-level reuse", "harmonica_rt, cudagraph")
+                realised = f"; {eager / now / theoretical:.2f}" if reuses else ""
+                cells.append(f"{1e3 * now:.2f} ({eager / now:.2f}x{realised})")
+            out.add_row(gpu.name, *cells)
+        console.print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
