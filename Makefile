@@ -3,10 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OUT := out
 
-.PHONY: help demo test lint bench kernels clean
+.PHONY: help demo test lint bench bench-gpu kernels roofline clean
 
 help:  ## This list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
 .venv/ready: setup.py pins.txt
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -28,8 +28,14 @@ lint: .venv/ready  ## ruff, check only
 bench: .venv/ready  ## The figures of README.md: correctness, latency, quality (about 15 minutes on one core)
 	$(BIN)/python bench/targets.py
 
+bench-gpu: .venv/ready  ## On a CUDA machine: kernels, latency, capture, in out/gpu/
+	$(BIN)/python bench/run_gpu.py
+
 kernels: .venv/ready  ## Compile the Triton kernels for sm_80 to sm_120, without a GPU: registers, spills, loads
 	$(BIN)/python bench/aot.py
+
+roofline: .venv/ready  ## Predicted time per step on NVIDIA GPUs, from counts: nothing is measured
+	$(BIN)/python bench/roofline.py
 
 clean:  ## Remove what the targets above made
 	rm -rf .venv out

@@ -29,9 +29,12 @@ import harmonica_rt as hrt
 from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
 from bench.module_reuse import ModuleReuse
 from bench.reference import GUIDANCE, REFERENCES, PixelDiTPipeline, labels, load_pipeline, noise, timesteps
+from harmonica_rt.cuda_graphs import CaptureFailed
+from harmonica_rt.kernels.inductor import CompilerMissing
 
 EAGER, COMPILED, NAIVE = "diffusers eager", "torch.compile, full", "module-level reuse"
-GATE = 1e-4  # relative error to module-level reuse that every candidate of ours must stay below to be timed
+# Relative error to module-level reuse that every candidate of ours must stay below to be timed
+GATE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class WrongResult(RuntimeError):
@@ -71,65 +74,69 @@ def measure(
     size: int | None = None,
     guidance: float = GUIDANCE,
     compiled: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Run the benchmark; the result is what ``--json`` writes."""
-    pipeline = load_pipeline(model, layers, size)
+    on = torch.device(device)
+    pipeline = load_pipeline(model, layers, size).to(on, dtype)
     transformer = pipeline.transformer
     plan = parse_schedule(schedule, pipeline, steps) if isinstance(schedule, str) else schedule
-    if plan.timesteps is None:
-        plan = plan.replace(timesteps=timesteps(pipeline, steps)) if plan.steps == steps else plan
     if plan.steps != steps:
         raise ValueError(f"--steps: the schedule has {plan.steps} steps, got {steps}")
-    start, classes = noise(pipeline, batch), labels(model, batch)
+    start, classes = noise(pipeline, batch).to(on, dtype), labels(model, batch)
 
-    def sample(denoiser: torch.nn.Module) -> Tensor:
-        object.__setattr__(pipeline, "transformer", denoiser)
-        try:
-            call = pipeline(classes, guidance, num_inference_steps=steps, latents=start, output_type="latent")
-            return call.images
-        finally:
-            object.__setattr__(pipeline, "transformer", transformer)
+    def sampler(denoiser: torch.nn.Module) -> PixelDiTPipeline:
+        """A pipeline of its own around `denoiser`."""
+        own = PixelDiTPipeline(transformer, pipeline.scheduler.from_config(pipeline.scheduler.config))
+        own.set_progress_bar_config(disable=True)
+        object.__setattr__(own, "transformer", denoiser)
+        return own
+
+    def sample(own: PixelDiTPipeline) -> Tensor:
+        images = own(classes, guidance, num_inference_steps=steps, latents=start, output_type="latent").images
+        _synchronize(on)
+        return images
 
     def naive() -> Tensor:
         reuse = ModuleReuse(transformer, plan)
         try:
-            return sample(reuse)
+            return sample(sampler(reuse))
         finally:
             reuse.remove()
 
     progress(f"{model}: reference runs")
-    counted = _Counted(transformer)
-    full = sample(counted)
+    full = sample(sampler(counted := _Counted(transformer)))
     launches = {EAGER: counted.launches / steps}
     reuse = ModuleReuse(transformer, plan)
-    counted = _Counted(reuse)
-    expected = sample(counted)
+    expected = sample(sampler(counted := _Counted(reuse)))
     reuse.remove()
     launches[NAIVE] = counted.launches / steps
-    candidates: dict[str, Callable[[], Tensor]] = {EAGER: lambda: sample(transformer)}
+    candidates: dict[str, Callable[[], Tensor]] = {EAGER: lambda: sample(pipeline)}
     outputs, seconds = {EAGER: full, NAIVE: expected}, {EAGER: 0.0, NAIVE: 0.0}
     if compiled:
         progress(f"{model}: torch.compile of the whole model")
         from torch._inductor.utils import run_and_get_code
 
-        whole = torch.compile(transformer)
+        whole = sampler(torch.compile(transformer))
         started = time.perf_counter()
         outputs[COMPILED], sources = run_and_get_code(sample, whole)
         seconds[COMPILED] = time.perf_counter() - started - _seconds(lambda: sample(whole))
         launches[COMPILED] = float(count_generated(sources))
         candidates[COMPILED] = lambda: sample(whole)
-        _gate(COMPILED, outputs[COMPILED], full, 1e-3)
+        _gate(COMPILED, outputs[COMPILED], full, 10 * GATE[dtype])
     candidates[NAIVE] = naive
     reports = {}
+    around = _around_steps(sampler(transformer), plan, sample)
     for backend in backends:
         name = f"harmonica_rt, {backend}"
         progress(f"{model}: {name}")
-        fast = hrt.compile(transformer, plan, backend=backend)
+        fast = hrt.compile(sampler(transformer), plan, backend=backend)
         outputs[name] = sample(fast)
-        _gate(name, outputs[name], expected, GATE)
-        report = reports[name] = fast.report().plans[0]
-        launches[name] = (sum(report.launches) + _around_steps(transformer, plan, sample)) / steps
+        _gate(name, outputs[name], expected, GATE[dtype])
+        report = reports[name] = fast.transformer.report().plans[0]
+        launches[name] = (sum(report.launches) + around) / steps
         seconds[name] = report.seconds
         candidates[name] = lambda fast=fast: sample(fast)
     progress(f"{model}: {rounds} rounds of {len(candidates)} candidates")
@@ -145,7 +152,8 @@ def measure(
         "guidance": guidance,
         "layers": plan.layers,
         "size": transformer.config.sample_size,
-        "dtype": str(transformer.dtype),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
         "rounds": rounds,
         "theoretical": theoretical,
         "environment": environment(),
@@ -196,14 +204,20 @@ class _Counted(torch.nn.Module):
         return output
 
 
-def _around_steps(model: torch.nn.Module, plan: hrt.Schedule, sample: Callable[[torch.nn.Module], Tensor]) -> int:
+def _around_steps(pipeline: PixelDiTPipeline, plan: hrt.Schedule, sample: Callable[[PixelDiTPipeline], Tensor]) -> int:
     """Launches of a run of ours outside its programs' steps: modulation, once a run, and looking at the labels.
 
     Counted on the eager backend, where every launch is dispatched; it is the same code on all backends.
     """
-    fast = hrt.compile(model, plan, backend="eager")
-    sample(counted := _Counted(fast))
+    fast = hrt.compile(pipeline, plan, backend="eager").transformer
+    object.__setattr__(pipeline, "transformer", counted := _Counted(fast))
+    sample(pipeline)
     return counted.launches - sum(fast.report().plans[0].launches)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -217,7 +231,7 @@ def _mean_psnr(images: Tensor, full: Tensor) -> float | None:
 
 
 def _gate(name: str, output: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = ((output - expected).abs().max() / expected.abs().max()).item()
+    error = ((output - expected).abs().max() / expected.abs().max()).float().item()
     if not error <= tolerance:  # NaN fails too
         raise WrongResult(f"{name}: relative error {error:.1e}, expected at most {tolerance:.0e}; nothing was timed")
 
@@ -230,7 +244,8 @@ def table(result: dict[str, Any]) -> Table:
         f"{' with guidance' if result['guidance'] > 1 else ''}, {result['schedule']}: "
         f"CUR {100 * result['cur']:.0f} %, theoretical {result['theoretical']:.2f}x"
     )
-    caption = f"{env['cpu']}, {env['threads']} thread(s), fp32, torch {env['torch']}, {result['rounds']} rounds, median"
+    where = f"{env['cpu']}, {env['threads']} thread(s)" if result["device"] == "cpu" else result["device"]
+    caption = f"{where}, {result['dtype']}, torch {env['torch']}, {result['rounds']} rounds, median"
     out = Table(title=title, caption=f"{caption}; commit {env['commit']}")
     out.add_column("")
     for column in (
@@ -318,6 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=positive, help="side of a published architecture's latent")
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile of the whole model")
     parser.add_argument(
         "--keep-cache", action="store_true", help="use TorchInductor's cache: compile times are not cold"
@@ -342,9 +359,11 @@ def main(argv: list[str] | None = None) -> int:
                 size=arguments.size,
                 guidance=arguments.guidance,
                 compiled=not arguments.no_compile,
+                device=arguments.device,
+                dtype=getattr(torch, arguments.dtype),
                 progress=status.update,
             )
-        except (ValueError, TypeError, WrongResult) as error:
+        except (ValueError, TypeError, WrongResult, CompilerMissing, CaptureFailed) as error:
             console.print(f"[red]error:[/red] {error}", soft_wrap=True)
             return 2
     console.print(table(result))
