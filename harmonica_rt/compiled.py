@@ -384,7 +384,7 @@ class CompiledTransformer(nn.Module):
         index, window = step - run.start, run.plan.window
         timesteps = inputs.timestep.narrow(0, 0, 1)
         # Unread labels may be new at each call, and then steps ahead would be filled in vain
-        ahead = timestep is not None or not run.copies
+        ahead = timestep is not None or same or not run.copies
         if ahead and known is not None and known[step] == expected:
             end = min(index - index % window + window, len(run.plan.program.steps)) + run.start
             timesteps = torch.tensor(known[step:end], dtype=timesteps.dtype, device=timesteps.device)
