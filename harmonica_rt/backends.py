@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu, gelu_eager
+from .kernels.inductor import CompilerMissing, missing_triton
 from .models.base import Branch, Gelu, Linear
 from .program import Gap
 
@@ -100,6 +101,8 @@ class CudaGraphOps(EagerOps):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
+        if reason := missing_triton():
+            raise CompilerMissing(f"backend cudagraph: {reason}")
         from .kernels.gap import gap  # imports triton
 
         self._op, self._y = gap, torch.empty_like(plan.x)

@@ -244,6 +244,11 @@ class CompiledTransformer(nn.Module):
                     "autocast: expected it off, since a compiled program has one dtype; load the model in the dtype "
                     "you want (torch_dtype=...)"
                 )
+            on = inputs.sample.device
+            if elsewhere := {t.device for t in (inputs.timestep, *inputs.conditioning)} - {on}:
+                raise ValueError(
+                    f"expected timestep and conditioning on the sample's device, {on}, got {elsewhere.pop()}"
+                )
             if wants_grad and inputs.sample.requires_grad:
                 raise RuntimeError(
                     "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only "
@@ -348,7 +353,7 @@ class CompiledTransformer(nn.Module):
         first = "cudagraph" if shape.device.type == "cuda" else "inductor"
         try:
             plan = self._plan(program, shape, first)
-        except (CompilerMissing, CaptureFailed, ImportError) as error:
+        except (CompilerMissing, CaptureFailed) as error:
             if self._fallback is None:
                 warnings.warn(f"harmonica_rt runs its eager backend, not {first}: {error}", stacklevel=7)
             self._fallback = str(error)

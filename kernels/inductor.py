@@ -1,4 +1,4 @@
-"""Pure functions of tensors, compiled by TorchInductor without Dynamo.
+"""Which compilers this machine has, and pure functions of tensors compiled by TorchInductor without Dynamo.
 
 A plan's shapes are fixed, so there is nothing to guard: a call costs a few microseconds instead of tens, and neither
 other shapes nor other models in the process count against Dynamo's recompile limit.
@@ -6,6 +6,8 @@ other shapes nor other models in the process count against Dynamo's recompile li
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 
 
 class CompilerMissing(RuntimeError):
-    """TorchInductor cannot build code on this machine."""
+    """A compiler that a backend needs is not on this machine, or too old."""
 
 
 def compile_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
@@ -33,6 +35,21 @@ def compile_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> C
     with torch.no_grad():
         graph = make_fx(function, tracing_mode="fake")(*examples)
         return inductor.compile(graph, list(examples))
+
+
+TRITON = (3, 7)  # oldest version the kernels are tested with
+
+
+def missing_triton() -> str | None:
+    """Why the Triton kernels cannot be had here, or None. Does not import triton."""
+    wanted = ".".join(map(str, TRITON))
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return f"expected triton {wanted} or newer, found none"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON:
+        return f"expected triton {wanted} or newer, found {version}"
+    return None
 
 
 @lru_cache(maxsize=8)

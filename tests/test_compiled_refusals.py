@@ -57,6 +57,7 @@ def test_a_refused_call_changes_nothing(dit: torch.nn.Module) -> None:
         ({"timestep": torch.full((2,), 5)}, RuntimeError, ""),
         ({"class_labels": None}, ValueError, "class_labels: expected a tensor of shape"),
         ({"class_labels": calls.labels.float()}, TypeError, "expected integers, got torch.float32"),
+        ({"class_labels": calls.labels.to("meta")}, ValueError, "on the sample's device, cpu, got meta"),
         ({"class_labels": calls.labels[:1]}, ValueError, r"shape \[2\], got \[1\]"),
         ({"cross_attention_kwargs": {"gligen": 1}}, ValueError, r"expected none, got \['gligen'\]"),
         ({"hidden_states": calls.samples[3].clone().requires_grad_()}, RuntimeError, "needs no gradient"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 
 import harmonica_rt as hrt
 from harmonica_rt.cuda_graphs import CaptureFailed
+from harmonica_rt.kernels.inductor import CompilerMissing
 
 from .conftest import Calls, assert_close, make_dit, random_schedule
 from .emulator import Emulator
@@ -156,4 +159,20 @@ def test_the_backend_by_name_needs_cuda() -> None:
     model = make_dit()
     fast = hrt.compile(model, random_schedule(2), backend="cudagraph")
     with pytest.raises(ValueError, match="backend cudagraph: expected a model on a CUDA device, got one on cpu"):
+        Calls(6).call(fast, 0)
+
+
+@pytest.mark.parametrize(("version", "found"), [(None, "none"), ("3.4.0", "3.4.0")])
+def test_without_a_triton_that_will_do_it_says_so(
+    version: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lookup(name: str) -> str:
+        assert name == "triton"
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", lookup)
+    fast, _ = compile_graphs(make_dit(), random_schedule(2))
+    with pytest.raises(CompilerMissing, match=f"backend cudagraph: expected triton 3.7 or newer, found {found}"):
         Calls(6).call(fast, 0)
