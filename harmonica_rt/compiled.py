@@ -25,6 +25,7 @@ from .backends import OPS
 from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
 from .executor import Plan, Shape
 from .kernels.inductor import CompilerMissing
+from .loop import LoopGraph, copied, trajectory
 from .lowering import lower
 from .models import Adapter, adapt
 from .models.base import Branch, Inputs, Norm
@@ -222,6 +223,51 @@ class CompiledTransformer(nn.Module):
 
     # ---- runs
 
+    def trajectory(self, noise: Tensor, scheduler: Any, guidance_scale: float = 1.0, **conditioning: Any) -> Tensor:
+        """The whole sampling loop in one call; with the cudagraph backend one graph, one launch an image.
+
+        For samplers whose update can be captured and loops without callbacks. What a pipeline does between two steps
+        is Python that no graph can hold, so this is a call of its own.
+
+        Args:
+            noise: [images, channels, height, width], scaled as the scheduler wants it.
+            scheduler: DDIM (eta 0) or DPM-Solver++ multistep, its timesteps set; it is copied, not changed.
+            guidance_scale: classifier-free guidance; above 1 the samples are doubled, conditional ones first.
+            conditioning: the forward's other arguments, for all samples (``class_labels``: 2 images with guidance).
+
+        Returns:
+            The sampler's result, shaped as `noise`: what stepping through `forward` gives.
+
+        Raises:
+            ValueError: a scheduler that draws noise, or timesteps that differ from the schedule's.
+        """
+        scheduler, before = copied(scheduler), self._tracker.timesteps
+        timestep = scheduler.timesteps.to(noise.device)
+        samples = len(noise) * (2 if guidance_scale > 1 else 1)
+
+        def inputs(step: int, sample: Tensor) -> Inputs:
+            now = timestep.narrow(0, step, 1).expand(samples)
+            arguments = self._signature.bind(sample, timestep=now, **conditioning)
+            arguments.apply_defaults()
+            return self._read_inputs(arguments.arguments)
+
+        with self._exclusive(), torch.inference_mode(False), torch.no_grad():
+            self._follow(scheduler)
+            try:
+                first = inputs(0, torch.cat([noise] * (samples // len(noise))))
+                plan = self._start_run(first, 0).plan
+                if plan.graphs is None or plan.window < len(timestep):  # modulation rows for all steps, or none
+                    return trajectory(lambda step, x: self._step(inputs(step, x)), scheduler, noise, guidance_scale)
+                plan.modulate(0, timestep, first.conditioning)
+                key = (type(scheduler).__name__, float(guidance_scale), tuple(timestep.tolist()))
+                if key not in plan.loops:
+                    recorder = self._recorder(noise.device)
+                    plan.loops[key] = LoopGraph(plan, recorder, scheduler, guidance_scale, len(noise))
+                return plan.loops[key].run(noise)
+            finally:
+                self._end_run()
+                self._tracker.timesteps = before
+
     def reset(self) -> None:
         """The next call starts a new run."""
         with self._exclusive():
@@ -237,25 +283,30 @@ class CompiledTransformer(nn.Module):
         wants_grad = torch.is_grad_enabled()
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._watch_scheduler()
-            adapter = self._bound[0] if self._bound is not None else adapt(self.model)
-            inputs = adapter.inputs(arguments.arguments)
-            if torch.is_autocast_enabled(inputs.sample.device.type):
-                raise RuntimeError(
-                    "autocast: expected it off, since a compiled program has one dtype; load the model in the dtype "
-                    "you want (torch_dtype=...)"
-                )
-            on = inputs.sample.device
-            if elsewhere := {t.device for t in (inputs.timestep, *inputs.conditioning)} - {on}:
-                raise ValueError(
-                    f"expected timestep and conditioning on the sample's device, {on}, got {elsewhere.pop()}"
-                )
+            inputs = self._read_inputs(arguments.arguments)
             if wants_grad and inputs.sample.requires_grad:
                 raise RuntimeError(
                     "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only "
                     "samples; differentiate through .model"
                 )
             output = self._step(inputs)
-        return adapter.output(output) if inputs.return_dict else (output,)
+        return self._adapter.output(output) if inputs.return_dict else (output,)
+
+    @property
+    def _adapter(self) -> Adapter:
+        return self._bound[0] if self._bound is not None else adapt(self.model)
+
+    def _read_inputs(self, arguments: dict[str, Any]) -> Inputs:
+        inputs = self._adapter.inputs(arguments)
+        on = inputs.sample.device
+        if torch.is_autocast_enabled(on.type):
+            raise RuntimeError(
+                "autocast: expected it off, since a compiled program has one dtype; load the model in the dtype "
+                "you want (torch_dtype=...)"
+            )
+        if elsewhere := {t.device for t in (inputs.timestep, *inputs.conditioning)} - {on}:
+            raise ValueError(f"expected timestep and conditioning on the sample's device, {on}, got {elsewhere.pop()}")
+        return inputs
 
     def _step(self, inputs: Inputs) -> Tensor:
         timestep = _read(inputs.timestep)
@@ -302,8 +353,12 @@ class CompiledTransformer(nn.Module):
         """A pipeline's scheduler makes new timesteps for each run: check them against the schedule, once a run."""
         pipeline = self._pipeline()
         scheduler = None if pipeline is None else pipeline.scheduler
-        if scheduler is None or scheduler.timesteps is self._timesteps:
-            return
+        if scheduler is not None and scheduler.timesteps is not self._timesteps:
+            self._follow(scheduler)
+            self._timesteps = scheduler.timesteps
+
+    def _follow(self, scheduler: Any) -> None:
+        """Start a run on `scheduler`'s timesteps, if they are the schedule's."""
         timesteps = tuple(float(t) for t in scheduler.timesteps)
         name, schedule = type(scheduler).__name__, self.schedule
         if len(timesteps) != schedule.steps:
@@ -322,7 +377,6 @@ class CompiledTransformer(nn.Module):
         self._end_run()
         self._tracker.timesteps = timesteps
         self._tracker.reset(entry=getattr(scheduler, "begin_index", None) or 0)
-        self._timesteps = scheduler.timesteps
 
     def _start_run(self, inputs: Inputs, start: int) -> _Run:
         """A run on the plan of this shape and entry step. Looks at the model anew: weights may have moved."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .backends import OPS, GapCall, linear
 from .cuda_graphs import StepGraphs
+from .loop import LoopGraph
 from .models.base import Adapter, Branch, Gelu, Linear, Norm, SelfAttention
 from .program import Program
 
@@ -44,6 +46,7 @@ class Plan:
         rows: [window, batch, rows, width], the modulation rows of `window` steps.
         step: int32 [1], which of them the call under way uses, for kernels that look it up on the device.
         graphs: captured steps, if the plan replays them.
+        loops: captured trajectories, by sampler, guidance and timesteps.
         measured: seconds a run takes replayed and launched plainly, once both have been measured.
         seconds: time it took to build, compilation included.
     """
@@ -65,6 +68,7 @@ class Plan:
         self.slots = empty(program.slots, *self.stream)
         self.scratch = empty(shape.batch * tokens * max(_widest(branch) for branch in branches))
         self.graphs: StepGraphs | None = None
+        self.loops: dict[tuple[Any, ...], LoopGraph] = {}
         self.measured: tuple[float, float] | None = None
         self._steps: list[Built | None] = [None] * len(program.steps)
         self.ops = OPS[backend](self)
@@ -107,6 +111,9 @@ class Plan:
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
+        for loop in self.loops.values():
+            loop.release()
+        self.loops.clear()
         if self.graphs is not None:
             self.graphs.release()
 

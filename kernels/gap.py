@@ -146,7 +146,7 @@ def launch_arguments(
     shift: int,
     scale: int,
     eps: float,
-    affine: Tensor | None,
+    affine: Tensor | None = None,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional and constant arguments of a launch, checked."""
     batch, tokens, width = x.shape
@@ -239,20 +239,7 @@ def gap(
 
 
 @gap.register_kernel("cpu")
-def _(
-    x: Tensor,
-    y: Tensor,
-    arena: Tensor,
-    rows: Tensor,
-    step: Tensor,
-    table: Tensor,
-    weights: Tensor,
-    norm: str,
-    shift: int,
-    scale: int,
-    eps: float,
-    affine: Tensor | None = None,
-) -> None:
+def _(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine=None):
     launch_arguments(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine)
     now = rows[int(step)].float()[:, :, None]
     total = x.float()
@@ -272,18 +259,5 @@ def _(
 
 
 @gap.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    arena: Tensor,
-    rows: Tensor,
-    step: Tensor,
-    table: Tensor,
-    weights: Tensor,
-    norm: str,
-    shift: int,
-    scale: int,
-    eps: float,
-    affine: Tensor | None = None,
-) -> None:
-    launch_arguments(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine)
+def _(*operands: Any) -> None:
+    launch_arguments(*operands)

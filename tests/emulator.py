@@ -58,11 +58,19 @@ class EmulatedGraph(TorchDispatchMode):
         super().__init__()
         self.ops: list[tuple[Any, tuple, dict, list[Tensor]]] = []
         self.made: dict[int, Tensor] = {}  # by storage: what the graph's pool holds
+        self.kept: list[Any] = []
         self.replays = 0
+        self.host: set[int] = set()  # storages of tensors that live on the host: capture does not see work on them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
+        inputs = _tensors((args, kwargs))
+        if inputs and all(_storage(t) in self.host for t in inputs):
+            out = func(*args, **kwargs)
+            self.host.update(map(_storage, _tensors(out)))
+            self.kept.append(out)  # a freed storage's address may come back as another tensor's
+            return out
         if name in REFUSED:
             raise Refused(f"operation not permitted while capturing: {name} {REFUSED[name]}")
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
@@ -105,6 +113,7 @@ class Emulator:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.warm_ups = 0
+        self.host: Callable[[], list[Tensor]] = list  # tensors to take for host ones when a capture begins
         self.graphs: list[EmulatedGraph] = []
 
     def warm_up(self, launch: Callable[[], Tensor]) -> None:
@@ -115,6 +124,7 @@ class Emulator:
         if EmulatedGraph.capturing:
             raise Refused("a capture is already under way")
         graph = EmulatedGraph()
+        graph.host.update(map(_storage, self.host()))
         EmulatedGraph.capturing = True
         try:
             with graph:

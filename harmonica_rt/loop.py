@@ -1,0 +1,96 @@
+"""The sampling loop around the denoiser: plainly, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cuda_graphs import CaptureFailed, Recorder, Replayable
+
+if TYPE_CHECKING:
+    from .executor import Plan
+
+SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")  # updates without fresh noise or hidden host reads
+
+
+class LoopGraph:
+    """A whole trajectory, denoiser, guidance and sampler updates, as one graph: one launch an image.
+
+    The scheduler's own `step` is captured, so results are the step graphs'. Its host-side numbers (alphas, sigmas) are
+    the same in every run and become constants of the graph.
+    """
+
+    def __init__(self, plan: Plan, recorder: Recorder, scheduler: Any, guidance_scale: float, images: int) -> None:
+        self.plan, self.scheduler, self.guidance_scale = plan, scheduler, guidance_scale
+        self.timesteps = [float(t) for t in scheduler.timesteps]
+        shape = plan.shape
+        size = (images, plan.adapter.in_channels, shape.height, shape.width)
+        self.noise = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.graph: Replayable | None = None
+        try:
+            self._rewind()
+            recorder.warm_up(self._launch)
+            self._rewind()
+            self.graph, self.output = recorder.capture(self._launch)
+        except Exception as error:
+            where = "; ".join(getattr(error, "__notes__", ())) or "between steps"
+            raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
+
+    def _rewind(self) -> None:
+        self.scheduler.set_timesteps(len(self.timesteps))
+
+    def _launch(self) -> Tensor:
+        def denoise(step: int, sample: Tensor) -> Tensor:
+            self.plan.select(step)
+            return self.plan.launch(step, sample)
+
+        return trajectory(denoise, self.scheduler, self.noise, self.guidance_scale)
+
+    def run(self, noise: Tensor) -> Tensor:
+        """The sampler's result from `noise`, a new tensor."""
+        self.noise.copy_(noise)
+        self.graph.replay()
+        return self.output.clone()
+
+    def release(self) -> None:
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+
+
+def trajectory(
+    denoise: Callable[[int, Tensor], Tensor], scheduler: Any, noise: Tensor, guidance_scale: float
+) -> Tensor:
+    """Sample from `noise` with classifier-free guidance, conditional samples first as in diffusers' DiT pipeline.
+
+    Args:
+        denoise: (step, [batch or 2 batch, channels, height, width]) -> the model's output.
+        scheduler: with its timesteps set.
+    """
+    x, channels = noise, noise.shape[1]
+    for step, t in enumerate(scheduler.timesteps):
+        output = denoise(step, torch.cat([x, x]) if guidance_scale > 1 else x).narrow(1, 0, channels)
+        if guidance_scale > 1:
+            conditional, unconditional = output.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    return x
+
+
+def copied(scheduler: Any) -> Any:
+    """A copy of `scheduler` at the start of its run. Raises ValueError if its updates cannot be captured."""
+    name, kind = type(scheduler).__name__, str(scheduler.config.get("algorithm_type", ""))
+    if name not in SCHEDULERS or kind.startswith("sde"):
+        raise ValueError(
+            f"trajectory: expected a deterministic scheduler of {SCHEDULERS}, "
+            f"got {name}{' with ' + kind if kind.startswith('sde') else ''}"
+        )
+    own, steps = copy.deepcopy(scheduler), len(scheduler.timesteps)
+    own.set_timesteps(steps)
+    if not torch.equal(own.timesteps, scheduler.timesteps.cpu()):
+        raise ValueError(f"trajectory: expected timesteps that {name}.set_timesteps({steps}) gives, got others")
+    return own
