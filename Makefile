@@ -27,7 +27,7 @@ lint: .venv/ready  ## ruff, check only
 
 bench: .venv/ready  ## The figures of README.md: correctness, latency, quality (about 15 minutes on one core)
 	$(BIN)/python bench/targets.py
-	$(BIN)/pytest bench/kernels/bench_gap.py --benchmark-only
+	$(BIN)/pytest bench/kernels/bench_gap.py bench/kernels/bench_gelu.py --benchmark-only
 
 bench-gpu: .venv/ready  ## On a CUDA machine: kernels, latency, capture, in out/gpu/
 	$(BIN)/python bench/run_gpu.py

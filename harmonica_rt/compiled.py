@@ -25,7 +25,7 @@ from .backends import OPS
 from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
 from .executor import Plan, Shape
 from .kernels.inductor import CompilerMissing
-from .loop import LoopGraph, copied, trajectory
+from .loop import LoopGraph, copied, loop_key, trajectory
 from .lowering import lower
 from .models import Adapter, adapt
 from .models.base import Branch, Inputs, Norm
@@ -241,6 +241,7 @@ class CompiledTransformer(nn.Module):
         Raises:
             ValueError: a scheduler that draws noise, or timesteps that differ from the schedule's.
         """
+        _refuse_gradient(noise)
         scheduler, before = copied(scheduler), self._tracker.timesteps
         timestep = scheduler.timesteps.to(noise.device)
         samples = len(noise) * (2 if guidance_scale > 1 else 1)
@@ -254,12 +255,12 @@ class CompiledTransformer(nn.Module):
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._follow(scheduler)
             try:
-                first = inputs(0, torch.cat([noise] * (samples // len(noise))))
+                first = inputs(0, torch.cat([noise, noise]) if guidance_scale > 1 else noise)
                 plan = self._start_run(first, 0).plan
                 if plan.graphs is None or plan.window < len(timestep):  # modulation rows for all steps, or none
                     return trajectory(lambda step, x: self._step(inputs(step, x)), scheduler, noise, guidance_scale)
                 plan.modulate(0, timestep, first.conditioning)
-                key = (type(scheduler).__name__, float(guidance_scale), tuple(timestep.tolist()))
+                key = loop_key(scheduler, guidance_scale)
                 if key not in plan.loops:
                     recorder = self._recorder(noise.device)
                     plan.loops[key] = LoopGraph(plan, recorder, scheduler, guidance_scale, len(noise))
@@ -280,15 +281,10 @@ class CompiledTransformer(nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        wants_grad = torch.is_grad_enabled()
+        _refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._watch_scheduler()
             inputs = self._read_inputs(arguments.arguments)
-            if wants_grad and inputs.sample.requires_grad:
-                raise RuntimeError(
-                    "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only "
-                    "samples; differentiate through .model"
-                )
             output = self._step(inputs)
         return self._adapter.output(output) if inputs.return_dict else (output,)
 
@@ -450,6 +446,14 @@ class CompiledTransformer(nn.Module):
             run.filled.update(zip(range(step, end), known[step:end]))
         run.plan.modulate(index, timesteps, current)
         run.conditioning, run.versions, run.copies = current, versions, tuple(t.clone() for t in current)
+
+
+def _refuse_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only samples; "
+            "differentiate through .model"
+        )
 
 
 def _read(timestep: Tensor) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,10 +71,9 @@ class StepGraphs:
     """
 
     def __init__(self, plan: Plan, recorder: Recorder) -> None:
-        self.plan, self.recorder = plan, recorder
+        self.plan, self.recorder = weakref.proxy(plan), recorder  # the plan owns this
         shape = plan.shape
-        channels = plan.adapter.in_channels
-        size = (shape.batch, channels, shape.height, shape.width)
+        size = (shape.batch, plan.adapter.in_channels, shape.height, shape.width)
         self.sample = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self.graphs: dict[Step, tuple[Replayable, Tensor]] = {}
         distinct = {step: i for i, step in reversed(list(enumerate(plan.program.steps)))}  # the first of each kind
@@ -99,15 +99,11 @@ class StepGraphs:
         graph.replay()
         return output.clone()
 
-    def _run_plainly(self, step: int, sample: Tensor) -> Tensor:
-        self.plan.select(step)
-        return self.plan.launch(step, sample)
-
     def measure(self, rounds: int = 3) -> bool:
         """Time whole runs replayed and launched plainly, in turn, for `plan.measured`. Is replay the faster?"""
         times: dict[str, list[float]] = {"graphs": [], "launches": []}
         for _ in range(rounds):
-            for name, run in (("graphs", self.run), ("launches", self._run_plainly)):
+            for name, run in (("graphs", self.run), ("launches", self.plan.run_plainly)):
                 self.recorder.synchronize()
                 started = time.perf_counter()
                 for step in range(len(self.plan.program.steps)):

@@ -77,8 +77,10 @@ class Plan:
 
     def run(self, step: int, sample: Tensor) -> Tensor:
         """The model's output at `step`, a new tensor. Modulation rows and earlier slots must be filled."""
-        if self.graphs is not None:
-            return self.graphs.run(step, sample)
+        return self.run_plainly(step, sample) if self.graphs is None else self.graphs.run(step, sample)
+
+    def run_plainly(self, step: int, sample: Tensor) -> Tensor:
+        """`run` by launches, even if there are graphs."""
         self.select(step)
         return self.launch(step, sample)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ class LoopGraph:
     """
 
     def __init__(self, plan: Plan, recorder: Recorder, scheduler: Any, guidance_scale: float, images: int) -> None:
-        self.plan, self.scheduler, self.guidance_scale = plan, scheduler, guidance_scale
-        self.timesteps = [float(t) for t in scheduler.timesteps]
+        self.plan = weakref.proxy(plan)  # the plan owns this
+        self.scheduler, self.guidance_scale = scheduler, guidance_scale
         shape = plan.shape
         size = (images, plan.adapter.in_channels, shape.height, shape.width)
         self.noise = torch.zeros(size, dtype=shape.dtype, device=shape.device)
@@ -41,14 +42,10 @@ class LoopGraph:
             raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
 
     def _rewind(self) -> None:
-        self.scheduler.set_timesteps(len(self.timesteps))
+        self.scheduler.set_timesteps(len(self.scheduler.timesteps))
 
     def _launch(self) -> Tensor:
-        def denoise(step: int, sample: Tensor) -> Tensor:
-            self.plan.select(step)
-            return self.plan.launch(step, sample)
-
-        return trajectory(denoise, self.scheduler, self.noise, self.guidance_scale)
+        return trajectory(self.plan.run_plainly, self.scheduler, self.noise, self.guidance_scale)
 
     def run(self, noise: Tensor) -> Tensor:
         """The sampler's result from `noise`, a new tensor."""
@@ -79,6 +76,12 @@ def trajectory(
             output = unconditional + guidance_scale * (conditional - unconditional)
         x = scheduler.step(output, t, x, return_dict=False)[0]
     return x
+
+
+def loop_key(scheduler: Any, guidance_scale: float) -> tuple[Any, ...]:
+    """All that a captured loop has baked in: the sampler's numbers and the guidance."""
+    config = repr(sorted(scheduler.config.items()))
+    return type(scheduler).__name__, config, tuple(scheduler.timesteps.tolist()), float(guidance_scale)
 
 
 def copied(scheduler: Any) -> Any:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from .executor import Plan
 
-ENDS = 4  # launches outside the blocks: patch embedding, positions, output projection, unpatchify
-
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
@@ -20,7 +18,7 @@ class PlanReport:
         slots, slot_bytes: values held between steps.
         modulation_bytes: modulation rows held for the steps ahead.
         model_bytes: the model's weights, for comparison.
-        launches: dispatched non-view ops or compiled kernels, of each step.
+        launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart.
         macs, full_macs: multiply-accumulates of a run, with the schedule and without.
         seconds: time it took to make the plan, compilation and capture included.
         graphs: captured graphs, or 0.
@@ -113,7 +111,7 @@ def launches(plan: Plan, step: int) -> int:
     instructions = plan.program.steps[step]
     gaps = sum(plan.ops.gap_launches(gap) for gap in instructions.gaps)
     computes = sum(plan.ops.branch_launches(plan.branches[compute.entry]) for _, compute in instructions.body)
-    return ENDS + gaps + computes
+    return plan.adapter.end_launches + gaps + computes
 
 
 def _mib(count: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -158,3 +160,36 @@ def test_a_capture_that_fails_names_the_step(emulated: list[Emulator], monkeypat
     with pytest.raises(CaptureFailed, match="OutOfMemoryError: CUDA out of memory"):
         fast.trajectory(noise(), sampler, 1.5, class_labels=LABELS)
     monkeypatch.undo()
+
+
+def test_another_scheduler_config_is_another_graph(emulated: list[Emulator]) -> None:
+    """Same class, timesteps and guidance, other noise levels: a graph's constants would be stale."""
+    model, schedule = make_dit(in_channels=2, out_channels=2), random_schedule(3)
+    eager = hrt.compile(model, schedule, backend="eager")
+    fast = hrt.compile(model, schedule, backend="cudagraph")
+    for sampler in (scheduler(), scheduler(beta_end=0.05), scheduler(prediction_type="v_prediction")):
+        result = fast.trajectory(noise(), sampler, 1.5, class_labels=LABELS)
+        assert relative_error(result, stepping(eager, sampler, 1.5, noise())) < 1e-5
+    fast.trajectory(noise(), scheduler(), 1.5, class_labels=LABELS)
+    assert len(emulated) == 4, "steps, and a loop for each config"
+
+
+def test_noise_that_wants_a_gradient_or_is_empty_is_refused() -> None:
+    fast = hrt.compile(make_dit(in_channels=2, out_channels=2), random_schedule(3), backend="eager")
+    with pytest.raises(RuntimeError, match="needs no gradient"):
+        fast.trajectory(noise().requires_grad_(), scheduler(), class_labels=LABELS[:2])
+    with pytest.raises(ValueError, match=r"at least one sample and pixel, got \[0, 2, 8, 8\]"):
+        fast.trajectory(noise()[:0], scheduler(), 1.5, class_labels=LABELS[:0])
+
+
+def test_graphs_and_loops_go_with_the_last_reference(emulated: list[Emulator]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        fast = hrt.compile(make_dit(in_channels=2, out_channels=2), random_schedule(3), backend="cudagraph")
+        fast.trajectory(noise(), scheduler(), 1.5, class_labels=LABELS)
+        plan = weakref.ref(next(iter(fast._plans.values())))
+        del fast
+        assert plan() is None
+    finally:
+        gc.enable()

@@ -94,6 +94,7 @@ class Adapter(ABC):
     Attributes:
         model_class: diffusers class name.
         branches: names of a layer's branches, in the order they run.
+        end_launches: ops that `embed` and `finish` launch, views not counted.
         layers: number of transformer blocks, L.
         width: channels of the token stream.
         in_channels: channels of a sample.
@@ -102,6 +103,7 @@ class Adapter(ABC):
 
     model_class: ClassVar[str]
     branches: ClassVar[tuple[str, ...]]
+    end_launches: ClassVar[int]
     model: nn.Module
     layers: int
     width: int

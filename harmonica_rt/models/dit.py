@@ -58,6 +58,7 @@ class DiTAdapter(Adapter):
 
     model_class = "DiTTransformer2DModel"
     branches = ("attn", "mlp")
+    end_launches = 4  # patch embedding, positions; output projection, unpatchify
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
