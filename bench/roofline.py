@@ -137,7 +137,7 @@ def diffusers_launches(model: nn.Module, schedule: hrt.Schedule, samples: int, r
 Record.active = None
 
 
-def program_launches(adapter: Adapter, schedule: hrt.Schedule, samples: int) -> list[list[Launch]]:
+def program_launches(adapter: Adapter, schedule: hrt.Schedule, samples: int, shared: int) -> list[list[Launch]]:
     """Launches of each step of the cudagraph backend, from the program's instructions."""
     config = adapter.model.config
     tokens, width = adapter.tokens(config.sample_size, config.sample_size), adapter.width
@@ -145,44 +145,84 @@ def program_launches(adapter: Adapter, schedule: hrt.Schedule, samples: int) -> 
     stream, row = SIZE * rows * width, SIZE * samples * width
     branches, _ = adapter.bind()
 
-    def gemm(k: int, n: int) -> Launch:
-        return Launch(2 * rows * k * n, SIZE * (rows * k + k * n + rows * n))
-
     def branch(entry: int) -> list[Launch]:
         launches = []
         for stage in branches[entry].stages:
             match stage:
                 case Linear():
-                    launches.append(gemm(stage.weight.shape[1], stage.weight.shape[0]))
+                    launches.append(_gemm(rows, stage.weight.shape[1], stage.weight.shape[0]))
                 case SelfAttention():
                     launches.append(Launch(4 * samples * tokens * tokens * width, 4 * stream))
                 case Gelu():
                     pass  # the GEMM's epilogue
         return launches
 
-    pixels = config.patch_size**2
-    inputs, outputs = pixels * config.in_channels, pixels * adapter.model.out_channels
-    before = [gemm(inputs, width), Launch(0, 3 * stream)]
-    before += [Launch(0, 2 * SIZE * rows * inputs), Launch(0, 4)]  # sample in, step's number
-    after = [gemm(width, outputs), *[Launch(0, 2 * SIZE * rows * outputs)] * 2]  # unpatchify, output out
-    macs = adapter.macs(None, None, samples)
-    modulation = Launch(2 * macs.fixed, SIZE * samples * adapter.rows * width + SIZE * macs.fixed / samples)
     steps = []
     for step in lower(schedule).steps:
-        launches = [*before, modulation]
+        launches = around_launches(adapter, samples, shared)
         for gap in step.gaps:
             gates = len({term.entry for term in gap.terms})
             launches.append(Launch(0, stream * (2 + len(gap.terms) + bool(gap.terms)) + row * (2 + gates)))
             if gap.norm < len(branches):
                 launches += branch(gap.norm)
-        steps.append(launches + after)
+        steps.append(launches)
     return steps
 
 
-def build(name: str, size: int | None) -> nn.Module:
+def around_launches(adapter: Adapter, samples: int, shared: int) -> list[Launch]:
+    """A step's launches outside the blocks; `shared`: how many steps' modulation one call computes."""
+    config, width = adapter.model.config, adapter.width
+    rows = samples * adapter.tokens(config.sample_size, config.sample_size)
+    inputs, outputs = (config.patch_size**2 * n for n in (config.in_channels, adapter.model.out_channels))
+    macs = adapter.macs(None, None, samples)
+    return [
+        _gemm(rows, inputs, width),
+        Launch(0, 3 * SIZE * rows * width),  # positions
+        Launch(0, 2 * SIZE * rows * inputs),  # the sample's copy in
+        Launch(0, 4),  # the step's number
+        Launch(2 * macs.fixed, SIZE * samples * adapter.rows * width + SIZE * macs.fixed / samples / shared),
+        _gemm(rows, width, outputs),
+        *[Launch(0, 2 * SIZE * rows * outputs)] * 2,  # unpatchify, the output's copy out
+    ]
+
+
+def _gemm(rows: int, k: int, n: int) -> Launch:
+    return Launch(2 * rows * k * n, SIZE * (rows * k + k * n + rows * n))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Launches of a step: of a computed block, of a reused one (ours: of any run of them), around the blocks."""
+
+    computed: float
+    reused: float
+    around: float
+
+
+def diffusers_counts(name: str, samples: int) -> Counts:
+    """Counted on the model with all its blocks and with one: the difference is the blocks'."""
+    counts = []
+    for layers in (None, 1):
+        model = build(name, layers=layers)
+        counts.append([len(s) for s in diffusers_launches(model, hrt.Schedule.uniform(model, 2, 2), samples, True)])
+    more = REFERENCES[name].config["num_layers"] - 1
+    computed, reused = ((many - one) / more for many, one in zip(*counts))
+    return Counts(computed, reused, counts[1][0] - computed)
+
+
+def program_counts(adapter: Adapter, samples: int) -> Counts:
+    """Counted on the program: any run of reused blocks is part of one Gap."""
+    schedule = hrt.Schedule.uniform(adapter.model, 2, 2)
+    computed, reused = map(len, program_launches(adapter, schedule, samples, shared=2))
+    around = len(around_launches(adapter, samples, shared=2))
+    return Counts((computed - reused) / adapter.layers, reused - around, around)
+
+
+def build(name: str, size: int | None = None, layers: int | None = None) -> nn.Module:
     reference = REFERENCES[name]
     with torch.device("meta"):
         config = {**reference.config, "sample_size": size or reference.size}
+        config["num_layers"] = layers or config["num_layers"]
         model = DiTTransformer2DModel(in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=1000, **config)
     return model.to(torch.bfloat16).eval()
 
@@ -195,12 +235,13 @@ def predict(name: str, size: int | None, every: int, order: int, steps: int, ima
     full = hrt.Schedule.full(model, steps)
     launches = {
         "diffusers eager": diffusers_launches(model, full, samples, reuse=False),
-        "torch.compile, full": program_launches(adapter, full, samples),  # at best: fused as far as ours
+        "torch.compile, full": program_launches(adapter, full, samples, shared=1),  # at best: fused as far as ours
         "module-level reuse": diffusers_launches(model, schedule, samples, reuse=True),
-        "harmonica_rt, cudagraph": program_launches(adapter, schedule, samples),
+        "harmonica_rt, cudagraph": program_launches(adapter, schedule, samples, shared=steps),
     }
-    seconds = {}
+    seconds, around = {}, {}
     for gpu in GPUS:
+        around[gpu.name] = assume.replayed(around_launches(adapter, samples, shared=steps), gpu)
         for candidate, run in launches.items():
             time = assume.replayed if candidate.endswith("cudagraph") else assume.launched
             seconds[gpu.name, candidate] = sum(time(step, gpu) for step in run) / steps
@@ -208,7 +249,25 @@ def predict(name: str, size: int | None, every: int, order: int, steps: int, ima
         "theoretical": schedule.speedup(model),
         "launches": {candidate: sum(map(len, run)) / steps for candidate, run in launches.items()},
         "seconds": seconds,
+        "around": around,
     }
+
+
+def count_table(name: str, samples: int) -> Table:
+    """Counted, not predicted: launches do not depend on the GPU."""
+    out = Table(title=f"COUNTED: launches a step, {name} (order 1)")
+    for column in ("", "a computed block", "a reused block", "any run of reused blocks", "around the blocks"):
+        out.add_column(column, justify="right" if column else "left")
+    theirs, ours = diffusers_counts(name, samples), program_counts(adapt(build(name)), samples)
+    out.add_row(
+        "diffusers eager, module-level reuse", *_cells(theirs.computed, theirs.reused), "", *_cells(theirs.around)
+    )
+    out.add_row("harmonica_rt, cudagraph", *_cells(ours.computed), "", *_cells(ours.reused, ours.around))
+    return out
+
+
+def _cells(*counts: float) -> list[str]:
+    return [f"{count:.0f}" for count in counts]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     assume = Assumptions(arguments.launch_us, arguments.node_us, arguments.flops_fraction, arguments.bandwidth_fraction)
     diffusers_logging.set_verbosity_error()
     console = Console(width=130)
+    console.print(count_table(arguments.model, 2 * arguments.batch))
     for pixels, size in ((256, 32), (512, 64)):
         result = predict(
             arguments.model, size, arguments.every, arguments.order, arguments.steps, arguments.batch, assume
@@ -239,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         out.add_column("launches a step")
         for candidate, count in result["launches"].items():
             out.add_column(f"{candidate}\n{count:.0f}", justify="right")
+        out.add_column("of which\naround blocks", justify="right")
         for gpu in GPUS:
             eager, cells = seconds[gpu.name, "diffusers eager"], []
             for candidate in result["launches"]:
@@ -246,7 +307,8 @@ def main(argv: list[str] | None = None) -> int:
                 reuses = candidate in ("module-level reuse", "harmonica_rt, cudagraph")
                 realised = f"; {eager / now / theoretical:.2f}" if reuses else ""
                 cells.append(f"{1e3 * now:.2f} ({eager / now:.2f}x{realised})")
-            out.add_row(gpu.name, *cells)
+            ours = seconds[gpu.name, "harmonica_rt, cudagraph"]
+            out.add_row(gpu.name, *cells, f"{100 * result['around'][gpu.name] / ours:.1f} %")
         console.print(out)
     return 0
 

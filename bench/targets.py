@@ -25,6 +25,7 @@ from rich.console import Console
 import harmonica_rt as hrt
 from bench import run_latency, run_quality
 from bench.reference import load_pipeline, timesteps
+from harmonica_rt.lowering import lower
 
 INDUCTOR, EAGER = "harmonica_rt, inductor", "harmonica_rt, eager"
 
@@ -123,6 +124,22 @@ def compile_time() -> Iterator[Target]:
     yield Target("dit-s-2: seconds for a second schedule on the same shapes", second, 3.0, at_least=False)
 
 
+def capture() -> Iterator[Target]:
+    """DiT-XL/2 on the tests' capture emulator, which runs every op that it records."""
+    from tests.emulator import Emulator
+
+    pipeline = load_pipeline("dit-xl-2")
+    model, steps = pipeline.transformer, 20
+    schedule = hrt.Schedule.uniform(model, steps, every=2, order=1, timesteps=timesteps(pipeline, steps))
+    fast = hrt.compile(model, schedule, backend="cudagraph")
+    fast._recorder = Emulator
+    fast(torch.randn(2, 4, 32, 32), torch.full((2,), schedule.timesteps[0]), torch.tensor([1, 1000]))
+    plan = fast.report().plans[0]
+    graphs = plan.graphs - lower(schedule).distinct_steps
+    yield Target("dit-xl-2, 20 steps: seconds to plan and capture on the emulator", plan.seconds, 30.0, at_least=False)
+    yield Target("dit-xl-2, 20 steps: graphs beyond one a distinct step", graphs, 0.0, at_least=False)
+
+
 def _row(result: dict, name: str) -> dict:
     return next(row for row in result["rows"] if row["name"] == name)
 
@@ -134,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console, missed = Console(), 0
-    for targets in (compile_time(), quality(), latency(arguments.rounds), eager_backend(arguments.rounds)):
+    for targets in (compile_time(), capture(), quality(), latency(arguments.rounds), eager_backend(arguments.rounds)):
         for target in targets:
             console.print(str(target), soft_wrap=True, highlight=False, style=None if target.met else "red")
             missed += not target.met

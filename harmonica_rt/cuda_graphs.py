@@ -77,10 +77,12 @@ class StepGraphs:
         self.sample = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self.graphs: dict[Step, tuple[Replayable, Tensor]] = {}
         distinct = {step: i for i, step in reversed(list(enumerate(plan.program.steps)))}  # the first of each kind
+        step = 0
         try:
             for step in sorted(distinct.values()):
-                plan.select(step)
-                recorder.warm_up(self._launch(step))
+                plan.calls(step)
+            plan.select(0)
+            recorder.warm_up(self._launch(0))  # computes everything: no kernel is new to later steps
             for step in sorted(distinct.values()):
                 self.graphs[plan.program.steps[step]] = recorder.capture(self._launch(step))
         except Exception as error:

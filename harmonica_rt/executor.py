@@ -91,7 +91,7 @@ class Plan:
 
     def launch(self, step: int, sample: Tensor) -> Tensor:
         """`run`, once the step is selected: no host data goes to the device here, so this may be captured."""
-        body, last = self._steps[step] or self._build(step)
+        body, last = self.calls(step)
         x, done = self.x, 0
         try:
             self.adapter.embed(sample, x)
@@ -129,7 +129,10 @@ class Plan:
 
     # ---- instructions -> calls
 
-    def _build(self, step: int) -> Built:
+    def calls(self, step: int) -> Built:
+        """The calls of `step`. The first time they are made, which brings host data to the device."""
+        if (built := self._steps[step]) is not None:
+            return built
         instructions = self.program.steps[step]
         body = []
         for gap, compute in instructions.body:

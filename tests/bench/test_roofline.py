@@ -26,7 +26,7 @@ def test_flops_are_the_adapters_and_diffusers_own() -> None:
     full = hrt.Schedule.full(model, 1)
     macs = adapt(model).macs(None, None, 2)
     (theirs,) = roofline.diffusers_launches(model, full, 2, reuse=False)
-    (ours,) = roofline.program_launches(adapt(model), full, 2)
+    (ours,) = roofline.program_launches(adapt(model), full, 2, shared=1)
     total = 2 * (macs.fixed + 12 * sum(macs.branches))
     assert sum(launch.flops for launch in theirs) == total
     assert sum(launch.flops for launch in ours) == pytest.approx(total, rel=0.01)
@@ -34,7 +34,7 @@ def test_flops_are_the_adapters_and_diffusers_own() -> None:
 
 def test_launches_are_one_gap_and_the_stages_of_a_branch() -> None:
     model = roofline.build("dit-s-2", 8)
-    computed, reused = roofline.program_launches(adapt(model), hrt.Schedule.uniform(model, 2, 2), 2)
+    computed, reused = roofline.program_launches(adapt(model), hrt.Schedule.uniform(model, 2, 2), 2, shared=2)
     around = len(reused) - 1
     assert len(computed) - around - 1 == 12 * (3 + 2 + 2), "a block: three calls of attention, two GEMMs, two Gaps"
     naive = roofline.diffusers_launches(model, hrt.Schedule.uniform(model, 2, 2), 2, reuse=True)
@@ -42,10 +42,22 @@ def test_launches_are_one_gap_and_the_stages_of_a_branch() -> None:
     assert len(naive[1]) > 10 * len(reused), "module-level reuse keeps the norms, gates and modulation of what it skips"
 
 
+def test_counts_by_place_add_up_to_the_steps() -> None:
+    model, schedule = roofline.build("dit-s-2"), hrt.Schedule.uniform(roofline.build("dit-s-2"), 2, 2)
+    theirs, ours = roofline.diffusers_counts("dit-s-2", 2), roofline.program_counts(adapt(model), 2)
+    for counts, steps in (
+        (theirs, roofline.diffusers_launches(model, schedule, 2, reuse=True)),
+        (ours, roofline.program_launches(adapt(model), schedule, 2, shared=2)),
+    ):
+        assert 12 * counts.computed + counts.around + (counts.reused if counts is ours else 0) == len(steps[0])
+    assert 12 * theirs.reused + theirs.around == len(roofline.diffusers_launches(model, schedule, 2, reuse=True)[1])
+
+
 def test_the_command_says_that_it_predicts(capsys: pytest.CaptureFixture) -> None:
     assert roofline.main(["--model", "dit-s-2", "--steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("PREDICTION") == 2
+    assert printed.count("COUNTED") == 1
     assert "not measured" in printed
     assert "H100" in printed
     assert torch.nn.functional.scaled_dot_product_attention is not roofline.attention
