@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["harmonica_rt", "harmonica_rt.models", "harmonica_rt.kernels"],
+    packages=["harmonica_rt", "harmonica_rt.models", "harmonica_rt.kernels", "harmonica_rt.train"],
     package_dir={"harmonica_rt.kernels": "kernels", "harmonica_rt.train": "train"},
     install_requires=[
         "torch>=2.13,<2.14",
@@ -27,8 +27,9 @@ setup(
         "rich>=13,<16",
         "matplotlib>=3.9,<4",
     ],
+    entry_points={"console_scripts": ["harmonica=harmonica_rt.train.cli:app"]},
     extras_require={
-        "train": ["accelerate>=1.10,<2"],
+        "train": ["accelerate>=1.10,<2", "tensorboard>=2.16,<3"],
         "test": ["pytest>=8,<10", "pytest-benchmark>=5,<6", "hypothesis>=6.100,<7", "ruff==0.17.6"],
     },
 )

@@ -1,8 +1,9 @@
 """How close a schedule's images are to the full run's, from the same noise: PSNR on the trained reference model.
 
-    python bench/run_quality.py --count 64
+    python bench/run_quality.py --count 64 --frechet 2000
 
-Fewer steps of the same sampler is the baseline to beat. CUR counts what is skipped of the full run's branches.
+Fewer steps of the same sampler is the baseline to beat. CUR counts what is skipped of the full run's branches. With
+``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.frechet`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,16 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import run_latency
+from bench.frechet import WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
 from bench.measure import environment, pooled_psnr, psnr
 from bench.reference import GUIDANCE, PixelDiTPipeline, labels, load_pipeline, noise
 
 MODEL = "dit-fashion"
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
+BATCH = 32  # of the Fréchet distance's images; the noises are a multiple of it, so that one plan serves all
+FULL, PSNR = "full run", ("mean", "pooled", "worst")
+APART = 1_000_000  # between the seeds of the PSNR's noises, the Fréchet distance's and those of its reference
 
 
 def sample(pipeline: PixelDiTPipeline, start: Tensor, steps: int, batch: int = 16) -> Tensor:
@@ -41,6 +48,44 @@ def sample(pipeline: PixelDiTPipeline, start: Tensor, steps: int, batch: int = 1
     return torch.cat(parts)
 
 
+@contextmanager
+def accelerated(pipeline: PixelDiTPipeline, schedule: hrt.Schedule) -> Iterator[None]:
+    hrt.compile(pipeline, schedule)
+    try:
+        yield
+    finally:
+        hrt.uncompile(pipeline)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares sets of `count` images, all sampled from the same noises, with two references."""
+
+    start: Tensor  # noises, padded to whole batches
+    count: int
+    classifier: Classifier
+    real: Statistics
+    full: Statistics  # of the full run from other noises
+
+    @classmethod
+    def prepare(cls, pipeline: PixelDiTPipeline, steps: int, count: int, seed: int) -> Judge:
+        """Sample the reference images: `pipeline` makes the full run."""
+        classifier, padded = Classifier.load(), -(-count // BATCH) * BATCH
+        images = sample(pipeline, noise(pipeline, padded, seed + 2 * APART), steps, BATCH)[:count]
+        full = Statistics.of(features(images, classifier))
+        return cls(noise(pipeline, padded, seed + APART), count, classifier, Statistics.load(), full)
+
+    def __call__(self, pipeline: PixelDiTPipeline, steps: int) -> dict[str, float]:
+        """Columns for a row: `pipeline`, as it is, sampled in `steps`."""
+        seen = features(sample(pipeline, self.start, steps, BATCH)[: self.count], self.classifier)
+        mine = Statistics.of(seen)
+        return {
+            "frechet_real": frechet_distance(mine, self.real),
+            "frechet_full": frechet_distance(mine, self.full),
+            "class_accuracy": class_accuracy(seen, labels(MODEL, self.count), self.classifier),
+        }
+
+
 def measure(
     schedules: tuple[str, ...],
     *,
@@ -48,28 +93,42 @@ def measure(
     count: int,
     seed: int,
     fewer: tuple[int, ...] = FEWER,
+    frechet: int = 0,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Run the comparison; the result is what ``--json`` writes."""
+    """Run the comparison; the result is what ``--json`` writes.
+
+    Args:
+        frechet: images a row for the Fréchet distance; 0 leaves it out, and the full run's own row with it.
+    """
+    if frechet and frechet <= WIDTH:
+        raise ValueError(f"--frechet: expected 0 or more images than the classifier's {WIDTH} features, got {frechet}")
     pipeline = load_pipeline(MODEL)
     start = noise(pipeline, count, seed)
     progress(f"full run, {steps} steps")
     full = sample(pipeline, start, steps)
-    rows = []
+    rows, judge = [], None
+    if frechet:
+        progress(f"full run, {steps} steps, {2 * frechet} images")
+        with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, steps)):
+            judge = Judge.prepare(pipeline, steps, frechet, seed)
+            rows.append({"name": FULL, "cur": 0.0, "theoretical": 1.0} | dict.fromkeys(PSNR) | judge(pipeline, steps))
     for text in schedules:
         progress(text)
         schedule = run_latency.parse_schedule(text, pipeline, steps)
-        hrt.compile(pipeline, schedule)
-        try:
-            rows.append(
-                _row(text, schedule.cur, schedule.speedup(pipeline.transformer), sample(pipeline, start, steps), full)
-            )
-        finally:
-            hrt.uncompile(pipeline)
+        with accelerated(pipeline, schedule):
+            images = sample(pipeline, start, steps)
+            row = _row(text, schedule.cur, schedule.speedup(pipeline.transformer), images, full)
+            rows.append(row | (judge(pipeline, steps) if judge else {}))
     for less in (n for n in fewer if n < steps):
         progress(f"{less} steps")
-        rows.append(_row(f"{less} steps", 1 - less / steps, steps / less, sample(pipeline, start, less), full))
-    return {"model": MODEL, "steps": steps, "count": count, "seed": seed, "environment": environment(), "rows": rows}
+        row = _row(f"{less} steps", 1 - less / steps, steps / less, sample(pipeline, start, less), full)
+        if judge:
+            with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, less)):
+                row |= judge(pipeline, less)
+        rows.append(row)
+    run = {"model": MODEL, "steps": steps, "count": count, "frechet": frechet, "seed": seed}
+    return run | {"environment": environment(), "rows": rows}
 
 
 def _row(name: str, cur: float, theoretical: float, images: Tensor, full: Tensor) -> dict[str, Any]:
@@ -85,17 +144,27 @@ def _row(name: str, cur: float, theoretical: float, images: Tensor, full: Tensor
 
 
 def table(result: dict[str, Any]) -> Table:
+    caption = "mean: over images; pooled: of the error over all images; uniform:N:ORDER"
+    if result["frechet"]:
+        caption += (
+            f"\nFréchet: distance of {result['frechet']} images to the real ones, "
+            "and to the full run's from other noises (its own row: chance)"
+        )
     out = Table(
         title=f"{result['model']}, DDIM {result['steps']}, guidance {GUIDANCE}: PSNR to the full run, dB "
         f"({result['count']} noises, seed {result['seed']})",
-        caption="mean: over images; pooled: of the error over all images; uniform:N:ORDER",
+        caption=caption,
     )
     out.add_column("")
-    for column in ("CUR %", "theoretical", "mean", "pooled", "worst"):
+    columns = ["CUR %", "theoretical", *PSNR]
+    for column in columns + (["Fréchet (real)", "Fréchet (full run)", "class acc. %"] if result["frechet"] else []):
         out.add_column(column, justify="right")
     for row in result["rows"]:
-        numbers = (f"{row[key]:.1f}" for key in ("mean", "pooled", "worst"))
-        out.add_row(row["name"], f"{100 * row['cur']:.0f}", f"{row['theoretical']:.2f}x", *numbers)
+        cells = [f"{100 * row['cur']:.0f}", f"{row['theoretical']:.2f}x"]
+        cells += ["" if row[key] is None else f"{row[key]:.1f}" for key in PSNR]
+        if result["frechet"]:
+            cells += [f"{row['frechet_real']:.2f}", f"{row['frechet_full']:.2f}", f"{100 * row['class_accuracy']:.1f}"]
+        out.add_row(row["name"], *cells)
     return out
 
 
@@ -104,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--schedule", action="append", help="uniform:N[:ORDER] or a file; may be repeated")
     parser.add_argument("--steps", type=run_latency.positive, default=20)
     parser.add_argument("--count", type=run_latency.positive, default=64, help="noises")
+    parser.add_argument("--frechet", type=int, default=0, metavar="N", help="images a row for its distance; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=run_latency.positive, default=1)
     parser.add_argument("--json", metavar="FILE")
@@ -117,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
                 steps=arguments.steps,
                 count=arguments.count,
                 seed=arguments.seed,
+                frechet=arguments.frechet,
                 progress=status.update,
             )
         except (ValueError, TypeError) as error:

@@ -70,12 +70,23 @@ def trajectory(
     """
     x, channels = noise, noise.shape[1]
     for step, t in enumerate(scheduler.timesteps):
-        output = denoise(step, torch.cat([x, x]) if guidance_scale > 1 else x).narrow(1, 0, channels)
-        if guidance_scale > 1:
-            conditional, unconditional = output.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
+        output = denoise(step, torch.cat([x, x]) if guidance_scale > 1 else x)
+        output = guide(output, guidance_scale, channels)
         x = scheduler.step(output, t, x, return_dict=False)[0]
     return x
+
+
+def guide(output: Tensor, scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance on [conditional, unconditional] outputs, whose learned variances are dropped.
+
+    Args:
+        output: [2 batch, `channels` or more, height, width]; [batch, ...] where `scale` is at most 1: no guidance.
+    """
+    output = output.narrow(1, 0, channels)
+    if scale <= 1:
+        return output
+    conditional, unconditional = output.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def loop_key(scheduler: Any, guidance_scale: float) -> tuple[Any, ...]:

@@ -137,8 +137,8 @@ class Adapter(ABC):
         """Length of the token stream for such a sample. Raises ValueError if it does not fit the patches."""
 
     @abstractmethod
-    def embed(self, sample: Tensor, out: Tensor) -> None:
-        """[batch, channels, height, width] -> `out` [batch, tokens, width]."""
+    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
+        """[batch, channels, height, width] -> `out` [batch, tokens, width]; differentiable where there is no `out`."""
 
     @abstractmethod
     def finish(self, y: Tensor, height: int, width: int) -> Tensor:

@@ -181,10 +181,10 @@ class DiTAdapter(Adapter):
             )
         return (height // self.patch) * (width // self.patch)
 
-    def embed(self, sample: Tensor, out: Tensor) -> None:
+    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
         patches = self.model.pos_embed.proj(sample).flatten(2).transpose(1, 2)
         positions = self._position(sample.shape[2] // self.patch, sample.shape[3] // self.patch)
-        torch.add(patches, positions, out=out)
+        return torch.add(patches, positions, out=out)
 
     def _position(self, rows: int, columns: int) -> Tensor:
         embed = self.model.pos_embed

@@ -1,0 +1,1 @@
+"""Learning schedules for a frozen model: SDT, IEPO and the L2C baseline."""

@@ -1,0 +1,107 @@
+"""Budgets: what a schedule costs, steering beta towards a target, and hard schedules that meet it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from harmonica_rt.models import Adapter
+from harmonica_rt.schedule import Schedule
+
+from .router import Router
+
+TOLERANCE = 0.02  # relative, of the speed-up or CUR that was asked for
+
+
+class Budget:
+    """A target theoretical speed-up, or a target CUR.
+
+    Raises:
+        ValueError: no schedule of so many steps meets it; the message says what can be had.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        steps: int,
+        speedup: float | None = None,
+        cur: float | None = None,
+        pinned: tuple[int, ...] = (0,),
+    ) -> None:
+        if (speedup is None) == (cur is None):
+            raise ValueError(f"expected a target speed-up or a target CUR, got {speedup} and {cur}")
+        self.adapter, self.steps, self.speedup, self.cur = adapter, steps, speedup, cur
+        macs = adapter.macs(None, None, 1)
+        self.costs = np.tile(np.array(macs.branches, dtype=np.float64), adapter.layers)  # of each entry of a step
+        self.fixed = float(macs.fixed)
+        least = np.zeros((steps, len(self.costs)), dtype=bool)
+        least[list(pinned)] = True
+        name, target = ("speed-up", speedup) if cur is None else ("CUR", cur)
+        low, high = self.value(np.ones_like(least)), self.value(least)
+        if not low <= target <= high:
+            raise ValueError(f"target {name}: expected {low:.2f} to {high:.2f} for {steps} steps, got {target:g}")
+
+    @property
+    def target(self) -> float:
+        return self.speedup if self.cur is None else self.cur
+
+    def value(self, compute: np.ndarray) -> float:
+        """Speed-up or CUR, whichever the target is, of bool or gates [T, L B]."""
+        if self.cur is not None:
+            return float(1.0 - compute.mean())
+        full = self.steps * (self.fixed + self.costs.sum())
+        return float(full / (self.steps * self.fixed + (compute @ self.costs).sum()))
+
+    def miss(self, compute: np.ndarray) -> float:
+        """Relative distance above (positive) or below the target."""
+        return self.value(compute) / self.target - 1 if self.target > 0 else self.value(compute)
+
+    def tau(self, router: Router) -> float:
+        """The threshold of r at which the router's hard schedule meets the target most closely."""
+        logits = router.to_tensor().double().flatten(1).numpy()
+        logits[list(router.pinned)] = np.inf
+        learned = np.unique(logits[np.isfinite(logits)])
+        edges = np.concatenate([learned[:1] - 1, (learned[1:] + learned[:-1]) / 2, learned[-1:] + 1])
+        low, high = 0, len(edges) - 1  # the value rises with the threshold
+        while low < high:
+            middle = (low + high) // 2
+            if self.value(logits > edges[middle]) < self.target:
+                low = middle + 1
+            else:
+                high = middle
+        edge = min(edges[max(low - 1, 0) : low + 1], key=lambda e: abs(self.miss(logits > e)))
+        return float(1 / (1 + math.exp(-edge)))
+
+
+class Beta:
+    """The weight of the cost, constant or steered so that gates approach a budget."""
+
+    RATE, AHEAD = 0.15, 12  # largest change of log(beta) an iteration; iterations the controller looks ahead
+
+    def __init__(self, value: float | None, budget: Budget | None) -> None:
+        self.value, self.budget = value, budget
+        self.miss: float | None = None
+
+    def start(self, error: float, entries: int) -> None:
+        """With a budget and no beta yet: one at which the cost of all entries weighs as much as the error."""
+        if self.value is None:
+            self.value = max(error, 1e-12) / entries
+
+    def steer(self, gates: np.ndarray) -> None:
+        """Raise beta where the gates [T, L B] compute too much, lower it where too little."""
+        if self.budget is None:
+            return
+        miss = math.log(max(self.budget.value(gates), 1e-9) / self.budget.target) if self.budget.target else 0.0
+        # Logits integrate beta and beta integrates the miss: without its trend, the two would swing for ever
+        expected = miss + self.AHEAD * (miss - (miss if self.miss is None else self.miss))
+        self.miss = miss
+        self.value *= math.exp(-self.RATE * max(-1.0, min(1.0, 5 * expected)))
+
+
+def describe(schedule: Schedule, budget: Budget | None) -> str:
+    if budget is None:
+        return f"CUR {100 * schedule.cur:.1f} %"
+    compute = schedule.compute.reshape(schedule.steps, -1)
+    name = "speed-up" if budget.cur is None else "CUR"
+    return f"{name} {budget.value(compute):.3f} (target {budget.target:g})"

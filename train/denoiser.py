@@ -1,0 +1,96 @@
+"""A frozen model's forward, branch by branch, for training: differentiable in whatever stands in for a branch.
+
+The same adapters describe the model as in the runtime; there is no second definition of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from harmonica_rt.models import adapt
+from harmonica_rt.models.base import Gelu, Linear, Norm, SelfAttention, Stage
+
+Evaluate = Callable[[], Tensor]
+StandIn = Callable[[int, Evaluate], Tensor]  # (entry, evaluate its branch) -> its output before the gate
+
+
+class Denoiser:
+    """A model as a function of (sample, modulation rows, what stands in for each branch).
+
+    Args:
+        model: a supported diffusers model in eval mode; its parameters get no gradient.
+        checkpointing: recompute a branch's activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
+        self.adapter = adapt(model)
+        self.branches, self.head = self.adapter.bind()
+        self.checkpointing = checkpointing
+        model.requires_grad_(False)
+
+    @property
+    def entries(self) -> int:
+        """L B, branches of all layers."""
+        return len(self.branches)
+
+    def modulation(self, timesteps: Tensor, conditioning: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Modulation rows of all steps, [steps, batch, rows, width]."""
+        rows = torch.empty(len(timesteps), len(conditioning[0]), self.adapter.rows, self.adapter.width, dtype=dtype).to(
+            timesteps.device
+        )
+        with torch.no_grad():
+            self.adapter.modulate(timesteps, conditioning, rows)
+        return rows
+
+    def __call__(self, sample: Tensor, rows: Tensor, stand_in: StandIn) -> Tensor:
+        """The model's output.
+
+        Args:
+            sample: [batch, channels, height, width].
+            rows: modulation rows of this step, [batch, rows, width].
+            stand_in: called for each entry in order. It may evaluate the branch, or not.
+        """
+        x = self.adapter.embed(sample)
+        for entry, branch in enumerate(self.branches):
+
+            def evaluate(x: Tensor = x, branch=branch) -> Tensor:
+                if self.checkpointing and torch.is_grad_enabled():
+                    return checkpoint(_branch, x, rows, branch.norm, branch.stages, use_reentrant=False)
+                return _branch(x, rows, branch.norm, branch.stages)
+
+            x = torch.addcmul(x, stand_in(entry, evaluate), _row(rows, branch.gate))
+        return self.adapter.finish(_norm(x, rows, self.head), *sample.shape[2:])
+
+
+def compute(entry: int, evaluate: Evaluate) -> Tensor:
+    """The stand-in that is none: every branch is evaluated."""
+    return evaluate()
+
+
+def _row(rows: Tensor, row: int) -> Tensor:
+    return rows.narrow(1, row, 1)
+
+
+def _norm(x: Tensor, rows: Tensor, norm: Norm) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
+    return torch.addcmul(_row(rows, norm.shift), normed, _row(rows, norm.scale))
+
+
+def _branch(x: Tensor, rows: Tensor, norm: Norm, stages: Sequence[Stage]) -> Tensor:
+    h = _norm(x, rows, norm)
+    for stage in stages:
+        match stage:
+            case Linear():
+                h = F.linear(h, stage.weight, stage.bias)
+            case Gelu():
+                h = F.gelu(h, approximate=stage.approximate)
+            case SelfAttention():
+                batch, tokens, _ = h.shape
+                q, k, v = h.view(batch, tokens, 3, stage.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+                h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
+    return h

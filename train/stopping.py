@@ -1,0 +1,30 @@
+"""Ending a training early without losing it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came; the second one ends the program as usual."""
+    asked = []
+    try:
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            asked.append(number)
+            signal.signal(number, before[number])
+
+        for s in before:
+            signal.signal(s, ask)
+    except ValueError:  # not the main thread: signals go elsewhere
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
