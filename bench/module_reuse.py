@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from harmonica_rt import Schedule
@@ -17,7 +18,7 @@ MODULES = {"DiTTransformer2DModel": {"attn": "attn1", "mlp": "ff"}}
 
 
 class ModuleReuse(nn.Module):
-    """`model` whose branch modules return a weighted sum of their last outputs where `schedule` says reuse.
+    """`model` whose branch modules, or itself, return a weighted sum of their last outputs where `schedule` says reuse.
 
     Steps are counted: call `reset()` before each run. `remove()` gives the model its modules back.
     """
@@ -27,7 +28,9 @@ class ModuleReuse(nn.Module):
         self.model, self.step = model, 0
         self.config = model.config
         self.dtype, self.device = model.dtype, model.device
-        self.computed = self.reused = 0
+        self.computed = self.reused = self.outputs_reused = 0
+        self.output, self.output_weights = schedule.output.tolist(), schedule.output_weights.tolist()
+        self.outputs: list[Tensor] = []  # newest first
         self.wrapped: list[tuple[nn.Module, str]] = []
         compute, weights = schedule.compute.tolist(), schedule.weights.tolist()
         for layer, block in enumerate(model.transformer_blocks):
@@ -38,9 +41,18 @@ class ModuleReuse(nn.Module):
                 self.wrapped.append((block, attribute))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.model(*args, **kwargs)
+        if self.output[self.step]:
+            output = self._reuse_output()
+        else:
+            output = self.model(*args, **kwargs)
+            self.outputs = [output.sample, *(self.outputs if self.step else [])][: len(self.output_weights[0])]
         self.step += 1
         return output
+
+    def _reuse_output(self) -> Transformer2DModelOutput:
+        self.outputs_reused += 1
+        terms = zip(self.output_weights[self.step], self.outputs)
+        return Transformer2DModelOutput(sample=sum(weight * output for weight, output in terms))
 
     def reset(self) -> None:
         self.step = 0

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from .program import ReuseOutput, Step
+
 if TYPE_CHECKING:
     from .executor import Plan
-    from .program import Step
 
 
 class CaptureFailed(RuntimeError):
@@ -75,12 +76,13 @@ class StepGraphs:
         shape = plan.shape
         size = (shape.batch, plan.adapter.in_channels, shape.height, shape.width)
         self.sample = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        self.graphs: dict[Step, tuple[Replayable, Tensor]] = {}
+        self.graphs: dict[Step | ReuseOutput, tuple[Replayable, Tensor]] = {}
         distinct = {step: i for i, step in reversed(list(enumerate(plan.program.steps)))}  # the first of each kind
         step = 0
         try:
             for step in sorted(distinct.values()):
-                plan.calls(step)
+                if not isinstance(plan.program.steps[step], ReuseOutput):
+                    plan.calls(step)
             plan.select(0)
             recorder.warm_up(self._launch(0))  # computes everything: no kernel is new to later steps
             for step in sorted(distinct.values()):

@@ -16,7 +16,7 @@ from .backends import OPS, GapCall, linear
 from .cuda_graphs import StepGraphs
 from .loop import LoopGraph
 from .models.base import Adapter, Branch, Gelu, Linear, Norm, SelfAttention
-from .program import Program
+from .program import Program, ReuseOutput
 
 MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
 
@@ -43,6 +43,7 @@ class Plan:
 
     Attributes:
         slots: [slots, batch, tokens, width], what reused branches stand on.
+        outputs: [outputs, batch, out channels, height, width], what reused outputs stand on.
         rows: [window, batch, rows, width], the modulation rows of `window` steps.
         step: int32 [1], which of them the call under way uses, for kernels that look it up on the device.
         graphs: captured steps, if the plan replays them.
@@ -66,6 +67,8 @@ class Plan:
         self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
         self.x = empty(self.stream)
         self.slots = empty(program.slots, *self.stream)
+        size = (shape.batch, adapter.out_channels, shape.height, shape.width)
+        self.outputs = empty(program.outputs, *size)
         self.scratch = empty(shape.batch * tokens * max(_widest(branch) for branch in branches))
         self.graphs: StepGraphs | None = None
         self.loops: dict[tuple[Any, ...], LoopGraph] = {}
@@ -91,6 +94,9 @@ class Plan:
 
     def launch(self, step: int, sample: Tensor) -> Tensor:
         """`run`, once the step is selected: no host data goes to the device here, so this may be captured."""
+        instructions = self.program.steps[step]
+        if isinstance(instructions, ReuseOutput):
+            return self._reuse_output(instructions)
         body, last = self.calls(step)
         x, done = self.x, 0
         try:
@@ -100,11 +106,19 @@ class Plan:
                 compute(y)
                 done += 1
             _, y = last(x)
-            return self.adapter.finish(y, self.shape.height, self.shape.width)
+            output = self.adapter.finish(y, self.shape.height, self.shape.width)
+            if instructions.keep is not None:
+                self.outputs.select(0, instructions.keep).copy_(output)
+            return output
         except Exception as error:
-            instructions = self.program.steps[step]
             error.add_note(f"at step {step}, instruction {done}: {[*instructions.body, instructions.last][done]}")
             raise
+
+    def _reuse_output(self, instructions: ReuseOutput) -> Tensor:
+        total = torch.zeros(self.outputs.shape[1:], dtype=self.outputs.dtype, device=self.outputs.device)
+        for slot, weight in instructions.terms:
+            total.add_(self.outputs.select(0, slot), alpha=weight)
+        return total
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
         """Fill the modulation rows of `step` and of the steps after it, one for each of `timesteps`."""

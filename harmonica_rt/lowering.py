@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from .program import Compute, Gap, Program, Step, Term
+from .program import Compute, Gap, Program, ReuseOutput, Step, Term
 from .schedule import Schedule
 
 Value = tuple[int, int]  # (entry, step that computed it)
@@ -19,18 +19,23 @@ def lower(schedule: Schedule) -> Program:
     along the run, which for intervals on a line needs no more slots than values alive at once. Of the free slots a
     value takes the one its own branch used last, so that addresses repeat from step to step.
     """
-    draft = _draft(schedule)
+    draft, outputs = _draft(schedule), _draft_outputs(schedule)
     slots, count = _allocate(draft)
+    kept, kept_count = _allocate(outputs)
     entries = schedule.layers * len(schedule.branches)
-    steps = []
+    steps: list[Step | ReuseOutput] = []
     for i, drafted in enumerate(draft):
+        if schedule.output[i]:
+            ((_, terms),) = outputs[i]
+            steps.append(ReuseOutput(tuple((kept[value], weight) for value, weight in terms)))
+            continue
         gaps = [
             Gap(tuple(Term(slots[value], weight, value[0]) for value, weight in terms), norm=entry)
             for entry, terms in drafted
         ]
         body = tuple((gap, Compute(gap.norm, slots[gap.norm, i])) for gap in gaps[:-1])
-        steps.append(Step(body, gaps[-1]))
-    return Program(tuple(steps), entries, count)
+        steps.append(Step(body, gaps[-1], keep=kept.get((0, i))))
+    return Program(tuple(steps), entries, count, kept_count)
 
 
 def _draft(schedule: Schedule) -> Draft:
@@ -41,6 +46,9 @@ def _draft(schedule: Schedule) -> Draft:
     draft: Draft = []
     for i in range(steps):
         drafted, terms = [], []
+        if schedule.output[i]:
+            draft.append(drafted)
+            continue
         for entry in range(entries):
             if computed[i][entry]:
                 drafted.append((entry, terms))
@@ -50,6 +58,17 @@ def _draft(schedule: Schedule) -> Draft:
                 terms += [(value, w) for value, w in zip(cached[entry], weights[i][entry]) if w != 0.0]
         drafted.append((entries, terms))
         draft.append(drafted)
+    return draft
+
+
+def _draft_outputs(schedule: Schedule) -> Draft:
+    """The model's outputs, drafted as values of one entry, 0."""
+    cached: list[Value] = []
+    draft: Draft = []
+    for i, weights in enumerate(schedule.output_weights.tolist()):
+        draft.append([(0, [(value, w) for value, w in zip(cached, weights) if w != 0.0])])
+        if not schedule.output[i]:
+            cached = [(0, i), *cached[: schedule.order]]
     return draft
 
 
@@ -63,7 +82,7 @@ def _allocate(draft: Draft) -> tuple[dict[Value, int], int]:
     count = 0
     for at, (i, entry, _) in enumerate(order):
         value = (entry, i)
-        if value not in last_read:  # the head: its output leaves the program
+        if value not in last_read:  # the head, or an output that nothing reuses
             continue
         while alive and alive[0][0] <= at:  # the Gap before this Compute was its last reader
             free.append(slots[heapq.heappop(alive)[1]])

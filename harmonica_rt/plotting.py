@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-REUSE, COMPUTE = "#dfe6ee", "#1f4e79"
+OUTPUT, REUSE, COMPUTE = "#ffffff", "#dfe6ee", "#1f4e79"
 
 
 def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -21,9 +21,9 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
     figure = Figure(figsize=(1.4 + 3.4 * panels, 3.4), layout="constrained")
     for axes, (b, name) in zip(figure.subplots(1, panels, sharey=True, squeeze=False)[0], enumerate(schedule.branches)):
         axes.pcolormesh(
-            schedule.compute[..., b].T.astype(float),
-            cmap=ListedColormap([REUSE, COMPUTE]),
-            vmin=0,
+            schedule.compute[..., b].T - 1.0 * schedule.output,
+            cmap=ListedColormap([OUTPUT, REUSE, COMPUTE]),
+            vmin=-1,
             vmax=1,
             edgecolors="white",
             linewidth=0.6,
@@ -37,7 +37,7 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
             axes.set_ylabel("layer")
     figure.suptitle(
         f"{schedule.model}, {schedule.steps} steps, order {schedule.order}: CUR {100 * schedule.cur:.0f} % "
-        "(dark: computed, light: reused)",
+        f"(dark: computed, light: reused{', white: output reused' if schedule.output.any() else ''})",
         fontsize=10,
     )
     if path is not None:

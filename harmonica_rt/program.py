@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,15 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoiser call: each Gap prepares y for the Compute that follows it, `last` for the model's head."""
+    """One denoiser call: each Gap prepares y for the Compute that follows it, `last` for the model's head.
+
+    Attributes:
+        keep: where the model's output goes for later steps to reuse; None if none does.
+    """
 
     body: tuple[tuple[Gap, Compute], ...]
     last: Gap
+    keep: int | None = None
 
     @property
     def gaps(self) -> tuple[Gap, ...]:
@@ -43,12 +49,22 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class ReuseOutput:
+    """One denoiser call that runs nothing of the model: the sum of weight * kept output over `terms`."""
+
+    terms: tuple[tuple[int, float], ...]
+    body: ClassVar[tuple[()]] = ()
+    gaps: ClassVar[tuple[()]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """A lowered schedule. Entry e is branch e % B of layer e // B; `entries` (= L B) stands for the model's head."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step | ReuseOutput, ...]
     entries: int
     slots: int
+    outputs: int = 0  # slots for the model's outputs
 
     @property
     def computed(self) -> int:
@@ -56,6 +72,7 @@ class Program:
 
     @property
     def terms(self) -> int:
+        """Reused values added up, outputs not counted."""
         return sum(len(gap.terms) for step in self.steps for gap in step.gaps)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .executor import Plan
+from .program import ReuseOutput, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def describe_plan(plan: Plan) -> PlanReport:
     shape, program, adapter = plan.shape, plan.program, plan.adapter
     macs = adapter.macs(shape.height, shape.width, shape.batch)
     kinds = len(adapter.branches)
-    run = len(program.steps) * macs.fixed
+    run = sum(macs.fixed for step in program.steps if isinstance(step, Step))
     run += sum(macs.branches[compute.entry % kinds] for step in program.steps for _, compute in step.body)
     full = len(program.steps) * (macs.fixed + adapter.layers * sum(macs.branches))
     total = len(program.steps) * program.entries
@@ -109,9 +110,11 @@ def describe_plan(plan: Plan) -> PlanReport:
 def launches(plan: Plan, step: int) -> int:
     """Dispatched non-view ops and compiled kernels of one step, from its instructions."""
     instructions = plan.program.steps[step]
+    if isinstance(instructions, ReuseOutput):
+        return 1 + len(instructions.terms)
     gaps = sum(plan.ops.gap_launches(gap) for gap in instructions.gaps)
     computes = sum(plan.ops.branch_launches(plan.branches[compute.entry]) for _, compute in instructions.body)
-    return plan.adapter.end_launches + gaps + computes
+    return plan.adapter.end_launches + gaps + computes + (instructions.keep is not None)
 
 
 def _mib(count: int) -> str:

@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .checks import check_compute, check_output, check_output_weights, check_timesteps, check_weights, finite, positive
+from .forecast import ORDERS, history, unlearned
 
 if TYPE_CHECKING:
     import os
 
     from matplotlib.figure import Figure
     from torch import nn
-
-ORDERS = (0, 1, 2)
-
-
-def history(compute: np.ndarray, order: int) -> np.ndarray:
-    """Steps at which the last `order + 1` values of every entry were computed, newest first, before each step.
-
-    Args:
-        compute: bool [T, L, B].
-
-    Returns:
-        int [T, L, B, order + 1]; -1 where no such value exists yet.
-    """
-    last = np.full((*compute.shape[1:], order + 1), -1)
-    out = np.empty((*compute.shape, order + 1), dtype=last.dtype)
-    for step, row in enumerate(compute):
-        out[step] = last
-        shifted = np.concatenate([np.full_like(last[..., :1], step), last[..., :-1]], axis=-1)
-        last = np.where(row[..., None], shifted, last)
-    return out
-
-
-def forecast(compute: np.ndarray, order: int) -> np.ndarray:
-    """The unlearned reuse weights: polynomial extrapolation over the step index through the values that exist.
-
-    Order 1 is o = c1 + w (c1 - c2), w = (i - i1) / (i1 - i2); with fewer values than the order needs, the order drops.
-
-    Args:
-        compute: bool [T, L, B].
-
-    Returns:
-        float64 [T, L, B, order + 1], 0 where computed and for values that do not exist yet.
-    """
-    nodes = history(compute, order)
-    exists = nodes >= 0
-    at = np.arange(len(compute)).reshape(-1, 1, 1)
-    weights = np.where(exists & ~compute[..., None], 1.0, 0.0)
-    for k in range(order + 1):
-        for j in range(order + 1):
-            if j != k:
-                both = exists[..., k] & exists[..., j]
-                gap = np.where(both, nodes[..., k] - nodes[..., j], 1)
-                weights[..., k] *= np.where(both, (at - nodes[..., j]) / gap, 1.0)
-    return weights + 0.0  # no negative zeros
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -73,6 +31,9 @@ class Schedule:
         order: number of cached values a reused branch may stand on, minus one: 0, 1 or 2.
         weights: reuse weights, float [T, L, B, order + 1], newest value first; 0 where computed and for values that
             do not exist yet. The forecast's unless given.
+        output: bool [T], True for steps that run nothing of the model and return a weighted sum of its last computed
+            outputs. None of their branches is computed. No step unless given.
+        output_weights: float [T, order + 1], newest output first; 0 for other steps. The forecast's unless given.
         sampler: class name of the scheduler it was made for.
         timesteps: the T timesteps of that sampler in the order they run, e.g. ``scheduler.timesteps``. A pipeline tells
             them by itself; a model in a loop of your own is faster, and checked, if the schedule has them.
@@ -90,6 +51,8 @@ class Schedule:
         "model",
         "note",
         "order",
+        "output",
+        "output_weights",
         "sampler",
         "timesteps",
         "weights",
@@ -97,6 +60,8 @@ class Schedule:
 
     compute: np.ndarray
     weights: np.ndarray
+    output: np.ndarray
+    output_weights: np.ndarray
     order: int
     model: str
     branches: tuple[str, ...]
@@ -113,6 +78,8 @@ class Schedule:
         branches: Sequence[str],
         order: int = 1,
         weights: np.ndarray | None = None,
+        output: np.ndarray | None = None,
+        output_weights: np.ndarray | None = None,
         sampler: str | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -128,16 +95,23 @@ class Schedule:
             raise ValueError(f"branches: expected distinct names, got {tuple(branches)}")
         if not isinstance(order, (int, np.integer)) or isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
-        compute = _check_compute(compute, len(branches))
-        unlearned = forecast(compute, order)
-        weights = unlearned if weights is None else _check_weights(weights, compute, order)
+        compute = check_compute(compute, len(branches))
+        output = np.zeros(len(compute), dtype=bool) if output is None else check_output(output, compute)
+        default, output_default = unlearned(compute, output, order)
+        weights = default if weights is None else check_weights(weights, compute, output, order)
+        if output_weights is None:
+            output_weights = output_default
+        else:
+            output_weights = check_output_weights(output_weights, output, order)
         if timesteps is not None:
-            timesteps = _check_timesteps(timesteps, len(compute))
+            timesteps = check_timesteps(timesteps, len(compute))
         if guidance_scale is not None:
-            guidance_scale = _finite("guidance_scale", guidance_scale)
+            guidance_scale = finite("guidance_scale", guidance_scale)
         values = {
             "compute": _frozen(compute),
             "weights": _frozen(weights),
+            "output": _frozen(output),
+            "output_weights": _frozen(output_weights),
             "order": int(order),
             "model": model,
             "branches": tuple(branches),
@@ -173,7 +147,7 @@ class Schedule:
         """
         from .models import adapt
 
-        steps, every = _positive("steps", steps), _positive("every", every)
+        steps, every = positive("steps", steps), positive("every", every)
         adapter = adapt(model)
         compute = np.zeros((steps, adapter.layers, len(adapter.branches)), dtype=bool)
         compute[::every] = True
@@ -204,7 +178,7 @@ class Schedule:
 
         if method not in ("harmonica", "l2c"):
             raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")
-        tau = _finite("tau", tau)
+        tau = finite("tau", tau)
         adapter = adapt(model)
         logits = read_router(path)
         entries = adapter.layers * len(adapter.branches)
@@ -224,12 +198,15 @@ class Schedule:
         return cls(compute, model=adapter.model_class, branches=adapter.branches, **fields)
 
     def replace(self, **changes: Any) -> Schedule:
-        """A changed copy, validated. Learned weights are kept only if neither `compute` nor `order` changes."""
+        """A changed copy, validated. Learned weights are kept only if what is computed and `order` stay."""
         known = {name: getattr(self, name) for name in self.__slots__}
         if unknown := sorted(set(changes) - set(known)):
             raise TypeError(f"replace: unknown field {unknown[0]!r}, expected one of {sorted(known)}")
-        if "weights" not in changes and ({"compute", "order"} & set(changes) or not self.learned):
-            known["weights"] = None
+        for name in ("weights", "output_weights"):
+            if name not in changes and ({"compute", "output", "order"} & set(changes) or not self.learned):
+                known[name] = None
+        if "output" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
+            known["output"] = None
         if "timesteps" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
             known["timesteps"] = None
         known.update(changes)
@@ -245,14 +222,23 @@ class Schedule:
             raise ValueError(f"starting_at: expected a step from 0 to {self.steps - 1}, got {step!r}")
         if step == 0:
             return self
-        compute = self.compute[step:].copy()
-        compute[0] = True
-        weights = forecast(compute, self.order)
-        before, now = history(self.compute, self.order)[step:] - step, history(compute, self.order)
-        same = ((self.weights[step:] == 0) | (now >= 0) & (now == before)).all(-1) & ~compute
-        weights[same] = self.weights[step:][same]
-        timesteps = None if self.timesteps is None else self.timesteps[step:]
-        return self.replace(compute=compute, weights=weights, timesteps=timesteps)
+        compute, output = self.compute[step:].copy(), self.output[step:].copy()
+        compute[0], output[0] = True, False
+        weights, output_weights = unlearned(compute, output, self.order)
+        for new, old, was, now in (
+            (weights, self.weights, self.compute, compute),
+            (output_weights, self.output_weights, ~self.output, ~output),
+        ):
+            before, after = (history(_entries(c), self.order).reshape(*c.shape, -1) for c in (was, now))
+            same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
+            new[same] = old[step:][same]
+        return self.replace(
+            compute=compute,
+            weights=weights,
+            output=output,
+            output_weights=output_weights,
+            timesteps=None if self.timesteps is None else self.timesteps[step:],
+        )
 
     # ---- statistics
 
@@ -278,7 +264,8 @@ class Schedule:
     @property
     def learned(self) -> bool:
         """Whether the weights differ from the forecast's."""
-        return not np.array_equal(self.weights, forecast(self.compute, self.order))
+        branches, outputs = unlearned(self.compute, self.output, self.order)
+        return not (np.array_equal(self.weights, branches) and np.array_equal(self.output_weights, outputs))
 
     def speedup(self, model: nn.Module, height: int | None = None, width: int | None = None, batch: int = 1) -> float:
         """Theoretical speed-up: MACs of the full run / MACs with this schedule, everything the forward does counted.
@@ -295,7 +282,7 @@ class Schedule:
         macs = adapter.macs(height, width, batch)
         full = macs.fixed + self.layers * sum(macs.branches)
         computed = self.compute.sum(axis=(0, 1)) @ np.array(macs.branches, dtype=np.float64)
-        return float(self.steps * full / (self.steps * macs.fixed + computed))
+        return float(self.steps * full / (int((~self.output).sum()) * macs.fixed + computed))
 
     # ---- files and pictures
 
@@ -322,6 +309,7 @@ class Schedule:
 
     def _key(self) -> tuple[Any, ...]:
         arrays = (self.compute.shape, self.compute.tobytes(), self.weights.tobytes())
+        arrays += (self.output.tobytes(), self.output_weights.tobytes())
         rest = (self.order, self.model, self.branches, self.sampler, self.timesteps, self.guidance_scale, self.note)
         return arrays + rest
 
@@ -347,8 +335,9 @@ class Schedule:
         if any(made):
             head.append(", ".join(part for part in made if part))
         widths = [max(self.layers, len(name)) for name in self.branches]
-        head.append("step  " + "  ".join(n.ljust(w) for n, w in zip(self.branches, widths)) + "  (# compute, . reuse)")
-        for i, step in enumerate(np.where(self.compute, "#", ".")):
+        legend = "(# compute, . reuse, = output reused)" if self.output.any() else "(# compute, . reuse)"
+        head.append("step  " + "  ".join(n.ljust(w) for n, w in zip(self.branches, widths)) + "  " + legend)
+        for i, step in enumerate(np.where(self.output[:, None, None], "=", np.where(self.compute, "#", "."))):
             head.append(f"{i:4}  " + "  ".join("".join(row).ljust(w) for row, w in zip(step.T, widths)).rstrip())
         return "\n".join(head)
 
@@ -357,76 +346,6 @@ def _rebuild(fields: dict[str, Any]) -> Schedule:
     return Schedule(fields.pop("compute"), **fields)
 
 
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    return int(value)
-
-
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int no float can hold
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {number}")
-    return number
-
-
-def _check_compute(compute: Any, branches: int) -> np.ndarray:
-    compute = np.asarray(compute)
-    if compute.dtype != np.bool_:
-        raise TypeError(f"compute: expected dtype bool, got {compute.dtype}")
-    if compute.ndim != 3 or compute.shape[2] != branches or 0 in compute.shape:
-        raise ValueError(f"compute: expected shape [steps, layers, {branches} branches], got {list(compute.shape)}")
-    if not compute[0].all():
-        layer, branch = np.argwhere(~compute[0])[0]
-        raise ValueError(
-            f"compute: step 0 must compute every branch, but layer {layer}, branch {branch} is reused there "
-            "(nothing is cached yet)"
-        )
-    return compute
-
-
-def _check_weights(weights: Any, compute: np.ndarray, order: int) -> np.ndarray:
-    weights = np.asarray(weights)
-    if not np.issubdtype(weights.dtype, np.floating):
-        raise TypeError(f"weights: expected a float dtype, got {weights.dtype}")
-    expected = (*compute.shape, order + 1)
-    if weights.shape != expected:
-        raise ValueError(f"weights: expected shape {list(expected)} for order {order}, got {list(weights.shape)}")
-    weights = weights.astype(np.float64) + 0.0
-    if not (finite := np.abs(weights) <= np.finfo(np.float32).max).all():
-        where = np.argwhere(~finite)[0]
-        raise ValueError(f"weights: expected finite numbers, got {weights[tuple(where)]} at {_place(where)}")
-    if (bad := (weights != 0) & compute[..., None]).any():
-        where = np.argwhere(bad)[0]
-        raise ValueError(
-            f"weights: expected 0 where a branch is computed, got {weights[tuple(where)]} at {_place(where)}"
-        )
-    if (bad := (weights != 0) & (history(compute, order) < 0)).any():
-        where = np.argwhere(bad)[0]
-        raise ValueError(
-            f"weights: value {where[3]} (0 = newest) does not exist yet at {_place(where)}: "
-            f"expected 0, got {weights[tuple(where)]}"
-        )
-    return weights
-
-
-def _place(where: np.ndarray) -> str:
-    return f"step {where[0]}, layer {where[1]}, branch {where[2]}"
-
-
-def _check_timesteps(timesteps: Any, steps: int) -> tuple[float, ...]:
-    if hasattr(timesteps, "tolist"):  # a scheduler's are a tensor
-        timesteps = timesteps.tolist()
-    try:
-        values = tuple(timesteps)
-    except TypeError:
-        raise TypeError(f"timesteps: expected a sequence of numbers, got {type(timesteps).__name__}") from None
-    values = tuple(_finite("timesteps", t) for t in values)
-    if len(values) != steps:
-        raise ValueError(f"timesteps: expected {steps} (one a step), got {len(values)}")
-    return values
+def _entries(computed: np.ndarray) -> np.ndarray:
+    """bool [T] or [T, L, B] as [T, L, B]."""
+    return computed.reshape(len(computed), *(computed.shape[1:] or (1, 1)))

@@ -16,7 +16,7 @@ FORMAT = "harmonica_rt.schedule"
 VERSION = 1
 MAX_BYTES = 16 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
 _REQUIRED = {"format", "version", "model", "layers", "branches", "steps", "order", "compute"}
-_OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights"}
+_OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights", "output", "output_weights"}
 
 
 def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
@@ -24,6 +24,7 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
 
     ``compute``: one string a step, one group of 0/1 (1 = computed) a branch, one digit a layer. ``weights`` (only if
     not the forecast's): one list a step, one [newest, ...] list for each 0 of that step's string, in reading order.
+    ``output`` (only if any is reused): one 0/1 a step, 1 where the output is reused; ``output_weights``: a list a step.
     """
     order_in_row = schedule.compute.transpose(0, 2, 1)
     fields: dict[str, Any] = {
@@ -41,12 +42,16 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
         "timesteps": None if schedule.timesteps is None else list(schedule.timesteps),
         "compute": [" ".join("".join("01"[int(x)] for x in row) for row in step) for step in order_in_row],
     }
+    if schedule.output.any():
+        fields["output"] = "".join("01"[int(x)] for x in schedule.output)
     if schedule.learned:
+        if schedule.output.any():
+            fields["output_weights"] = schedule.output_weights.tolist()
         by_row = schedule.weights.transpose(0, 2, 1, 3)
         fields["weights"] = [by_row[i][~order_in_row[i]].tolist() for i in range(schedule.steps)]
     lines = []
     for name, value in fields.items():
-        if name in ("compute", "weights"):
+        if name in ("compute", "weights", "output_weights"):
             text = "[\n    " + ",\n    ".join(json.dumps(row) for row in value) + "\n  ]"
         else:
             text = json.dumps(value)
@@ -126,6 +131,14 @@ def _from_fields(fields: Any) -> Schedule:
     flat = np.array([[digit == "1" for digit in row.replace(" ", "")] for row in rows], dtype=bool)
     by_row = flat.reshape(steps, len(branches), layers)
     weights = None if fields.get("weights") is None else _read_weights(fields["weights"], by_row, fields["order"])
+    output = fields.get("output")
+    if output is not None:
+        if not isinstance(output, str) or len(output) != steps or set(output) - set("01"):
+            raise ValueError(f"output: expected {steps} digits 0 or 1 (one a step), got {_short(output)}")
+        output = np.array([digit == "1" for digit in output])
+    output_weights = fields.get("output_weights")
+    if output_weights is not None:
+        output_weights = _read_rows(output_weights, steps, fields["order"], "output_weights")
     for name in ("timesteps",):
         if fields.get(name) is not None and not isinstance(fields[name], list):
             raise TypeError(f"{name}: expected a list, got {type(fields[name]).__name__}")
@@ -136,6 +149,8 @@ def _from_fields(fields: Any) -> Schedule:
         branches=branches,
         order=fields["order"],
         weights=weights,
+        output=output,
+        output_weights=output_weights,
         note=fields.get("note", ""),
         **meta,
     )
@@ -151,14 +166,21 @@ def _read_weights(rows: Any, by_row: np.ndarray, order: int) -> np.ndarray:
         reused = int((~computed).sum())
         if not isinstance(row, list) or len(row) != reused:
             raise ValueError(f"weights, step {i}: expected {reused} lists (one a reused branch), got {_size(row)}")
-        for entry in row:
-            if not isinstance(entry, list) or len(entry) != order + 1:
-                raise ValueError(f"weights, step {i}: expected lists of {order + 1} numbers, got {_short(entry)}")
-            if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in entry):
-                raise TypeError(f"weights, step {i}: expected numbers, got {_short(entry)}")
         if reused:
-            weights[i][~computed] = np.array(row, dtype=np.float64)
+            weights[i][~computed] = _read_rows(row, reused, order, f"weights, step {i}")
     return weights.transpose(0, 2, 1, 3)
+
+
+def _read_rows(rows: Any, count: int, order: int, what: str) -> np.ndarray:
+    """`count` lists of order + 1 numbers."""
+    if not isinstance(rows, list) or len(rows) != count:
+        raise ValueError(f"{what}: expected {count} lists, got {_size(rows)}")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != order + 1:
+            raise ValueError(f"{what}: expected lists of {order + 1} numbers, got {_short(row)}")
+        if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in row):
+            raise TypeError(f"{what}: expected numbers, got {_short(row)}")
+    return np.array(rows, dtype=np.float64)
 
 
 def _size(value: Any) -> str:

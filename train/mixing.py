@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmonica_rt.schedule import forecast
+from harmonica_rt.forecast import forecast
 
 from .denoiser import Evaluate
 

@@ -98,6 +98,7 @@ class Adapter(ABC):
         layers: number of transformer blocks, L.
         width: channels of the token stream.
         in_channels: channels of a sample.
+        out_channels: channels of the output, learned variances included.
         rows: modulation rows of a step: the shifts, scales and gates of all branches and of the head's norm.
     """
 
@@ -108,6 +109,7 @@ class Adapter(ABC):
     layers: int
     width: int
     in_channels: int
+    out_channels: int
     rows: int
 
     @abstractmethod

@@ -66,7 +66,7 @@ class DiTAdapter(Adapter):
         self.blocks = model.transformer_blocks
         self.layers = len(self.blocks)
         self.width = model.inner_dim
-        self.in_channels = self.config.in_channels
+        self.in_channels, self.out_channels = self.config.in_channels, model.out_channels
         self.rows = 6 * self.layers + 2
         self.patch = model.patch_size
         self._positions: dict[tuple[int, int], Tensor] = {}
