@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +43,10 @@ class WrongResult(RuntimeError):
 
 
 def parse_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> hrt.Schedule:
-    """``full``, ``uniform:N`` or ``uniform:N:ORDER`` for the pipeline's model and sampler, or a schedule file."""
+    """A schedule file, or for the pipeline ``full``, ``uniform:N[:ORDER]``, ``random:PERCENT[:ORDER[:SEED]]``.
+
+    Random: every entry is reused with that probability, the hardest kind for a runtime, no two steps alike.
+    """
     known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": timesteps(pipeline, steps)}
     name, *numbers = text.split(":")
     if name == "full" and not numbers:
@@ -50,8 +54,15 @@ def parse_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> hrt.Sch
     if name == "uniform" and 1 <= len(numbers) <= 2 and all(n.isdigit() for n in numbers):
         every, order = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
         return hrt.Schedule.uniform(pipeline.transformer, steps, every, order, **known)
+    if name == "random" and 1 <= len(numbers) <= 3 and all(n.isdigit() for n in numbers):
+        percent, order, seed = [*map(int, numbers), *(1, 0)[len(numbers) - 1 :]]
+        like = hrt.Schedule.full(pipeline.transformer, steps, order=order, **known)
+        compute = np.random.default_rng(seed).random(like.compute.shape) >= percent / 100
+        compute[0] = True
+        return like.replace(compute=compute, note=f"random, {percent} % reused, order {order}, seed {seed}")
     if not Path(text).is_file():
-        raise ValueError(f"--schedule: expected full, uniform:N[:ORDER] or a schedule file, got {text!r}")
+        expected = "full, uniform:N[:ORDER], random:PERCENT[:ORDER[:SEED]] or a schedule file"
+        raise ValueError(f"--schedule: expected {expected}, got {text!r}")
     return hrt.Schedule.load(text)
 
 

@@ -92,6 +92,7 @@ def measure(
     steps: int,
     count: int,
     seed: int,
+    seeds: int = 1,
     fewer: tuple[int, ...] = FEWER,
     frechet: int = 0,
     progress: Callable[[str], None] = lambda message: None,
@@ -99,12 +100,13 @@ def measure(
     """Run the comparison; the result is what ``--json`` writes.
 
     Args:
+        count: noises a seed; `seeds` of them are used, from `seed` on.
         frechet: images a row for the Fréchet distance; 0 leaves it out, and the full run's own row with it.
     """
     if frechet and frechet <= WIDTH:
         raise ValueError(f"--frechet: expected 0 or more images than the classifier's {WIDTH} features, got {frechet}")
     pipeline = load_pipeline(MODEL)
-    start = noise(pipeline, count, seed)
+    start = torch.cat([noise(pipeline, count, seed + i) for i in range(seeds)])
     progress(f"full run, {steps} steps")
     full = sample(pipeline, start, steps)
     rows, judge = [], None
@@ -112,26 +114,30 @@ def measure(
         progress(f"full run, {steps} steps, {2 * frechet} images")
         with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, steps)):
             judge = Judge.prepare(pipeline, steps, frechet, seed)
-            rows.append({"name": FULL, "cur": 0.0, "theoretical": 1.0} | dict.fromkeys(PSNR) | judge(pipeline, steps))
+            rows.append(
+                {"name": FULL, "cur": 0.0, "theoretical": 1.0}
+                | dict.fromkeys((*PSNR, "by_seed"))
+                | judge(pipeline, steps)
+            )
     for text in schedules:
         progress(text)
         schedule = run_latency.parse_schedule(text, pipeline, steps)
         with accelerated(pipeline, schedule):
             images = sample(pipeline, start, steps)
-            row = _row(text, schedule.cur, schedule.speedup(pipeline.transformer), images, full)
+            row = _row(text, schedule.cur, schedule.speedup(pipeline.transformer), images, full, seeds)
             rows.append(row | (judge(pipeline, steps) if judge else {}))
     for less in (n for n in fewer if n < steps):
         progress(f"{less} steps")
-        row = _row(f"{less} steps", 1 - less / steps, steps / less, sample(pipeline, start, less), full)
+        row = _row(f"{less} steps", 1 - less / steps, steps / less, sample(pipeline, start, less), full, seeds)
         if judge:
             with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, less)):
                 row |= judge(pipeline, less)
         rows.append(row)
-    run = {"model": MODEL, "steps": steps, "count": count, "frechet": frechet, "seed": seed}
+    run = {"model": MODEL, "steps": steps, "count": count, "frechet": frechet, "seed": seed, "seeds": seeds}
     return run | {"environment": environment(), "rows": rows}
 
 
-def _row(name: str, cur: float, theoretical: float, images: Tensor, full: Tensor) -> dict[str, Any]:
+def _row(name: str, cur: float, theoretical: float, images: Tensor, full: Tensor, seeds: int) -> dict[str, Any]:
     values = psnr(images, full)
     return {
         "name": name,
@@ -140,7 +146,13 @@ def _row(name: str, cur: float, theoretical: float, images: Tensor, full: Tensor
         "mean": values.mean().item(),
         "pooled": pooled_psnr(images, full),
         "worst": values.min().item(),
+        "by_seed": [part.mean().item() for part in values.chunk(seeds)],
     }
+
+
+def _seeds(result: dict[str, Any]) -> str:
+    first, last = result["seed"], result["seed"] + result["seeds"] - 1
+    return f"{first}" if first == last else f"{first} to {last} each"
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -152,16 +164,18 @@ def table(result: dict[str, Any]) -> Table:
         )
     out = Table(
         title=f"{result['model']}, DDIM {result['steps']}, guidance {GUIDANCE}: PSNR to the full run, dB "
-        f"({result['count']} noises, seed {result['seed']})",
+        f"({result['count']} noises, seed {_seeds(result)})",
         caption=caption,
     )
     out.add_column("")
-    columns = ["CUR %", "theoretical", *PSNR]
+    columns = ["CUR %", "theoretical", *PSNR, *(["means by seed"] if result["seeds"] > 1 else [])]
     for column in columns + (["Fréchet (real)", "Fréchet (full run)", "class acc. %"] if result["frechet"] else []):
         out.add_column(column, justify="right")
     for row in result["rows"]:
         cells = [f"{100 * row['cur']:.0f}", f"{row['theoretical']:.2f}x"]
         cells += ["" if row[key] is None else f"{row[key]:.1f}" for key in PSNR]
+        if result["seeds"] > 1:
+            cells.append("" if row["by_seed"] is None else f"{min(row['by_seed']):.1f} to {max(row['by_seed']):.1f}")
         if result["frechet"]:
             cells += [f"{row['frechet_real']:.2f}", f"{row['frechet_full']:.2f}", f"{100 * row['class_accuracy']:.1f}"]
         out.add_row(row["name"], *cells)
@@ -170,11 +184,13 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--schedule", action="append", help="uniform:N[:ORDER] or a file; may be repeated")
+    parser.add_argument("--schedule", action="append", help="as run_latency's; may be repeated")
     parser.add_argument("--steps", type=run_latency.positive, default=20)
     parser.add_argument("--count", type=run_latency.positive, default=64, help="noises")
     parser.add_argument("--frechet", type=int, default=0, metavar="N", help="images a row for its distance; 0: none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=run_latency.positive, default=1, metavar="N", help="seeds from --seed on")
+    parser.add_argument("--fewer", type=int, action="append", help="steps of a shorter run to compare; 0: none")
     parser.add_argument("--threads", type=run_latency.positive, default=1)
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args(argv)
@@ -187,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
                 steps=arguments.steps,
                 count=arguments.count,
                 seed=arguments.seed,
+                seeds=arguments.seeds,
+                fewer=FEWER if arguments.fewer is None else tuple(n for n in arguments.fewer if n > 0),
                 frechet=arguments.frechet,
                 progress=status.update,
             )

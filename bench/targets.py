@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -47,15 +46,6 @@ class Target:
         return f"{verdict:6}  {self.what}: {self.measured:.2f} (expected {sign} {self.bound:g})"
 
 
-def random_schedule(model: str, steps: int, reuse: float, order: int, seed: int = 0) -> hrt.Schedule:
-    """Every entry reused with probability `reuse`: the hardest kind for a runtime, no two steps alike."""
-    pipeline = load_pipeline(model)
-    like = hrt.Schedule.full(pipeline.transformer, steps, order=order, timesteps=timesteps(pipeline, steps))
-    compute = np.random.default_rng(seed).random(like.compute.shape) >= reuse
-    compute[0] = True
-    return like.replace(compute=compute, note=f"random, {100 * reuse:.0f} % reused, order {order}")
-
-
 def quality() -> Iterator[Target]:
     result = run_quality.measure(("uniform:2:1", "uniform:2:0"), steps=20, count=64, seed=0, fewer=())
     for row, bound in zip(result["rows"], (42.5, 30.0)):
@@ -69,7 +59,7 @@ def latency(rounds: int) -> Iterator[Target]:
     yield Target(
         "dit-fashion, batch 4 with guidance, uniform:2: speed-up over diffusers", _row(result, INDUCTOR)["speedup"], 1.9
     )
-    for schedule in ("uniform:2", random_schedule("dit-s-2", 10, 0.5, order=1)):
+    for schedule in ("uniform:2", "random:50:1"):
         result = run_latency.measure(
             "dit-s-2", schedule, backends=["inductor"], steps=10, batch=1, rounds=rounds, compiled=True
         )
@@ -80,9 +70,7 @@ def latency(rounds: int) -> Iterator[Target]:
 
 def eager_backend(rounds: int) -> Iterator[Target]:
     """Small batches of a small model, where every launch shows."""
-    schedules = ["full", "uniform:2:0", "uniform:4:1"]
-    schedules += [random_schedule("dit-fashion", 20, reuse, order) for reuse, order in ((0.1, 0), (0.5, 1), (0.9, 2))]
-    for schedule in schedules:
+    for schedule in ("full", "uniform:2:0", "uniform:4:1", "random:10:0", "random:50:1", "random:90:2"):
         result = run_latency.measure(
             "dit-fashion", schedule, backends=["eager"], steps=20, batch=1, rounds=rounds, compiled=False
         )

@@ -57,6 +57,14 @@ class Budget:
         """Relative distance above (positive) or below the target."""
         return self.value(compute) / self.target - 1 if self.target > 0 else self.value(compute)
 
+    def met(self, compute: np.ndarray) -> bool:
+        """Within the tolerance, or as close as whole entries allow."""
+        if self.cur is not None:
+            entry = 1 / (compute.size * max(self.target, 1e-9))
+        else:
+            entry = self.costs.max() * self.value(compute) / (self.steps * (self.fixed + self.costs.sum()))
+        return abs(self.miss(compute)) <= max(TOLERANCE, entry)
+
     def tau(self, router: Router) -> float:
         """The threshold of r at which the router's hard schedule meets the target most closely."""
         logits = router.to_tensor().double().flatten(1).numpy()

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -160,8 +161,10 @@ def convert(
     from harmonica_rt import Schedule
 
     from .models import load
+    from .router import check_tau
 
     with _errors():
+        check_tau(tau)
         transformer, _ = load(model, "ddim", variant=variant)
         schedule = Schedule.from_router(router, transformer, method=method.value, tau=tau)
         schedule.save(out)
@@ -176,7 +179,8 @@ class _errors:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)):
-            Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+            line = " ".join(str(error).split("\n"))
+            Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", soft_wrap=True, highlight=False)
             raise typer.Exit(2)
 
 

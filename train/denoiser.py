@@ -55,7 +55,7 @@ class Denoiser:
             rows: modulation rows of this step, [batch, rows, width].
             stand_in: called for each entry in order. It may evaluate the branch, or not.
         """
-        x = self.adapter.embed(sample)
+        x = self.adapter.embed(sample).to(sample.dtype)  # positions may be kept in fp32
         for entry, branch in enumerate(self.branches):
 
             def evaluate(x: Tensor = x, branch=branch) -> Tensor:

@@ -51,7 +51,7 @@ def _leave_one_out(
     while not run.done:
         step = run.step
         other = run.fork(), mixing.fork()  # up to here the two runs are one
-        output = run.denoise(mixing.mix(step, gating.gates(router, step).detach(), router.kept(step, gating.tau)))
+        output = run.denoise(mixing.mix(step, router.gates(step).detach(), router.kept(step, gating.tau)))
         if step % ranks == rank:
             branch, cache = other
             exact = branch.denoise(cache.compute(step))
@@ -60,7 +60,7 @@ def _leave_one_out(
             ends[step] = finish(branch, cache, router, gating)
         run.advance(output)
     for step, end in ends.items():
-        out[step] = mse(run.x, end).item()
+        out[step] = squared_norm(run.x - end)
         if gain:
             out[step] = out[step] / errors[step] if errors[step] > 0 else torch.nan
     return out
@@ -83,11 +83,16 @@ def _telescoping(task: Task, router: Router, gating: Gating, batch: Batch, gain:
         if run.done:
             break
         step = run.step
-        run.advance(run.denoise(mixing.mix(step, gating.gates(router, step).detach(), router.kept(step, gating.tau))))
+        run.advance(run.denoise(mixing.mix(step, router.gates(step).detach(), router.kept(step, gating.tau))))
     for step in range(1, task.steps):
         if step % ranks == rank:
-            out[step] = mse(ends[step], ends[step - 1]).item()
+            out[step] = squared_norm(ends[step] - ends[step - 1])
     return out
+
+
+def squared_norm(difference: Tensor) -> float:
+    """|| . ||^2 of each sample, averaged over the batch."""
+    return difference.double().square().flatten(1).sum(1).mean().item()
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Lambda:
     Args:
         steps: T.
         smoothing: share of the old value that stays at a refresh, on a log scale.
-        bound: values stay within [1 / bound, bound].
+        bound: estimates are clamped to [1 / bound, bound] of their mean; values then differ by bound^2 at most.
         normalise: mean 1, so that beta means the same on every model. Off: the estimate as it is.
     """
 

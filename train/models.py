@@ -56,7 +56,7 @@ def load(
             pipeline.scheduler.config, **options
         )
     folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/"))):
+    if not name or (not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/")))):
         known = ", ".join(references()) or "none here"
         raise FileNotFoundError(f"model: expected a reference model ({known}), a folder or a hub name, got {name!r}")
     pipeline = (folder / "model_index.json").is_file() or not folder.is_dir()

@@ -35,10 +35,9 @@ class Router(nn.Module):
         for step in pinned:
             self.logits[step].requires_grad_(False)
 
-    def gates(self, step: int, tau: float = TAU, temperature: float = 1.0, hard: bool = False) -> Tensor:
-        """r of a step, [L B]. `hard`: 0 or 1 by r > tau, with the gradient of r (straight-through)."""
-        r = torch.sigmoid(self.logits[step] / temperature)
-        return r + ((r > tau).to(r) - r).detach() if hard else r
+    def gates(self, step: int) -> Tensor:
+        """r of a step, [L B]."""
+        return torch.sigmoid(self.logits[step])
 
     def kept(self, step: int, tau: float = TAU) -> np.ndarray:
         """Which entries of a step are computed in the end, bool [L B]: r > tau."""
@@ -50,11 +49,10 @@ class Router(nn.Module):
             row.clamp_(-LIMIT, LIMIT)
 
     @torch.no_grad()
-    def start_from(self, compute: np.ndarray, distance: float, edge: float) -> None:
-        """Warm start: logits `distance` above that of r = `edge` where `compute` [T, L, B], below it elsewhere."""
-        edge = math.log(edge / (1 - edge))
+    def start_from(self, compute: np.ndarray, distance: float) -> None:
+        """Warm start: logits of `distance` where `compute` [T, L, B], of -`distance` elsewhere."""
         for row, values in zip(self.logits, compute.reshape(self.shape[0], -1)):
-            row.copy_(torch.from_numpy(np.where(values, edge + distance, edge - distance)))
+            row.copy_(torch.from_numpy(np.where(values, distance, -distance)))
         for step in self.pinned:
             self.logits[step].fill_(LIMIT)
 
@@ -71,14 +69,14 @@ class Router(nn.Module):
                 row.copy_(values)
 
     def to_schedule(self, tau: float = TAU, **fields: Any) -> Schedule:
-        """Computed iff r > tau; step 0 always. `fields` are further arguments of `Schedule`.
+        """Computed iff r > tau; pinned steps always. `fields` are further arguments of `Schedule`.
 
         Raises:
             ValueError: tau is not between 0 and 1.
         """
         check_tau(tau)
-        compute = torch.sigmoid(self.to_tensor()).numpy() > tau
-        compute[0] = True
+        compute = torch.sigmoid(self.to_tensor().double()).numpy() > tau
+        compute[list(self.pinned)] = True
         return Schedule(compute, **fields)
 
 
@@ -94,6 +92,6 @@ def write_published(router: Router, path: str | os.PathLike[str], tau: float = T
     threshold of 0.1 computes what `tau` does here.
     """
     logits = router.to_tensor().flatten(1) + math.log(TAU / (1 - TAU)) - math.log(tau / (1 - tau))
-    logits[0] = LIMIT
+    logits[list(router.pinned)] = LIMIT
     last = len(logits) - 1
     torch.save({"routers": {f"{last - i}.prob": row.clone() for i, row in enumerate(logits)}}, path)

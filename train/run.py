@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from harmonica_rt.schedule import Schedule
@@ -45,13 +47,20 @@ class Request:
 
 def learn_schedule(request: Request, console: Console) -> Schedule:
     """Learn, write `request.out`, and say what came of it."""
-    if not request.out.parent.is_dir():
-        raise FileNotFoundError(f"{request.out}: there is no folder {request.out.parent}")
+    for path in filter(None, (request.out, request.checkpoint, request.router)):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: expected a file to write, got a folder")
     if request.resume and request.checkpoint is None:
         raise ValueError("--resume: expected --checkpoint FILE, got none")
+    if request.checkpoint is not None and request.checkpoint.exists() and not request.resume:
+        raise ValueError(
+            f"--checkpoint: {request.checkpoint} exists; expected --resume to go on from it, or another file"
+        )
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    settings = Settings.paper(request.steps, **request.settings) if request.paper else Settings(**request.settings)
+    settings = _settings(request)
     accelerator = Accelerator(
         mixed_precision=request.mixed_precision,
         log_with="tensorboard" if request.log else None,
@@ -61,9 +70,8 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
     model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
     model.to(accelerator.device)
     task = Task(model, scheduler, request.steps, request.guidance, checkpointing=request.checkpointing)
-    trainer = Trainer(
-        task, settings, accelerator, images=_images(request.images), start=_start(settings.init, model, request.steps)
-    )
+    images, start = _images(request.images, model), _start(settings.init, model, request.steps)
+    trainer = Trainer(task, settings, accelerator, images, start)
     if request.resume:
         trainer.load(request.checkpoint)
     if request.log is not None:
@@ -121,20 +129,37 @@ def _start(init: str, model: torch.nn.Module, steps: int) -> Schedule | None:
         return None
     if not init.startswith("uniform:"):
         return Schedule.load(init)
-    if not (every := init.removeprefix("uniform:")).isdigit():
+    if not (every := init.removeprefix("uniform:")).isdecimal():
         raise ValueError(f"init: expected normal, uniform:N or a schedule file, got {init!r}")
     return Schedule.uniform(model, steps, int(every), order=0)
 
 
-def _images(path: Path | None) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+def _settings(request: Request) -> Settings:
+    """SDT starts from every second step unless told otherwise: worth 5 dB at 60 iterations (train/README.md)."""
+    if request.paper:
+        return Settings.paper(request.steps, **request.settings)
+    start = {} if request.settings.get("objective") == "l2c" else {"init": "uniform:2"}
+    return Settings(**{**start, **request.settings})
+
+
+def _images(path: Path | None, model: torch.nn.Module) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+    """Real samples for L2C and their class labels, checked against the model."""
     if path is None:
         return None
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    if set(tensors) != {"images", "labels"} or len(tensors["images"]) != len(tensors["labels"]):
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if set(tensors) != {"images", "labels"} or shapes["labels"] != shapes["images"][:1]:
+        raise ValueError(f"{path}: expected images [n, channels, height, width] and labels [n], got {shapes}")
+    images, labels, config = tensors["images"], tensors["labels"], model.config
+    size = [config.in_channels, config.sample_size, config.sample_size]
+    if shapes["images"][1:] != size or len(images) == 0:
+        raise ValueError(f"{path}: expected images of {size}, one at least, got {shapes['images']}")
+    if labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < config.num_embeds_ada_norm:
         raise ValueError(
-            f"{path}: expected images [n, channels, height, width] and labels [n], "
-            f"got { ({k: list(v.shape) for k, v in tensors.items()}) }"
+            f"{path}: expected integer labels from 0 to {config.num_embeds_ada_norm - 1}, "
+            f"got {labels.dtype} from {labels.min()} to {labels.max()}"
         )
-    return tensors["images"], (tensors["labels"],)
+    return images, (labels,)

@@ -16,22 +16,15 @@ from .task import Batch, Task, Trajectory
 
 @dataclass(frozen=True)
 class Gating:
-    """How logits become gates while training.
+    """What the cache takes and holds while training.
 
     Attributes:
-        tau: an entry is computed iff r > tau.
-        hard: gates are 0 or 1 as they will run, with the gradient of r (straight-through).
-        temperature: r = sigmoid(Z / temperature).
+        tau: it takes the mixed value where r > tau.
         order: cached values are extrapolated from order + 1.
     """
 
     tau: float = TAU
-    hard: bool = False
-    temperature: float = 1.0
     order: int = 0
-
-    def gates(self, router: Router, step: int) -> Tensor:
-        return router.gates(step, self.tau, self.temperature, self.hard)
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def sdt(task: Task, router: Router, gating: Gating, batch: Batch) -> Iterator[St
         step = run.step
         with torch.no_grad():
             teacher = run.denoise(compute)
-        gates = gating.gates(router, step)
+        gates = router.gates(step)
         student = run.denoise(mixing.mix(step, gates, router.kept(step, gating.tau)))
         with torch.no_grad():
             run.advance(student.detach())
@@ -74,19 +67,18 @@ def l2c(task: Task, router: Router, gating: Gating, batch: Batch, images: Tensor
 
     Args:
         images: real samples [count, channels, height, width] in the model's range.
-        seed: of the step and of the forward process's noise.
+        seed: of the step. The forward process's noise is the batch's.
     """
     generator = torch.Generator().manual_seed(seed)
     may = sorted(set(range(task.steps)) - set(router.pinned))
     step = may[int(torch.randint(len(may), (), generator=generator))]
     run = Trajectory(task, batch, first=step - 1)
     mixing = Mixing(task.denoiser.entries, gating.order, task.steps)
-    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32).to(images)
-    run.x = run.scheduler.add_noise(images, noise, run.scheduler.timesteps[step - 1].expand(len(images)))
+    run.x = run.scheduler.add_noise(images, batch.noise, run.scheduler.timesteps[step - 1].expand(len(images)))
     with torch.no_grad():
         run.advance(run.denoise(mixing.compute(step - 1)))
         teacher = run.denoise(compute)
-    gates = gating.gates(router, step)
+    gates = router.gates(step)
     student = run.denoise(mixing.mix(step, gates, router.kept(step, gating.tau)))
     yield StepLoss(step, mse(student, teacher), gates)
 
@@ -115,6 +107,6 @@ def finish(run: Trajectory, mixing: Mixing, router: Router, gating: Gating, visi
     while not run.done:
         if visit is not None:
             visit(run, mixing)
-        gates, kept = gating.gates(router, run.step).detach(), router.kept(run.step, gating.tau)
+        gates, kept = router.gates(run.step).detach(), router.kept(run.step, gating.tau)
         run.advance(run.denoise(mixing.mix(run.step, gates, kept)))
     return run.x

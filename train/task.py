@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,8 @@ class Task:
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
             raise ValueError(f"steps: expected an integer of at least 2, got {steps!r}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale}")
         self.model, self.steps, self.guidance_scale = model, steps, float(guidance_scale)
         self.denoiser = Denoiser(model, checkpointing)
         self.adapter = self.denoiser.adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,10 +49,9 @@ class Settings:
         iterations: trajectories of `batch` images.
         batch: images an iteration, over all processes.
         lr: of AdamW, weight decay 0.
-        tau, order, hard: as in `Gating`.
-        temperature: of the gates at the first and at the last iteration, geometric between.
-        init: "normal" (N(0, 1)), or a schedule to start from, `init_distance` above the edge (logit of tau if
-            hard, else 0) where it computes, below elsewhere.
+        tau, order: as in `Gating`.
+        init: "normal" (N(0, 1)), or the name of the schedule to start from: r is on its side of 1/2,
+            `init_distance` in logits.
         seed: of everything drawn.
     """
 
@@ -71,8 +71,6 @@ class Settings:
     lr: float = 0.05
     tau: float = TAU
     order: int = 0
-    hard: bool = False
-    temperature: tuple[float, float] = (1.0, 1.0)
     init: str = "normal"
     init_distance: float = 1.0
     seed: int = 0
@@ -85,6 +83,8 @@ class Settings:
         for name in ("refresh", "lambda_batch", "iterations", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.beta is not None and not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta: expected a number from 0 on, got {self.beta}")
         if self.target_speedup is not None and self.target_cur is not None:
             raise ValueError(f"expected one target, got speed-up {self.target_speedup} and CUR {self.target_cur}")
         if self.beta is None and self.target_speedup is None and self.target_cur is None:
@@ -150,11 +150,13 @@ class Trainer:
         adapter = task.adapter
         pinned = pinned_steps(task.steps, settings.objective)
         self.router = Router(task.steps, adapter.layers, len(adapter.branches), settings.seed, pinned).to(task.device)
+        if start is None and settings.init != "normal":
+            raise ValueError(f"init: expected the schedule {settings.init!r} names as start, got none")
         if start is not None:
             adapter.check_schedule(start)
             if start.steps != task.steps:
                 raise ValueError(f"init: expected a schedule of {task.steps} steps, got {start.steps}")
-            self.router.start_from(start.compute, settings.init_distance, settings.tau if settings.hard else 0.5)
+            self.router.start_from(start.compute, settings.init_distance)
         rows = [row for row in self.router.logits if row.requires_grad]
         self.optimizer = torch.optim.AdamW(rows, lr=settings.lr, weight_decay=0.0)
         self.budget = None
@@ -217,7 +219,7 @@ class Trainer:
             errors.append(step.mse.item())
         if self.beta.value is None:
             self.beta.start(self._mean(torch.tensor(np.mean(losses), device=self.task.device)).item(), len(self.costs))
-        gates = torch.stack([self.gating.gates(self.router, step).detach() for step in range(self.task.steps)])
+        gates = torch.stack([self.router.gates(step).detach() for step in range(self.task.steps)])
         self.beta.steer(gates.double().cpu().numpy())
         return float(np.mean(losses)), float(np.mean(errors))
 
@@ -250,10 +252,7 @@ class Trainer:
 
     @property
     def gating(self) -> Gating:
-        first, last = self.settings.temperature
-        done = self.iteration / max(1, self.settings.iterations - 1)
-        temperature = first * (last / first) ** done
-        return Gating(self.settings.tau, self.settings.hard, temperature, self.settings.order)
+        return Gating(self.settings.tau, self.settings.order)
 
     def schedule(self) -> Schedule:
         """The hard schedule: at the budget if there is one, else at tau."""
@@ -264,6 +263,13 @@ class Trainer:
         made = f"{name}, {self.iteration} iterations of {settings.batch}, seed {settings.seed}, {self.seconds:.0f} s"
         tau = self.tau()
         schedule = self.router.to_schedule(tau, order=settings.order, **fields)
+        compute = schedule.compute.reshape(schedule.steps, -1)
+        if self.budget is not None and not self.budget.met(compute):
+            warnings.warn(
+                f"the schedule misses its target by {100 * self.budget.miss(compute):+.1f} %: too many entries have "
+                "learned the same r; more iterations tell them apart",
+                stacklevel=2,
+            )
         return schedule.replace(note=f"{made}, {describe(schedule, self.budget)}, tau {tau:.3g}")
 
     def tau(self) -> float:
@@ -294,11 +300,12 @@ class Trainer:
         tensors, state = checkpoint.read(path, self.task)
         theirs, ours = state["settings"], asdict(self.settings)
         for name in sorted(set(ours) - {"iterations"}):
-            expected = list(ours[name]) if isinstance(ours[name], tuple) else ours[name]
-            if theirs.get(name) != expected:
+            if theirs.get(name) != ours[name]:
                 raise ValueError(
-                    f"{path}: made with other settings: {name} expected {expected}, got {theirs.get(name)}"
+                    f"{path}: made with other settings: {name} expected {ours[name]}, got {theirs.get(name)}"
                 )
+        if "logits" not in tensors:
+            raise ValueError(f"{path}: expected logits, got {sorted(tensors)}")
         self.router.load(tensors["logits"])
         checkpoint.load_optimizer(self.optimizer, tensors)
         self.lambdas.values = tensors.get("lambda")

@@ -73,7 +73,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--schedule", "uniform"], "expected full, uniform:N[:ORDER] or a schedule file, got 'uniform'"),
+        (["--schedule", "uniform"], "random:PERCENT[:ORDER[:SEED]] or a schedule file, got 'uniform'"),
         (["--schedule", "uniform:2:9"], "order: expected one of (0, 1, 2), got 9"),
         (["--schedule", "no-such-file.json"], "got 'no-such-file.json'"),
         (["--backend", "fast"], "backend: expected one of"),
