@@ -101,7 +101,7 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
 def _line(progress: Progress) -> str:
     low, high = progress.lambdas
     return (
-        f"loss {progress.loss:.2e}, CUR {100 * progress.schedule.cur:.1f} %, beta {progress.beta:.1e}, "
+        f"loss {progress.loss:.2e}, CUR by r {100 * progress.cur:.1f} %, beta {progress.beta:.1e}, "
         f"lambda {low:.2g} to {high:.2g}"
     )
 
@@ -111,7 +111,7 @@ def _track(accelerator: Accelerator, trainer: Trainer, progress: Progress) -> No
     values = {
         "loss": progress.loss,
         "mse": progress.mse,
-        "cur": progress.schedule.cur,
+        "cur": progress.cur,
         "beta": progress.beta,
         "lambda/min": low,
         "lambda/max": high,

@@ -111,14 +111,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is, after an iteration."""
+    """Where a training is, after an iteration. `cur`: what is reused by r, 1 - mean(r)."""
 
     iteration: int
     seconds: float
     loss: float
     mse: float
     beta: float
-    schedule: Schedule
+    cur: float
     lambdas: tuple[float, float]
 
 
@@ -333,6 +333,6 @@ class Trainer:
             loss,
             mse,
             self.beta.value,
-            self.router.to_schedule(self.settings.tau, **self.task.fields()),
+            1.0 - torch.sigmoid(self.router.to_tensor()).mean().item(),
             self.lambdas.range,
         )
