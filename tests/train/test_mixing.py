@@ -45,7 +45,7 @@ def test_soft_gates_mix_fresh_and_cached() -> None:
     assert not any(v.requires_grad for values in mixing.values for v in values)
     assert mixing.kept[..., 0].tolist() == [[True, True], [True, False], [False, False]]
     (gradient,) = torch.autograd.grad(mixed[0].sum(), gates)
-    torch.testing.assert_close(gradient, torch.tensor([(fresh - first).sum(), 0.0]))
+    torch.testing.assert_close(gradient, torch.stack([(fresh - first).sum(), torch.zeros(())]))
 
 
 def test_gates_that_learn_are_evaluated_even_at_0_and_1() -> None:
