@@ -25,10 +25,10 @@ def read(root: Path, name: str, header: int) -> np.ndarray:
         return np.frombuffer(file.read(), np.uint8, offset=header)
 
 
-def images(root: Path = ROOT) -> tuple[Tensor, Tensor]:
-    """(images [60000, 1, 28, 28] in [-1, 1], labels [60000])."""
-    pixels = torch.tensor(read(root, "train-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28))
-    return pixels.float() / 127.5 - 1, torch.tensor(read(root, "train-labels-idx1-ubyte.gz", 8).astype(np.int64))
+def images(root: Path = ROOT, part: str = "train") -> tuple[Tensor, Tensor]:
+    """(images [n, 1, 28, 28] in [-1, 1], labels [n]) of `part`: "train" (60,000) or "t10k" (10,000)."""
+    pixels = torch.tensor(read(root, f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28))
+    return pixels.float() / 127.5 - 1, torch.tensor(read(root, f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int64))
 
 
 def main(argv: list[str] | None = None) -> int:

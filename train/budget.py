@@ -14,6 +14,11 @@ from .router import Router
 TOLERANCE = 0.02  # relative, of the speed-up or CUR that was asked for
 
 
+def entry_macs(adapter: Adapter) -> np.ndarray:
+    """MACs of each entry of a step, [L B]."""
+    return np.tile(np.array(adapter.macs(None, None, 1).branches, dtype=np.float64), adapter.layers)
+
+
 class Budget:
     """A target theoretical speed-up, or a target CUR.
 
@@ -32,9 +37,7 @@ class Budget:
         if (speedup is None) == (cur is None):
             raise ValueError(f"expected a target speed-up or a target CUR, got {speedup} and {cur}")
         self.adapter, self.steps, self.speedup, self.cur = adapter, steps, speedup, cur
-        macs = adapter.macs(None, None, 1)
-        self.costs = np.tile(np.array(macs.branches, dtype=np.float64), adapter.layers)  # of each entry of a step
-        self.fixed = float(macs.fixed)
+        self.costs, self.fixed = entry_macs(adapter), float(adapter.macs(None, None, 1).fixed)
         least = np.zeros((steps, len(self.costs)), dtype=bool)
         least[list(pinned)] = True
         name, target = ("speed-up", speedup) if cur is None else ("CUR", cur)

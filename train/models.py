@@ -51,10 +51,8 @@ def load(
         from bench.reference import load_pipeline
 
         pipeline = load_pipeline(name)
-        model = pipeline.transformer
-        return model if dtype == model.dtype else model.to(dtype), kind.from_config(
-            pipeline.scheduler.config, **options
-        )
+        model, scheduler = pipeline.transformer, kind.from_config(pipeline.scheduler.config, **options)
+        return (model if dtype == model.dtype else model.to(dtype)), scheduler
     folder = Path(name)
     if not name or (not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/")))):
         known = ", ".join(references()) or "none here"

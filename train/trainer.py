@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica_rt.schedule import Schedule
 
 from . import checkpoint
-from .budget import Beta, Budget, describe
+from .budget import Beta, Budget, describe, entry_macs
 from .iepo import ESTIMATORS, Lambda, image_errors
 from .router import TAU, Router, check_tau
 from .sdt import Gating, StepLoss, l2c, pinned_steps, sdt
@@ -164,7 +164,7 @@ class Trainer:
             self.budget = Budget(adapter, task.steps, settings.target_speedup, settings.target_cur, pinned)
         self.beta = Beta(settings.beta, self.budget)
         self.lambdas = Lambda(task.steps, settings.smoothing, settings.bound, settings.normalise)
-        macs = np.tile(np.array(adapter.macs(None, None, 1).branches, dtype=np.float64), adapter.layers)
+        macs = entry_macs(adapter)
         costs = macs / macs.mean() if settings.cost_aware else np.ones_like(macs)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=task.device)
         self.iteration, self.seconds = 0, 0.0

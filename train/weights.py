@@ -172,7 +172,7 @@ class WeightSettings:
 
 @dataclass(frozen=True)
 class WeightProgress:
-    """After an iteration: mean over its runs of 10 log10 of the mean squared end error, and the forecast's."""
+    """After an iteration: mean over its runs of 10 log10 of the mean squared end error; share of the budget spent."""
 
     iteration: int
     seconds: float

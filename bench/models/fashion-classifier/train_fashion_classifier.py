@@ -5,21 +5,18 @@
 Debian's package dataset-fashion-mnist holds the data.  AdamW, one-cycle learning rate, flips and one-pixel shifts.
 FOLDER gets classifier.fp16.safetensors, training.json and real.safetensors (of all 70,000 images, by the fp16 weights).
 """
-import gzip, json, os, sys, time
+import json, os, sys, time
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from bench.fashion_images import ROOT, images as load
 from bench.frechet import Classifier, Statistics, class_accuracy, features, frechet_distance
 
 out = Path(sys.argv[1]); epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 6
-root = sys.argv[3] if len(sys.argv) > 3 else "/usr/share/datasets/fashion-mnist"
+root = Path(sys.argv[3]) if len(sys.argv) > 3 else ROOT
 out.mkdir(parents=True, exist_ok=True)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1"))); torch.manual_seed(0)
-def read(name, off): return np.frombuffer(gzip.open(f"{root}/{name}").read(), np.uint8, offset=off)
-def load(part):
-    images = torch.from_numpy(read(f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28).copy())
-    return images.float()/127.5-1, torch.from_numpy(read(f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int64))
-images, labels = load("train"); test_images, test_labels = load("t10k")
+images, labels = load(root, "train"); test_images, test_labels = load(root, "t10k")
 model = Classifier().to(memory_format=torch.channels_last)
 print("params k", sum(p.numel() for p in model.parameters())/1e3, flush=True)
 B = 128; steps = epochs*(len(images)//B)
