@@ -8,126 +8,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from harmonica_rt.forecast import history
 from harmonica_rt.schedule import Schedule
 
-from .denoiser import Evaluate, compute
+from .denoiser import compute
+from .natural_gradient import NaturalGradient
+from .reuse import TIES, ReuseWeights, Reusing, reusing_run
 from .stopping import stopping
 from .task import Batch, Task, Trajectory
 from .trainer import TRAIN_SEED, LossNotFinite
 
-TIES = ("none", "branch", "step")
 TARGETS = ("full", "converged")
 DETERMINISTIC = ("DDIMScheduler", "DPMSolverMultistepScheduler")
 CONVERGED_STEPS = 100  # of DPM-Solver++
-
-
-class ReuseWeights(nn.Module):
-    """What a schedule's reused branches and outputs stand on, as parameters: corrections of the schedule's own weights.
-
-    Args:
-        schedule: which values exist at each entry; its weights are the start.
-        tie: "none": a weight of its own for each step, layer and branch; "branch": layers share; "step": all share.
-    """
-
-    def __init__(self, schedule: Schedule, tie: str = "none") -> None:
-        super().__init__()
-        if tie not in TIES:
-            raise ValueError(f"tie: expected one of {TIES}, got {tie!r}")
-        self.schedule = schedule
-        exists = history(schedule.compute, schedule.order) >= 0
-        free = exists & ~schedule.compute[..., None] & ~schedule.output[:, None, None, None]
-        self.register_buffer("start", torch.tensor(schedule.weights, dtype=torch.float32))
-        self.register_buffer("free", torch.tensor(free, dtype=torch.float32))
-        steps, layers, branches, values = self.start.shape
-        shape = (steps, layers if tie == "none" else 1, branches if tie != "step" else 1, values)
-        self.change = nn.Parameter(torch.zeros(shape))
-        outputs = history(~schedule.output[:, None, None], schedule.order)[:, 0, 0] >= 0
-        self.register_buffer("output_start", torch.tensor(schedule.output_weights, dtype=torch.float32))
-        self.register_buffer("output_free", torch.tensor(outputs & schedule.output[:, None], dtype=torch.float32))
-        self.output_change = nn.Parameter(torch.zeros(steps, values))
-        self.change.requires_grad_(bool(free.any()))
-        self.output_change.requires_grad_(bool(schedule.output.any()))
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise ValueError("expected a schedule that reuses something, got one that computes everything")
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """([T, L B, order + 1], [T, order + 1]): weights of branches and of outputs."""
-        branches = self.start + self.change * self.free
-        return branches.flatten(1, 2), self.output_start + self.output_change * self.output_free
-
-    @torch.no_grad()
-    def to_schedule(self, **changes: object) -> Schedule:
-        branches, outputs = self()
-        weights = branches.view(self.start.shape).cpu().double().numpy()
-        return self.schedule.replace(weights=weights, output_weights=outputs.cpu().double().numpy(), **changes)
-
-
-class Reusing:
-    """One run of a hard schedule, differentiable in its weights and in the sample.
-
-    Args:
-        weights: as `ReuseWeights` gives them.
-        checkpointing: keep one step's activations only, and recompute the others in the backward pass.
-    """
-
-    def __init__(self, schedule: Schedule, weights: tuple[Tensor, Tensor], checkpointing: bool = False) -> None:
-        self.compute = schedule.compute.reshape(schedule.steps, -1)
-        self.output, self.order = schedule.output, schedule.order
-        self.weights, self.output_weights = weights
-        self.checkpointing = checkpointing
-        self.values: list[tuple[Tensor, ...]] = [()] * self.compute.shape[1]  # newest first
-        self.outputs: tuple[Tensor, ...] = ()
-
-    def run(self, run: Trajectory) -> Tensor:
-        """The sampler's result."""
-        while not run.done:
-            run.advance(self.denoise(run))
-        return run.x
-
-    def denoise(self, run: Trajectory) -> Tensor:
-        """The guided output of the run's next step."""
-        if self.output[run.step]:
-            return _sum(self.outputs, self.output_weights[run.step].unbind())
-        arguments = run, run.step, run.model_input(), self.weights[run.step], tuple(self.values)
-        if self.checkpointing and torch.is_grad_enabled():
-            output, *fresh = checkpoint(self._step, *arguments, use_reentrant=False)
-        else:
-            output, *fresh = self._step(*arguments)
-        for entry, value in zip(np.flatnonzero(self.compute[run.step]), fresh, strict=True):
-            self.values[entry] = (value, *self.values[entry])[: self.order + 1]
-        self.outputs = (output, *self.outputs)[: self.order + 1]
-        return output
-
-    def _step(
-        self, run: Trajectory, step: int, x: Tensor, weights: Tensor, values: tuple[tuple[Tensor, ...], ...]
-    ) -> list[Tensor]:
-        computed, fresh = self.compute[step], []
-        rows = [row.unbind() for row in weights.unbind()]
-
-        def stand_in(entry: int, evaluate: Evaluate) -> Tensor:
-            if not computed[entry]:
-                return _sum(values[entry], rows[entry])
-            fresh.append(evaluate())
-            return fresh[-1]
-
-        return [run.output(step, x, stand_in), *fresh]
-
-
-def _sum(values: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:]):
-        total = torch.addcmul(total, weight, value)
-    return total
+WARM_UP = 3  # iterations
 
 
 @dataclass(frozen=True)
@@ -136,34 +36,39 @@ class WeightSettings:
 
     Attributes:
         target: "full": the same sampler's run without reuse; "converged": DPM-Solver++ with 100 steps.
-        iterations: optimiser steps; the learning rate falls to 0 over them (cosine).
-        minutes: time to stop after, if that comes first; the learning rate then follows the time.
+        iterations: steps of the optimiser; their length falls to 0 over them (cosine).
+        minutes: time to stop after, if that comes first; the length then follows the time.
         batch: runs an iteration, over all processes.
         accumulate: backward passes an iteration is split into.
         pool: starts that are drawn once; their targets are computed once each.
-        lr: of Adam.
+        lr: how far the first steps go: root mean square of the weights' changes.
         tie: as in `ReuseWeights`.
         checkpointing: as in `Reusing`.
         seed: of the starts.
     """
 
     target: str = "full"
-    iterations: int = 100
+    iterations: int = 150
     minutes: float | None = None
     batch: int = 12
     accumulate: int = 1
     pool: int = 192
-    lr: float = 0.03
+    lr: float = 0.01
     tie: str = "none"
     checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target: expected one of {TARGETS}, got {self.target!r}")
+        for name, allowed in (("target", TARGETS), ("tie", TIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         for name in ("iterations", "batch", "accumulate", "pool"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("minutes", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
         if self.pool < self.batch:
             raise ValueError(f"pool: expected at least a batch of {self.batch}, got {self.pool}")
         if self.batch % self.accumulate:
@@ -172,12 +77,59 @@ class WeightSettings:
 
 @dataclass(frozen=True)
 class WeightProgress:
-    """After an iteration: mean over its runs of 10 log10 of the mean squared end error; share of the budget spent."""
+    """After an iteration.
+
+    Attributes:
+        error: mean over its runs of the mean squared end error in dB, 10 log10.
+        gained: dB below what the weights it started from reach on the same runs.
+        share: of the budget spent.
+    """
 
     iteration: int
     seconds: float
-    decibels: float
+    error: float
+    gained: float
     share: float
+
+
+class Starts:
+    """Where training's runs start, and where they should end; each target is computed once.
+
+    Args:
+        task: what is learned for.
+        target: the run that is aimed at, as in `WeightSettings`.
+        count, seed: starts, and what they depend on.
+    """
+
+    def __init__(self, task: Task, target: str, count: int, seed: int) -> None:
+        self.task, self.target = task, task if target == "full" else converged(task)
+        self.batch = task.draw(count, seed)
+        self.ends: dict[tuple[int, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def run(self, start: int, end: int) -> Trajectory:
+        """A run of these starts."""
+        return Trajectory(self.task, self.batch.part(start, end))
+
+    def errors(self, result: Tensor, start: int, end: int) -> Tensor:
+        """log of the mean squared error of each run's `result`, [end - start]."""
+        if (start, end) not in self.ends:
+            self.ends[start, end] = full_run(self.target, self.batch.part(start, end)).float()
+        return ((result.float() - self.ends[start, end]).square().mean((1, 2, 3)) + 1e-12).log()
+
+    def judge(self, schedule: Schedule, size: int, start: int = 0) -> Tensor:
+        """Each run's error with a schedule, dB: 10 log10 of the mean squared error. [len - start]"""
+        errors = []
+        for first in range(start, len(self), size):
+            last = min(first + size, len(self))
+            errors.append(self.errors(reusing_run(schedule, self.run(first, last)), first, last))
+        return decibels(torch.cat(errors))
+
+
+def decibels(logarithm: Tensor) -> Tensor:
+    return 10 / math.log(10) * logarithm
 
 
 class WeightTrainer:
@@ -185,10 +137,16 @@ class WeightTrainer:
 
     Args:
         schedule: for the task's model and sampler; its weights are the start.
+        starts: to share with other trainers of the task; drawn as the settings say unless given.
     """
 
     def __init__(
-        self, task: Task, schedule: Schedule, settings: WeightSettings, accelerator: Accelerator | None = None
+        self,
+        task: Task,
+        schedule: Schedule,
+        settings: WeightSettings,
+        accelerator: Accelerator | None = None,
+        starts: Starts | None = None,
     ) -> None:
         self.task, self.settings = task, settings
         check_schedule(task, schedule)
@@ -199,11 +157,10 @@ class WeightTrainer:
                 f"batch: expected a multiple of {self.ranks} processes x {settings.accumulate} parts, "
                 f"got {settings.batch}"
             )
-        self.weights = ReuseWeights(schedule, settings.tie).to(task.device)
-        self.optimizer = torch.optim.Adam(self._learned(), lr=settings.lr)
-        self.target = task if settings.target == "full" else converged(task)
-        self.starts = task.draw(settings.pool, TRAIN_SEED + settings.seed * 1_000_003)
-        self.ends: dict[tuple[int, int], Tensor] = {}
+        self.weights = ReuseWeights(schedule, settings.tie, task.device)
+        self.gradient = NaturalGradient()
+        self.starts = starts or Starts(task, settings.target, settings.pool, TRAIN_SEED + settings.seed * 1_000_003)
+        self.before: dict[int, Tensor] = {}  # errors without training
         self.iteration, self.seconds = 0, 0.0
 
     def run(self, on_progress: Callable[[WeightProgress], None] | None = None) -> Schedule:
@@ -215,15 +172,16 @@ class WeightTrainer:
         with stopping() as stopped:
             while (share := self._share()) < 1 and not stopped():
                 began = time.perf_counter()
-                decibels = self._iterate(share)
+                errors, before = self._iterate(share)
                 self.iteration += 1
                 self.seconds += time.perf_counter() - began
                 if on_progress is not None and self.accelerator.is_main_process:
-                    on_progress(WeightProgress(self.iteration, self.seconds, decibels, self._share()))
+                    error, gained = errors.mean().item(), (before - errors).mean().item()
+                    on_progress(WeightProgress(self.iteration, self.seconds, error, gained, self._share()))
         return self.schedule()
 
-    def _learned(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.weights.parameters() if parameter.requires_grad]
+    def schedule(self) -> Schedule:
+        return self.weights.to_schedule()
 
     def _share(self) -> float:
         """How much of the budget is spent."""
@@ -233,43 +191,37 @@ class WeightTrainer:
             share = max(share, (self.accelerator.reduce(spent, "mean") if self.ranks > 1 else spent).item())
         return share
 
-    def _iterate(self, share: float) -> float:
-        settings, losses = self.settings, []
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-        for batch, end in self._parts():
+    def _iterate(self, share: float) -> tuple[Tensor, Tensor]:
+        """One step of the weights; its runs' errors with the weights as they were, and without training, dB."""
+        gradients, errors, before = [], [], []
+        for start, end in self._parts():
+            change = self.weights.change.repeat(end - start, 1).requires_grad_()
             with self.accelerator.autocast():
-                reusing = Reusing(self.weights.schedule, self.weights(), settings.checkpointing)
-                result = reusing.run(Trajectory(self.task, batch))
-            error = (result.float() - end).square().mean((1, 2, 3))
-            loss = (error + 1e-12).log().mean()
-            (loss / settings.accumulate).backward()
-            losses.append(loss.item())
-        for parameter in self._learned():
-            if self.ranks > 1:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            if not parameter.grad.isfinite().all():
-                self.optimizer.zero_grad(set_to_none=True)
-                raise LossNotFinite(f"iteration {self.iteration}: the gradient is not finite (loss {losses})")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return 10 / math.log(10) * float(np.mean(losses))
+                reusing = Reusing(self.weights.schedule, self.weights(change), self.settings.checkpointing)
+                logs = self.starts.errors(reusing.run(self.starts.run(start, end)), start, end)
+            gradients += torch.autograd.grad(logs.sum(), change)
+            errors.append(decibels(logs.detach()))
+            if start not in self.before:
+                result = reusing_run(self.weights.schedule, self.starts.run(start, end))
+                self.before[start] = decibels(self.starts.errors(result, start, end))
+            before.append(self.before[start])
+        rows = self.accelerator.gather(torch.cat(gradients))
+        if not rows.isfinite().all():
+            raise LossNotFinite(
+                f"iteration {self.iteration}: the gradient is not finite (errors {torch.cat(errors).tolist()} dB)"
+            )
+        length = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        length *= min(1.0, (self.iteration + 1) / WARM_UP)
+        self.weights.change -= length * self.gradient.direction(rows)
+        return torch.cat(errors), torch.cat(before)
 
-    def _parts(self) -> Iterator[tuple[Batch, Tensor]]:
-        """This process's runs of the iteration, with their targets."""
+    def _parts(self) -> list[tuple[int, int]]:
+        """Which starts this process runs in the iteration."""
         settings = self.settings
-        whole = settings.pool // settings.batch
         size = settings.batch // settings.accumulate // self.ranks
-        for part in range(settings.accumulate):
-            start = (self.iteration % whole) * settings.batch + (part * self.ranks + self.rank) * size
-            batch = self.starts.part(start, start + size)
-            if (start, size) not in self.ends:
-                with self.accelerator.autocast():
-                    self.ends[start, size] = full_run(self.target, batch).float()
-            yield batch, self.ends[start, size]
-
-    def schedule(self, **changes: object) -> Schedule:
-        return self.weights.to_schedule(**changes)
+        first = self.iteration % (len(self.starts) // settings.batch) * settings.batch
+        parts = [first + (part * self.ranks + self.rank) * size for part in range(settings.accumulate)]
+        return [(start, start + size) for start in parts]
 
 
 @torch.no_grad()
