@@ -25,6 +25,27 @@ def history(compute: np.ndarray, order: int) -> np.ndarray:
     return out
 
 
+def basis(at: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """What a value at step `at` is of the values at `nodes`, by the polynomial through them.
+
+    Args:
+        at: int [...].
+        nodes: int [..., values], -1 where there is none; polynomials are of as many as there are.
+
+    Returns:
+        float64 [..., values], 0 where there is no node.
+    """
+    exists = nodes >= 0
+    weights = np.where(exists, 1.0, 0.0)
+    for k in range(nodes.shape[-1]):
+        for j in range(nodes.shape[-1]):
+            if j != k:
+                both = exists[..., k] & exists[..., j]
+                gap = np.where(both, nodes[..., k] - nodes[..., j], 1)
+                weights[..., k] *= np.where(both, (at - nodes[..., j]) / gap, 1.0)
+    return weights
+
+
 def forecast(compute: np.ndarray, order: int) -> np.ndarray:
     """The unlearned reuse weights: polynomial extrapolation over the step index through the values that exist.
 
@@ -36,17 +57,31 @@ def forecast(compute: np.ndarray, order: int) -> np.ndarray:
     Returns:
         float64 [T, L, B, order + 1], 0 where computed and for values that do not exist yet.
     """
-    nodes = history(compute, order)
-    exists = nodes >= 0
-    at = np.arange(len(compute)).reshape(-1, 1, 1)
-    weights = np.where(exists & ~compute[..., None], 1.0, 0.0)
+    weights = basis(np.arange(len(compute)).reshape(-1, 1, 1), history(compute, order))
+    return np.where(compute[..., None], 0.0, weights) + 0.0  # no negative zeros
+
+
+def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Reuse weights for other computed steps: the new forecast's, changed as these are from theirs.
+
+    A change of the weight of a value that is not there any more goes to those that are, as the polynomial through them
+    tells it. Where the values are the same the weights are too.
+
+    Args:
+        weights: float [T, L, B, order + 1], for `was`.
+        was, now: what is computed, bool [T, L, B].
+
+    Returns:
+        float64 [T, L, B, order + 1], 0 where `now` computes and for values that do not exist then.
+    """
+    order = weights.shape[-1] - 1
+    nodes, new = history(was, order), history(now, order)
+    change = np.where(was[..., None], 0.0, weights - forecast(was, order))
+    moved = forecast(now, order)
     for k in range(order + 1):
-        for j in range(order + 1):
-            if j != k:
-                both = exists[..., k] & exists[..., j]
-                gap = np.where(both, nodes[..., k] - nodes[..., j], 1)
-                weights[..., k] *= np.where(both, (at - nodes[..., j]) / gap, 1.0)
-    return weights + 0.0  # no negative zeros
+        moved = moved + change[..., k, None] * basis(nodes[..., k], new)
+    same = (nodes == new).all(-1) & ~was
+    return np.where(now[..., None], 0.0, np.where(same[..., None], weights, moved)) + 0.0
 
 
 def unlearned(compute: np.ndarray, output: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:

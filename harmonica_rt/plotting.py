@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -16,25 +19,31 @@ OUTPUT, REUSE, COMPUTE = "#ffffff", "#dfe6ee", "#1f4e79"
 
 
 def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Heatmap of `schedule`, steps (across) by layers (up), one panel a branch, dark where computed."""
-    panels = len(schedule.branches)
-    figure = Figure(figsize=(1.4 + 3.4 * panels, 3.4), layout="constrained")
-    for axes, (b, name) in zip(figure.subplots(1, panels, sharey=True, squeeze=False)[0], enumerate(schedule.branches)):
-        axes.pcolormesh(
-            schedule.compute[..., b].T - 1.0 * schedule.output,
-            cmap=ListedColormap([OUTPUT, REUSE, COMPUTE]),
-            vmin=-1,
-            vmax=1,
-            edgecolors="white",
-            linewidth=0.6,
-        )
+    """Heatmap of `schedule`, steps (across) by layers (up), one panel a branch, dark where computed.
+
+    Learned weights have a second row: how far the newest value's weight is from the forecast's.
+    """
+    panels, rows = len(schedule.branches), 2 if schedule.learned else 1
+    figure = Figure(figsize=(1.4 + 3.4 * panels, 0.6 + 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, panels, sharey=True, squeeze=False)
+    for axes, (b, name) in zip(grid[0], enumerate(schedule.branches)):
+        values = schedule.compute[..., b].T - 1.0 * schedule.output
+        _heatmap(axes, values, ListedColormap([OUTPUT, REUSE, COMPUTE]), 1)
         axes.set_title(f"{name}: CUR {100 * schedule.cur_by_branch[name]:.0f} %", fontsize=10)
+    if schedule.learned:
+        unlearned = schedule.replace(weights=None, output_weights=None)
+        change = (schedule.weights - unlearned.weights)[..., 0]
+        reused = ~schedule.compute & ~schedule.output[:, None, None]
+        limit = float(np.quantile(np.abs(change[reused]), 0.98)) if reused.any() else 1.0
+        for axes, (b, name) in zip(grid[1], enumerate(schedule.branches)):
+            values = np.ma.masked_where(~reused[..., b], change[..., b]).T
+            mesh = _heatmap(axes, values, "RdBu_r", max(limit, 1e-6))
+            axes.set_title(f"{name}: newest value's weight - forecast's", fontsize=10)
+        figure.colorbar(mesh, ax=grid[1], shrink=0.9)
+    for axes in grid[-1]:
         axes.set_xlabel("step")
-        for axis, count in ((axes.xaxis, schedule.steps), (axes.yaxis, schedule.layers)):
-            ticks = [int(t) for t in MaxNLocator(8, integer=True).tick_values(0, count - 1) if 0 <= t < count]
-            axis.set_ticks([t + 0.5 for t in ticks], labels=[str(t) for t in ticks])
-        if b == 0:
-            axes.set_ylabel("layer")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer")
     figure.suptitle(
         f"{schedule.model}, {schedule.steps} steps, order {schedule.order}: CUR {100 * schedule.cur:.0f} % "
         f"(dark: computed, light: reused{', white: output reused' if schedule.output.any() else ''})",
@@ -43,3 +52,12 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _heatmap(axes: Axes, values: np.ndarray, cmap: str | ListedColormap, limit: float) -> QuadMesh:
+    """`values` [layers, steps] from -`limit` to `limit`."""
+    mesh = axes.pcolormesh(values, cmap=cmap, vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.6)
+    for axis, count in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
+        ticks = [int(t) for t in MaxNLocator(8, integer=True).tick_values(0, count - 1) if 0 <= t < count]
+        axis.set_ticks([t + 0.5 for t in ticks], labels=[str(t) for t in ticks])
+    return mesh

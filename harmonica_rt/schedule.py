@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import check_compute, check_output, check_output_weights, check_timesteps, check_weights, finite, positive
-from .forecast import ORDERS, history, unlearned
+from .forecast import ORDERS, carried, history, unlearned
 
 if TYPE_CHECKING:
     import os
@@ -224,6 +224,7 @@ class Schedule:
             return self
         compute, output = self.compute[step:].copy(), self.output[step:].copy()
         compute[0], output[0] = True, False
+        timesteps = None if self.timesteps is None else self.timesteps[step:]
         weights, output_weights = unlearned(compute, output, self.order)
         for new, old, was, now in (
             (weights, self.weights, self.compute, compute),
@@ -233,12 +234,21 @@ class Schedule:
             same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
             new[same] = old[step:][same]
         return self.replace(
-            compute=compute,
-            weights=weights,
-            output=output,
-            output_weights=output_weights,
-            timesteps=None if self.timesteps is None else self.timesteps[step:],
+            compute=compute, weights=weights, output=output, output_weights=output_weights, timesteps=timesteps
         )
+
+    def with_compute(self, compute: np.ndarray) -> Schedule:
+        """The same plan computing other entries, bool [T, L, B]; none at steps that reuse the output.
+
+        Weights are carried over: they stay where the values they stand on are the same, and elsewhere are the new
+        forecast's, changed as they were from the old one's.
+        """
+        compute = check_compute(compute, len(self.branches))
+        if compute.shape != self.compute.shape:
+            raise ValueError(f"compute: expected shape {list(self.compute.shape)}, got {list(compute.shape)}")
+        check_output(self.output, compute)
+        weights = np.where(self.output[:, None, None, None], 0.0, carried(self.weights, self.compute, compute))
+        return self.replace(compute=compute, weights=weights, output=self.output, output_weights=self.output_weights)
 
     # ---- statistics
 
