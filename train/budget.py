@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,13 +15,26 @@ from .router import Router
 TOLERANCE = 0.02  # relative, of the speed-up or CUR that was asked for
 
 
-def entry_macs(adapter: Adapter) -> np.ndarray:
-    """MACs of each entry of a step, [L B]."""
-    return np.tile(np.array(adapter.macs(None, None, 1).branches, dtype=np.float64), adapter.layers)
+@dataclass(frozen=True)
+class Costs:
+    """What a step costs: `fixed`, and `entries` [L B] for those it computes. MACs, or seconds."""
+
+    entries: np.ndarray
+    fixed: float
+
+
+def macs(adapter: Adapter) -> Costs:
+    """MACs of a step; a reused entry has none."""
+    counted = adapter.macs(None, None, 1)
+    return Costs(np.tile(np.array(counted.branches, dtype=np.float64), adapter.layers), float(counted.fixed))
 
 
 class Budget:
-    """A target theoretical speed-up, or a target CUR.
+    """A target speed-up, theoretical unless `costs` are measured, or a target CUR.
+
+    Args:
+        pinned: steps that compute everything.
+        costs: MACs unless given.
 
     Raises:
         ValueError: no schedule of so many steps meets it; the message says what can be had.
@@ -33,11 +47,13 @@ class Budget:
         speedup: float | None = None,
         cur: float | None = None,
         pinned: tuple[int, ...] = (0,),
+        costs: Costs | None = None,
     ) -> None:
         if (speedup is None) == (cur is None):
             raise ValueError(f"expected a target speed-up or a target CUR, got {speedup} and {cur}")
         self.adapter, self.steps, self.speedup, self.cur = adapter, steps, speedup, cur
-        self.costs, self.fixed = entry_macs(adapter), float(adapter.macs(None, None, 1).fixed)
+        costs = macs(adapter) if costs is None else costs
+        self.costs, self.fixed = costs.entries, costs.fixed
         least = np.zeros((steps, len(self.costs)), dtype=bool)
         least[list(pinned)] = True
         name, target = ("speed-up", speedup) if cur is None else ("CUR", cur)
@@ -67,6 +83,33 @@ class Budget:
         else:
             entry = self.costs.max() * self.value(compute) / (self.steps * (self.fixed + self.costs.sum()))
         return abs(self.miss(compute)) <= max(TOLERANCE, entry)
+
+    def spread(self, power: float = 1.0) -> np.ndarray:
+        """Where to start, bool [T, L, B]: the fewest whole steps that do not fall short of the budget, spread evenly.
+
+        What is too much is taken from the last layers of every second one of them, then of the others, so that the
+        target is reached.
+
+        Args:
+            power: below 1 moves steps to the end of the run: the k-th of n is at T (k / n)^power.
+        """
+        steps, entries = self.steps, len(self.costs)
+        for count in range(1, steps + 1):
+            chosen = np.unique(np.round(steps * (np.arange(count) / count) ** power - 1e-6).astype(int))
+            chosen = chosen[chosen < steps]
+            compute = np.zeros((steps, entries), dtype=bool)
+            compute[chosen] = True
+            if self.value(compute) <= self.target + 1e-9:
+                break
+        else:
+            return self.spread()  # so many steps cannot be moved to the end
+        groups = chosen[1::2], chosen[2::2]
+        places = [(step, entry) for group in groups for entry in reversed(range(entries)) for step in group]
+        for step, entry in places:
+            if self.value(compute) >= self.target - 1e-9:
+                break
+            compute[step, entry] = False
+        return compute.reshape(steps, self.adapter.layers, -1)
 
     def tau(self, router: Router) -> float:
         """The threshold of r at which the router's hard schedule meets the target most closely."""

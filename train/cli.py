@@ -23,6 +23,7 @@ console = Console()
 
 
 class Objective(StrEnum):
+    end = "end"
     sdt = "sdt"
     l2c = "l2c"
 
@@ -32,6 +33,22 @@ class Estimator(StrEnum):
     leave_one_out = "leave-one-out"
     telescoping = "telescoping"
     gain = "gain"
+
+
+class Target(StrEnum):
+    full = "full"
+    converged = "converged"
+
+
+class Spent(StrEnum):
+    macs = "macs"
+    time = "time"
+
+
+class Tie(StrEnum):
+    none = "none"
+    branch = "branch"
+    step = "step"
 
 
 class Method(StrEnum):
@@ -47,7 +64,11 @@ class Dtype(StrEnum):
 
 Model = Annotated[str, typer.Option(help="Reference model, folder or hub name (a pipeline or its transformer).")]
 File = Annotated[Path, typer.Argument(help="A schedule file.")]
-Order = Annotated[int, typer.Option(min=0, max=2, help="A reused branch stands on its last order + 1 values.")]
+
+LEARNERS = {  # which options go with which objective
+    "end": ("budget", "target", "minutes", "moves", "tie", "pool", "accumulate"),
+    "router": ("estimator", "refresh", "beta", "images", "checkpoint", "router"),
+}
 
 
 @app.command(no_args_is_help=True)
@@ -59,70 +80,116 @@ def learn(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; off unless above 1.")] = 1.5,
     target_speedup: Annotated[float | None, typer.Option(help="Theoretical speed-up to reach.")] = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilisation ratio to reach, 0 to 1.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Weight of the cost, the paper's way; no target then.")] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="HarmoniCa's settings as published.")] = False,
-    objective: Annotated[Objective | None, typer.Option(help="SDT, or the L2C baseline (needs --images).")] = None,
-    images: Annotated[Path | None, typer.Option(help="L2C: safetensors with images [n, C, H, W], labels [n].")] = None,
-    estimator: Annotated[Estimator | None, typer.Option(help="How IEPO's lambda is estimated.")] = None,
-    refresh: Annotated[int | None, typer.Option(help="Iterations between estimates of lambda.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Trajectories to train on.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class labels to learn on, e.g. 0,1,2; all unless given.")] = None,
+    budget: Annotated[
+        Spent | None, typer.Option(help="What a target speed-up counts: MACs, or time measured here.")
+    ] = None,
+    target: Annotated[
+        Target | None, typer.Option(help="What runs aim at: the run without reuse, or the converged solution.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to learn for; 15 unless --iterations is given.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of the weights; trajectories of a router.")] = None,
+    moves: Annotated[
+        int | None, typer.Option(min=0, help="Most changes of what is computed to try; none unless given.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="uniform:N, output:N or a schedule file to start from; normal for a router.")
+    ] = None,
+    order: Annotated[
+        int | None, typer.Option(min=0, max=2, help="A reused branch stands on its last order + 1 values.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Images an iteration, over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW.")] = None,
-    init: Annotated[str | None, typer.Option(help="normal, uniform:N, or a schedule file to start from.")] = None,
-    order: Order = 0,
+    accumulate: Annotated[int | None, typer.Option(help="Backward passes an iteration is split into.")] = None,
+    pool: Annotated[int | None, typer.Option(help="Noises to learn on.")] = None,
+    tie: Annotated[Tie | None, typer.Option(help="Weights that layers (branch) or all of a step share.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Length of the weights' steps; learning rate of a router.")] = None,
+    objective: Annotated[
+        Objective | None, typer.Option(help="The end error; or a router by SDT, or by L2C (needs --images).")
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="HarmoniCa's settings as published: SDT + IEPO.")] = False,
+    beta: Annotated[float | None, typer.Option(help="Router: weight of the cost, the paper's way.")] = None,
+    estimator: Annotated[Estimator | None, typer.Option(help="Router: how IEPO's lambda is estimated.")] = None,
+    refresh: Annotated[int | None, typer.Option(help="Router: iterations between estimates of lambda.")] = None,
+    images: Annotated[Path | None, typer.Option(help="L2C: safetensors, images (n, C, H, W), labels (n).")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Router: where to keep the training's state.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Router: go on from --checkpoint.")] = False,
+    router: Annotated[Path | None, typer.Option(help="Router: also write it as HarmoniCa publishes them.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, e.g. fp16.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16: autocast.")] = "no",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(help="Where to keep the training's state.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from --checkpoint.")] = False,
-    router: Annotated[Path | None, typer.Option(help="Also write the router as HarmoniCa publishes them.")] = None,
     log: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
 ) -> None:
-    """Learn a schedule for a frozen model.
+    """Learn a schedule for a frozen model: what is computed, and the weights that what is reused stands on.
 
     [bold]Examples[/bold]
 
-    harmonica learn --model dit-fashion --target-speedup 2 --out dit-fashion-2x.json
+    harmonica learn --model dit-fashion --target-speedup 2.9 --minutes 15 --out dit-fashion-2.9x.json
+
+    harmonica learn --model dit-fashion --target-speedup 2.9 --target converged --out closer-than-uncached.json
+
+    harmonica learn --model dit-fashion --objective sdt --target-speedup 2 --out router.json
 
     accelerate launch -m harmonica_rt.train learn --model facebook/DiT-XL-2-256 --target-cur 0.375 --out xl.json
     """
     from .run import Request, learn_schedule
 
-    chosen = {
-        "objective": objective and objective.value,
-        "estimator": estimator and estimator.value,
-        "refresh": refresh,
-        "iterations": iterations,
-        "batch": batch,
-        "lr": lr,
-        "beta": beta,
-        "target_speedup": target_speedup,
-        "target_cur": target_cur,
-        "init": init,
-    }
-    request = Request(
-        model=model,
-        sampler=sampler,
-        steps=steps,
-        guidance=guidance,
-        out=out,
-        paper=paper,
-        settings={k: v for k, v in chosen.items() if v is not None} | {"order": order, "seed": seed},
-        images=images,
-        threads=threads,
-        dtype=dtype.value,
-        variant=variant,
-        mixed_precision=mixed_precision,
-        checkpointing=checkpointing,
-        checkpoint=checkpoint,
-        resume=resume,
-        router=router,
-        log=log,
-    )
     with _errors():
+        kind = objective or (Objective.sdt if paper else Objective.end)
+        given = {
+            "budget": budget and budget.value,
+            "target": target and target.value,
+            "minutes": minutes,
+            "moves": moves,
+            "tie": tie and tie.value,
+            "pool": pool,
+            "accumulate": accumulate,
+            "estimator": estimator and estimator.value,
+            "refresh": refresh,
+            "beta": beta,
+            "images": images,
+            "checkpoint": checkpoint,
+            "router": router,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        learner, other = ("end", "router") if kind is Objective.end else ("router", "end")
+        for name in LEARNERS[other]:
+            if name in given:
+                expected = "sdt or l2c" if learner == "end" else "end"
+                raise ValueError(f"--{name}: goes with --objective {expected}, got {kind.value}")
+        if budget is Spent.time and target_speedup is None:
+            raise ValueError("--budget time: expected --target-speedup, got none")
+        if resume and kind is Objective.end:
+            raise ValueError("--resume: goes with --objective sdt or l2c, got end (--init goes on from a schedule)")
+        if paper and kind is Objective.end:
+            raise ValueError("--paper: goes with --objective sdt or l2c, got end")
+        apart = ("budget", "minutes", "moves", "images", "checkpoint", "router")
+        common = {"iterations": iterations, "batch": batch, "lr": lr, "seed": seed}
+        request = Request(
+            model=model,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            out=out,
+            objective=kind.value,
+            paper=paper,
+            settings={k: v for k, v in (given | common).items() if v is not None and k not in apart},
+            target_speedup=target_speedup,
+            target_cur=target_cur,
+            classes=None if classes is None else _numbers("classes", classes),
+            init=init,
+            order=order,
+            threads=threads,
+            dtype=dtype.value,
+            variant=variant,
+            mixed_precision=mixed_precision,
+            checkpointing=checkpointing,
+            resume=resume,
+            log=log,
+            **{name: given[name] for name in apart if name in given},
+        )
         learn_schedule(request, console)
 
 
@@ -169,6 +236,12 @@ def convert(
         schedule = Schedule.from_router(router, transformer, method=method.value, tau=tau)
         schedule.save(out)
         console.print(f"wrote {out}: {schedule!r}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    if not all(number.isdecimal() for number in text.split(",")):
+        raise ValueError(f"--{name}: expected numbers with commas between them, got {text!r}")
+    return tuple(map(int, text.split(",")))
 
 
 class _errors:

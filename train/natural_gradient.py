@@ -23,7 +23,7 @@ class NaturalGradient:
         momentum: of the averaged gradient.
     """
 
-    def __init__(self, damping: float = 0.1, window: int = 40, momentum: float = 0.9) -> None:
+    def __init__(self, damping: float = 0.05, window: int = 40, momentum: float = 0.7) -> None:
         self.damping, self.momentum = damping, momentum
         self.recent: deque[Tensor] = deque(maxlen=window)
         self.mean: Tensor | None = None
@@ -36,7 +36,7 @@ class NaturalGradient:
         rows = torch.cat(tuple(self.recent)).double()
         _, values, basis = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
         squares = values.square()  # eigenvalues of F; the averaged gradient has hardly anything outside their span
-        damped = squares + self.damping * squares.sum() / gradients.shape[1]
+        damped = (squares + self.damping * squares.sum() / gradients.shape[1]).clamp_min(1e-300)
         step = basis.T @ ((basis @ self.mean.double()) / damped)
         size = step.square().mean().sqrt()
         return (step / size if size > 0 else step).to(gradients.dtype)

@@ -67,9 +67,10 @@ class ReuseWeights:
             weights[split:].view(steps, values, -1),
         )
 
-    def to_schedule(self) -> Schedule:
-        """The schedule with its weights as they are now."""
-        weights, outputs = (w.detach()[..., 0].cpu().numpy() for w in self(self.change.double()))
+    def to_schedule(self, change: Tensor | None = None) -> Schedule:
+        """The schedule with its weights as they are now, or with `change` [n] in place of theirs."""
+        change = self.change if change is None else change
+        weights, outputs = (w.detach()[..., 0].cpu().numpy() for w in self(change.double()))
         return self.schedule.replace(weights=weights.reshape(self.schedule.weights.shape), output_weights=outputs)
 
 
@@ -131,7 +132,7 @@ def _sum(values: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     total = rows[0] * values[0]
     for row, value in zip(rows[1:], values[1:]):
         total = torch.addcmul(total, row, value)
-    return total
+    return total.to(values[0].dtype)
 
 
 @torch.no_grad()

@@ -16,23 +16,48 @@ from tqdm import tqdm
 
 from harmonica_rt.schedule import Schedule
 
-from . import models
+from . import learn, models
+from .budget import TOLERANCE, Budget
 from .router import write_published
-from .task import Task
+from .stopping import stopping
+from .task import Task, class_labels
+from .timing import seconds
 from .trainer import Progress, Settings, Trainer
+from .weights import WeightSettings, check_schedule
+
+MINUTES, ORDER, POWERS = 15.0, 2, (1.0, 0.8, 0.65, 0.5)  # on the end error, unless given
+MOST = 1_000_000  # iterations, where the minutes decide
+CONVERGED_POOL = 192  # noises: each one's target is a run of 100 steps
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, read. `settings` are the fields of `Settings` that were given."""
+    """The command line, read.
+
+    Attributes:
+        objective: "end", or how a router is learned: "sdt" or "l2c".
+        classes: labels to learn on; all where None.
+        budget: what a target speed-up counts, "macs" or "time", measured on this machine.
+        settings: the fields of `WeightSettings` (end) or `Settings` (router) that were given.
+        target_speedup, target_cur, init, order: None where not given.
+    """
 
     model: str
     sampler: str
     steps: int
     guidance: float
     out: Path
+    objective: str = "end"
     paper: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    target_speedup: float | None = None
+    target_cur: float | None = None
+    classes: tuple[int, ...] | None = None
+    budget: str = "macs"
+    init: str | None = None
+    order: int | None = None
+    minutes: float | None = None
+    moves: int = 0
     images: Path | None = None
     threads: int | None = None
     dtype: str = "float32"
@@ -60,7 +85,7 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
         )
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    settings = _settings(request)
+    settings = _weight_settings(request) if request.objective == "end" else _settings(request)
     accelerator = Accelerator(
         mixed_precision=request.mixed_precision,
         log_with="tensorboard" if request.log else None,
@@ -69,8 +94,52 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
     dtype = getattr(torch, request.dtype)
     model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
     model.to(accelerator.device)
-    task = Task(model, scheduler, request.steps, request.guidance, checkpointing=request.checkpointing)
-    images, start = _images(request.images, model), _start(settings.init, model, request.steps)
+    within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
+    conditions = None if request.classes is None else class_labels(model, request.classes)
+    task = Task(model, scheduler, request.steps, request.guidance, conditions, within_steps)
+    kind = _end if isinstance(settings, WeightSettings) else _router
+    schedule = kind(request, task, settings, accelerator)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        console.print(
+            f"wrote {request.out}: {schedule!r}\n{schedule.note}", highlight=False, markup=False, soft_wrap=True
+        )
+    return schedule
+
+
+def _end(request: Request, task: Task, settings: WeightSettings, accelerator: Accelerator) -> Schedule:
+    """What is computed and reuse weights, on the end error."""
+    starts, minutes = _end_starts(request, task), request.minutes
+    if minutes is None and "iterations" not in request.settings:
+        minutes = MINUTES
+    if request.log is not None:
+        accelerator.init_trackers("harmonica")
+    form = "{percentage:3.0f}%|{bar}| {elapsed}, {desc}"
+    with (
+        tqdm(total=1000, disable=not accelerator.is_main_process, bar_format=form) as bar,
+        stopping(accelerator) as stopped,
+    ):
+
+        def show(progress: learn.Progress) -> None:
+            bar.n = int(1000 * progress.share)
+            bar.set_description_str(f"{progress.text}: {progress.gained:+.2f} dB over the forecast")
+            if request.log is not None:
+                accelerator.log({"gained": progress.gained}, step=bar.n)
+
+        learned = learn.learn(task, starts, settings, minutes, request.moves, accelerator, show, stopped)
+    if accelerator.is_main_process:
+        learned.schedule.save(request.out)
+    if learned.failure is not None:
+        raise type(learned.failure)(f"{learned.failure}; {request.out} is the best schedule until then")
+    return learned.schedule
+
+
+def _router(request: Request, task: Task, settings: Settings, accelerator: Accelerator) -> Schedule:
+    """A router by SDT and IEPO, or L2C."""
+    images = _images(request.images, task.model)
+    start = _start(settings.init, task.model, request.steps, 0)
+    if start is not None and start.output.any():
+        raise ValueError(f"init: expected a schedule that reuses branches alone for a router, got {request.init}")
     trainer = Trainer(task, settings, accelerator, images, start)
     if request.resume:
         trainer.load(request.checkpoint)
@@ -87,14 +156,10 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
                 _track(accelerator, trainer, progress)
 
         schedule = trainer.run(request.checkpoint, on_progress=show)
-    accelerator.end_training()
     if accelerator.is_main_process:
         schedule.save(request.out)
         if request.router is not None:
             write_published(trainer.router, request.router, trainer.tau())
-        console.print(
-            f"wrote {request.out}: {schedule!r}\n{schedule.note}", highlight=False, markup=False, soft_wrap=True
-        )
     return schedule
 
 
@@ -123,23 +188,64 @@ def _track(accelerator: Accelerator, trainer: Trainer, progress: Progress) -> No
         accelerator.get_tracker("tensorboard").log_images({"router": picture}, progress.iteration, dataformats="NHWC")
 
 
-def _start(init: str, model: torch.nn.Module, steps: int) -> Schedule | None:
+def _start(init: str, model: torch.nn.Module, steps: int, order: int) -> Schedule | None:
     """The schedule `--init` names: none for normal."""
     if init == "normal":
         return None
-    if not init.startswith("uniform:"):
+    kind, _, every = init.partition(":")
+    if kind not in ("uniform", "output") or not every:
         return Schedule.load(init)
-    if not (every := init.removeprefix("uniform:")).isdecimal():
-        raise ValueError(f"init: expected normal, uniform:N or a schedule file, got {init!r}")
-    return Schedule.uniform(model, steps, int(every), order=0)
+    if not every.isdecimal():
+        raise ValueError(f"init: expected normal, uniform:N, output:N or a schedule file, got {init!r}")
+    uniform = Schedule.uniform(model, steps, int(every), order=order)
+    output = ~uniform.compute.any((1, 2))
+    return uniform if kind == "uniform" else uniform.replace(output=output, note=f"output reused but every {every}")
+
+
+def _end_starts(request: Request, task: Task) -> list[Schedule]:
+    """What may be computed at first: whole steps that meet the target, evenly and towards the end, unless told."""
+    if request.init == "normal":
+        raise ValueError(
+            "init: expected uniform:N, output:N or a schedule file, got normal, which is for a router's logits"
+        )
+    order = ORDER if request.order is None else request.order
+    fields, budget = task.fields(), None
+    costs = seconds(task) if request.budget == "time" else None
+    if request.target_speedup is not None or request.target_cur is not None:
+        budget = Budget(task.adapter, task.steps, request.target_speedup, request.target_cur, costs=costs)
+    if request.init is None:
+        if budget is None:
+            raise ValueError("expected a target speed-up, a target CUR or --init, got none")
+        computed = {spread.tobytes(): spread for spread in map(budget.spread, POWERS)}
+        return [Schedule(compute, order=order, **fields) for compute in computed.values()]
+    start = _start(request.init, task.model, task.steps, order)
+    check_schedule(task, start)
+    if request.order is not None and start.order != order:
+        raise ValueError(f"init: expected a schedule of order {order}, got order {start.order}")
+    compute = start.compute.reshape(start.steps, -1)
+    if budget is not None and budget.miss(compute) < -TOLERANCE:
+        raise ValueError(
+            f"init: expected a schedule that meets the target of {budget.target:g}, got one of "
+            f"{budget.value(compute):.2f}; moves do not change what a start costs"
+        )
+    return [start.replace(**{name: fields[name] for name in ("sampler", "timesteps", "guidance_scale")})]
 
 
 def _settings(request: Request) -> Settings:
     """SDT starts from every second step unless told otherwise: worth 5 dB at 60 iterations (train/README.md)."""
+    named = {name: getattr(request, name) for name in ("objective", "target_speedup", "target_cur", "init", "order")}
+    chosen = request.settings | {name: value for name, value in named.items() if value is not None}
     if request.paper:
-        return Settings.paper(request.steps, **request.settings)
-    start = {} if request.settings.get("objective") == "l2c" else {"init": "uniform:2"}
-    return Settings(**{**start, **request.settings})
+        return Settings.paper(request.steps, **chosen)
+    start = {} if request.objective == "l2c" else {"init": "uniform:2"}
+    return Settings(**{**start, **chosen})
+
+
+def _weight_settings(request: Request) -> WeightSettings:
+    given = {"iterations": MOST, "checkpointing": request.checkpointing, **request.settings}
+    if given.get("target") == "converged":
+        given = {"pool": CONVERGED_POOL, **given}
+    return WeightSettings(**given)
 
 
 def _images(path: Path | None, model: torch.nn.Module) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:

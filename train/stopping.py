@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came; the second one ends the program as usual."""
+def stopping(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came to any of the processes; the second one ends the program as usual."""
     asked = []
     try:
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -23,8 +26,18 @@ def stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(s, ask)
     except ValueError:  # not the main thread: signals go elsewhere
         before = {}
+
+    def stopped() -> bool:
+        if accelerator.num_processes == 1:
+            return bool(asked)
+        return bool(accelerator.reduce(torch.tensor(float(bool(asked)), device=accelerator.device), "sum").item())
+
     try:
-        yield lambda: bool(asked)
+        yield stopped
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def never() -> bool:
+    return False

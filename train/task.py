@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +108,16 @@ class Task:
         }
 
 
-def class_labels(model: nn.Module) -> Conditions:
-    """Uniform class labels, and the model's null label."""
+def class_labels(model: nn.Module, only: Sequence[int] | None = None) -> Conditions:
+    """Uniform class labels, of all or `only` some, and the model's null label."""
     if (classes := getattr(model.config, "num_embeds_ada_norm", None)) is None:
         raise ValueError(f"conditions: expected some for {type(model).__name__}, which has no class labels; got none")
+    chosen = torch.arange(classes) if only is None else torch.tensor(only)
+    if not len(chosen) or not 0 <= chosen.min() <= chosen.max() < classes:
+        raise ValueError(f"classes: expected some from 0 to {classes - 1}, got {list(only)}")
 
     def draw(count: int, generator: torch.Generator) -> tuple[tuple[Tensor], tuple[Tensor]]:
-        labels = torch.randint(0, classes, (count,), generator=generator)
+        labels = chosen[torch.randint(0, len(chosen), (count,), generator=generator)]
         return (labels,), (torch.full_like(labels, classes),)
 
     return draw

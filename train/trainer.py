@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica_rt.schedule import Schedule
 
 from . import checkpoint
-from .budget import Beta, Budget, describe, entry_macs
+from .budget import Beta, Budget, describe, macs
 from .iepo import ESTIMATORS, Lambda, image_errors
 from .router import TAU, Router, check_tau
 from .sdt import Gating, StepLoss, l2c, pinned_steps, sdt
@@ -164,8 +164,8 @@ class Trainer:
             self.budget = Budget(adapter, task.steps, settings.target_speedup, settings.target_cur, pinned)
         self.beta = Beta(settings.beta, self.budget)
         self.lambdas = Lambda(task.steps, settings.smoothing, settings.bound, settings.normalise)
-        macs = entry_macs(adapter)
-        costs = macs / macs.mean() if settings.cost_aware else np.ones_like(macs)
+        counted = macs(adapter).entries
+        costs = counted / counted.mean() if settings.cost_aware else np.ones_like(counted)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=task.device)
         self.iteration, self.seconds = 0, 0.0
 
@@ -179,13 +179,13 @@ class Trainer:
         Args:
             path: checkpoint, written every `every` iterations and at the end. None: no checkpoints.
         """
-        with stopping() as stopped:
+        with stopping(self.accelerator) as stopped:
             while self.iteration < self.settings.iterations:
                 began = time.perf_counter()
                 loss, mse = self._iterate()
                 self.iteration += 1
                 self.seconds += time.perf_counter() - began
-                stop = self._agree(stopped())
+                stop = stopped()
                 last = stop or self.iteration == self.settings.iterations
                 if path is not None and (last or self.iteration % every == 0):
                     self.save(path)
@@ -319,12 +319,6 @@ class Trainer:
 
     def _mean(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean") if self.ranks > 1 else tensor
-
-    def _agree(self, stop: bool) -> bool:
-        """Whether any process was asked to stop."""
-        if self.ranks == 1:
-            return stop
-        return bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.task.device), "sum").item())
 
     def _progress(self, loss: float, mse: float) -> Progress:
         return Progress(

@@ -20,13 +20,14 @@ from harmonica_rt.schedule import Schedule
 from .denoiser import compute
 from .natural_gradient import NaturalGradient
 from .reuse import TIES, ReuseWeights, Reusing, reusing_run
-from .stopping import stopping
+from .stopping import never
 from .task import Batch, Task, Trajectory
 from .trainer import TRAIN_SEED, LossNotFinite
 
 TARGETS = ("full", "converged")
 DETERMINISTIC = ("DDIMScheduler", "DPMSolverMultistepScheduler")
 CONVERGED_STEPS = 100  # of DPM-Solver++
+VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
 WARM_UP = 3  # iterations
 
 
@@ -41,6 +42,7 @@ class WeightSettings:
         batch: runs an iteration, over all processes.
         accumulate: backward passes an iteration is split into.
         pool: starts that are drawn once; their targets are computed once each.
+        validation: further starts, on which the best weights so far are told; `every` iterations.
         lr: how far the first steps go: root mean square of the weights' changes.
         tie: as in `ReuseWeights`.
         checkpointing: as in `Reusing`.
@@ -52,8 +54,10 @@ class WeightSettings:
     minutes: float | None = None
     batch: int = 12
     accumulate: int = 1
-    pool: int = 192
-    lr: float = 0.01
+    pool: int = 384
+    validation: int = 48
+    every: int = 20
+    lr: float = 0.03
     tie: str = "none"
     checkpointing: bool = False
     seed: int = 0
@@ -62,7 +66,7 @@ class WeightSettings:
         for name, allowed in (("target", TARGETS), ("tie", TIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("iterations", "batch", "accumulate", "pool"):
+        for name in ("iterations", "batch", "accumulate", "pool", "validation", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("minutes", "lr"):
@@ -81,15 +85,23 @@ class WeightProgress:
 
     Attributes:
         error: mean over its runs of the mean squared end error in dB, 10 log10.
-        gained: dB below what the weights it started from reach on the same runs.
+        judged: the same for the best weights so far on the validation's runs.
         share: of the budget spent.
     """
 
     iteration: int
     seconds: float
     error: float
-    gained: float
+    judged: float
     share: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Changes of weights, [n], and the validation's errors with them, [validation] in dB."""
+
+    change: Tensor
+    errors: Tensor
 
 
 class Starts:
@@ -119,13 +131,21 @@ class Starts:
             self.ends[start, end] = full_run(self.target, self.batch.part(start, end)).float()
         return ((result.float() - self.ends[start, end]).square().mean((1, 2, 3)) + 1e-12).log()
 
-    def judge(self, schedule: Schedule, size: int, start: int = 0) -> Tensor:
-        """Each run's error with a schedule, dB: 10 log10 of the mean squared error. [len - start]"""
-        errors = []
-        for first in range(start, len(self), size):
+    def judge(self, schedule: Schedule, accelerator: Accelerator, size: int = 16) -> Tensor:
+        """Each run's error with a schedule, dB: 10 log10 of the mean squared error. [len]
+
+        Args:
+            accelerator: over whose processes the runs are spread.
+            size: runs at a time.
+        """
+        errors = torch.zeros(len(self), device=self.task.device)
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        for first in range(rank * size, len(self), ranks * size):
             last = min(first + size, len(self))
-            errors.append(self.errors(reusing_run(schedule, self.run(first, last)), first, last))
-        return decibels(torch.cat(errors))
+            with accelerator.autocast():
+                result = reusing_run(schedule, self.run(first, last))
+            errors[first:last] = decibels(self.errors(result, first, last))
+        return accelerator.reduce(errors, "sum") if ranks > 1 else errors
 
 
 def decibels(logarithm: Tensor) -> Tensor:
@@ -137,7 +157,10 @@ class WeightTrainer:
 
     Args:
         schedule: for the task's model and sampler; its weights are the start.
-        starts: to share with other trainers of the task; drawn as the settings say unless given.
+        starts, validation: to share with other trainers of the task; drawn as the settings say unless given.
+
+    Attributes:
+        best: the weights that did best on the validation's runs so far, those of the start at first.
     """
 
     def __init__(
@@ -147,6 +170,7 @@ class WeightTrainer:
         settings: WeightSettings,
         accelerator: Accelerator | None = None,
         starts: Starts | None = None,
+        validation: Starts | None = None,
     ) -> None:
         self.task, self.settings = task, settings
         check_schedule(task, schedule)
@@ -159,41 +183,63 @@ class WeightTrainer:
             )
         self.weights = ReuseWeights(schedule, settings.tie, task.device)
         self.gradient = NaturalGradient()
-        self.starts = starts or Starts(task, settings.target, settings.pool, TRAIN_SEED + settings.seed * 1_000_003)
-        self.before: dict[int, Tensor] = {}  # errors without training
+        seed = TRAIN_SEED + settings.seed * 1_000_003
+        self.starts = starts or Starts(task, settings.target, settings.pool, seed)
+        self.validation = validation or Starts(task, settings.target, settings.validation, seed + VALIDATION_SEED)
         self.iteration, self.seconds = 0, 0.0
+        self.best = Judged(self.weights.change.clone(), self._errors(schedule))
 
-    def run(self, on_progress: Callable[[WeightProgress], None] | None = None) -> Schedule:
-        """Learn to the end of the budget, or until SIGINT or SIGTERM; the schedule with its weights.
+    def run(
+        self, on_progress: Callable[[WeightProgress], None] | None = None, stopped: Callable[[], bool] = never
+    ) -> Schedule:
+        """Learn to the end of the budget, or until `stopped`; the schedule with the best weights.
 
         Raises:
-            LossNotFinite: the weights diverged. `weights` is as it was before that step.
+            LossNotFinite: the weights diverged. `schedule` has the best ones until then.
         """
-        with stopping() as stopped:
-            while (share := self._share()) < 1 and not stopped():
-                began = time.perf_counter()
-                errors, before = self._iterate(share)
-                self.iteration += 1
-                self.seconds += time.perf_counter() - began
-                if on_progress is not None and self.accelerator.is_main_process:
-                    error, gained = errors.mean().item(), (before - errors).mean().item()
-                    on_progress(WeightProgress(self.iteration, self.seconds, error, gained, self._share()))
+        began, share = time.perf_counter(), self._share()
+        while share < 1 and not stopped():
+            error = self._iterate(share).mean().item()
+            self.iteration += 1
+            self.seconds += time.perf_counter() - began
+            began, share = time.perf_counter(), self._share()
+            if share >= 1 or self.iteration % self.settings.every == 0:
+                self._judge()
+            if on_progress is not None and self.accelerator.is_main_process:
+                judged = self.best.errors.mean().item()
+                on_progress(WeightProgress(self.iteration, self.seconds, error, judged, min(1.0, share)))
+        if share < 1 and self.iteration % self.settings.every:  # it was stopped
+            self._judge()
         return self.schedule()
 
     def schedule(self) -> Schedule:
-        return self.weights.to_schedule()
+        """The schedule with the best weights so far."""
+        return self.weights.to_schedule(self.best.change)
+
+    def succeeded_by(self, schedule: Schedule, settings: WeightSettings) -> WeightTrainer:
+        """A trainer of another schedule on the same starts."""
+        return WeightTrainer(self.task, schedule, settings, self.accelerator, self.starts, self.validation)
+
+    def _judge(self) -> None:
+        """Keep the weights as they are now if they are the best so far."""
+        errors = self._errors(self.weights.to_schedule())
+        if errors.mean() < self.best.errors.mean():
+            self.best = Judged(self.weights.change.clone(), errors)
+
+    def _errors(self, schedule: Schedule) -> Tensor:
+        return self.validation.judge(schedule, self.accelerator)
 
     def _share(self) -> float:
         """How much of the budget is spent."""
         settings, share = self.settings, self.iteration / self.settings.iterations
         if settings.minutes is not None:
-            spent = torch.tensor(self.seconds / (60 * settings.minutes))
+            spent = torch.tensor(self.seconds / (60 * settings.minutes), device=self.task.device)
             share = max(share, (self.accelerator.reduce(spent, "mean") if self.ranks > 1 else spent).item())
         return share
 
-    def _iterate(self, share: float) -> tuple[Tensor, Tensor]:
-        """One step of the weights; its runs' errors with the weights as they were, and without training, dB."""
-        gradients, errors, before = [], [], []
+    def _iterate(self, share: float) -> Tensor:
+        """One step of the weights; its runs' errors with the weights as they were, dB."""
+        gradients, errors = [], []
         for start, end in self._parts():
             change = self.weights.change.repeat(end - start, 1).requires_grad_()
             with self.accelerator.autocast():
@@ -201,10 +247,6 @@ class WeightTrainer:
                 logs = self.starts.errors(reusing.run(self.starts.run(start, end)), start, end)
             gradients += torch.autograd.grad(logs.sum(), change)
             errors.append(decibels(logs.detach()))
-            if start not in self.before:
-                result = reusing_run(self.weights.schedule, self.starts.run(start, end))
-                self.before[start] = decibels(self.starts.errors(result, start, end))
-            before.append(self.before[start])
         rows = self.accelerator.gather(torch.cat(gradients))
         if not rows.isfinite().all():
             raise LossNotFinite(
@@ -213,7 +255,7 @@ class WeightTrainer:
         length = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         length *= min(1.0, (self.iteration + 1) / WARM_UP)
         self.weights.change -= length * self.gradient.direction(rows)
-        return torch.cat(errors), torch.cat(before)
+        return torch.cat(errors)
 
     def _parts(self) -> list[tuple[int, int]]:
         """Which starts this process runs in the iteration."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 import harmonica_rt as hrt
@@ -12,10 +13,21 @@ from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.reuse import ReuseWeights, Reusing, reusing_run
 from harmonica_rt.train.task import Task, Trajectory
 from harmonica_rt.train.trainer import LossNotFinite
-from harmonica_rt.train.weights import Starts, WeightSettings, WeightTrainer, check_schedule, converged, full_run
+from harmonica_rt.train.weights import (
+    Starts,
+    WeightProgress,
+    WeightSettings,
+    WeightTrainer,
+    check_schedule,
+    converged,
+    full_run,
+)
 
 from ..conftest import make_dit, random_schedule, relative_error
 from .conftest import STEPS, ddim, make_task
+from .test_sdt import Peak
+
+SHORT = {"iterations": 12, "batch": 4, "pool": 8, "validation": 4, "every": 4, "lr": 0.02}
 
 
 def schedule_for(task: Task, seed: int = 0, order: int = 1, outputs: bool = False) -> Schedule:
@@ -108,29 +120,169 @@ def test_ties(tie: str, axes: tuple[int, ...]) -> None:
     assert np.array_equal(learned.output_weights != 0, schedule.output_weights != 0)
 
 
+def uniform(task: Task, every: int = 2, order: int = 1) -> Schedule:
+    fields = task.fields()
+    return Schedule.uniform(
+        task.model, task.steps, every, order, sampler=fields["sampler"], timesteps=fields["timesteps"]
+    )
+
+
+def judge(starts: Starts, schedule: Schedule, size: int = 16) -> float:
+    return starts.judge(schedule, Accelerator(cpu=True), size).mean().item()
+
+
 @pytest.mark.parametrize("target", ["full", "converged"])
 def test_learning_lowers_the_error(target: str) -> None:
     task = make_task()
-    schedule = Schedule.uniform(task.model, STEPS, 2, **{k: task.fields()[k] for k in ("sampler", "timesteps")})
-    settings = WeightSettings(target=target, iterations=12, batch=4, pool=8, accumulate=2, lr=0.02)
+    schedule = uniform(task)
+    trainer = WeightTrainer(task, schedule, WeightSettings(target=target, accumulate=2, **SHORT))
     seen = []
-    learned = WeightTrainer(task, schedule, settings).run(seen.append)
+    learned = trainer.run(seen.append)
     assert np.array_equal(learned.compute, schedule.compute) and learned.learned
     assert [p.iteration for p in seen] == list(range(1, 13)) and seen[-1].share == 1
-
     held_out = Starts(task, target, 8, 99)
-    assert held_out.judge(learned, 4).mean() < held_out.judge(schedule, 4).mean()
-    assert seen[-1].gained > 0 and seen[0].gained == pytest.approx(0, abs=1e-4)
+    assert judge(held_out, learned) < judge(held_out, schedule)
+    assert seen[0].judged == pytest.approx(judge(trainer.validation, schedule))
+    assert seen[-1].judged == pytest.approx(judge(trainer.validation, learned)) and seen[-1].judged < seen[0].judged
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_errors_are_decibels_of_each_run(size: int) -> None:
+    task = make_task()
+    schedule, starts = uniform(task), Starts(task, "full", 4, 9)
+    errors = starts.judge(schedule, Accelerator(cpu=True), size)
+    ends = [reusing_run(schedule, Trajectory(task, starts.batch)), full_run(task, starts.batch)]
+    expected = 10 * (ends[0] - ends[1]).square().mean((1, 2, 3)).log10()
+    torch.testing.assert_close(errors, expected, rtol=1e-4, atol=1e-4)
+    assert errors.std() > 0.01
+
+
+def test_the_reported_error_is_of_the_weights_as_they_were() -> None:
+    task, seen = make_task(), []
+    schedule = uniform(task)
+    trainer = WeightTrainer(task, schedule, WeightSettings(**{**SHORT, "iterations": 1}))
+    trainer.run(seen.append)
+    batch = trainer.starts.batch.part(0, 4)
+    error = (reusing_run(schedule, Trajectory(task, batch)) - full_run(task, batch)).square().mean((1, 2, 3))
+    assert seen[0].error == pytest.approx(10 * error.log10().mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("lr", [0.02, 30.0])
+def test_the_best_weights_are_kept(lr: float) -> None:
+    task, seen = make_task(), []
+    compute = np.ones((STEPS, 3, 2), bool)
+    compute[-1] = False  # which hardly reaches the image: long steps do harm
+    schedule = uniform(task).replace(compute=compute)
+    trainer = WeightTrainer(task, schedule, WeightSettings(**{**SHORT, "lr": lr, "every": 1}))
+    learned = trainer.run(seen.append)
+    judged = [p.judged for p in seen]
+    assert judged == sorted(judged, reverse=True)
+    assert judge(trainer.validation, learned) == pytest.approx(judged[-1], abs=1e-3)
+    start, last = judge(trainer.validation, schedule), judge(trainer.validation, trainer.weights.to_schedule())
+    assert judged[-1] < start if lr < 1 else (learned == schedule and last > start + 3)
+
+
+def test_the_last_weights_are_judged_whatever_every_is() -> None:
+    task = make_task()
+    trainer = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "every": 100}))
+    assert trainer.run() == trainer.weights.to_schedule() != uniform(task)
+
+
+def test_the_same_seed_learns_the_same() -> None:
+    task, settings = make_task(), {**SHORT, "iterations": 3, "every": 1}
+    first, same, other = (
+        WeightTrainer(task, uniform(task), WeightSettings(**settings, seed=seed)).run() for seed in (0, 0, 1)
+    )
+    assert first == same != other
+
+
+@pytest.mark.parametrize("tie", ["branch", "step"])
+def test_ties_are_learned_as_ties(tie: str) -> None:
+    task = make_task()
+    learned = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "iterations": 4, "tie": tie})).run()
+    change = (learned.weights - uniform(task).weights)[1::2]
+    assert np.ptp(change, 1).max() < 1e-6 < abs(change).max()
+    assert (np.ptp(change, 2).max() < 1e-6) == (tie == "step")
+
+
+def test_a_successor_shares_the_starts() -> None:
+    task = make_task()
+    trainer = WeightTrainer(task, uniform(task), WeightSettings(**SHORT))
+    trainer.run()
+    ends = dict(trainer.starts.ends)
+    settings = WeightSettings(**{**SHORT, "iterations": 2})
+    after = trainer.succeeded_by(trainer.schedule(), settings)
+    assert (after.starts, after.validation, after.accelerator) == (
+        trainer.starts,
+        trainer.validation,
+        trainer.accelerator,
+    )
+    torch.testing.assert_close(after.best.errors, trainer.best.errors, rtol=1e-3, atol=1e-3)
+    assert (after.iteration, after.settings) == (0, settings)
+    after.run()
+    assert after.starts.ends.keys() == ends.keys(), "targets are computed once"
+    assert all(after.starts.ends[part] is end for part, end in ends.items())
+
+
+def test_it_stops_when_asked_to() -> None:
+    task, seen = make_task(), []
+    trainer = WeightTrainer(task, uniform(task), WeightSettings(**SHORT))
+    trainer.run(seen.append, lambda: len(seen) == 2)
+    assert [p.iteration for p in seen] == [1, 2] and seen[-1].share == pytest.approx(2 / 12)
+
+
+def test_minutes_end_it() -> None:
+    task, seen = make_task(), []
+    settings = WeightSettings(**{**SHORT, "iterations": 10**6, "minutes": 0.2 / 60})
+    trainer = WeightTrainer(task, uniform(task), settings)
+    trainer.run(seen.append)
+    assert 0.2 <= trainer.seconds < 10 and seen[-1].share == 1
+    assert [p.share for p in seen] == sorted(p.share for p in seen)
 
 
 def test_weights_that_diverge_stop_it() -> None:
     task = make_task()
-    trainer = WeightTrainer(task, schedule_for(task), WeightSettings(iterations=3, batch=2, pool=2))
+    trainer = WeightTrainer(task, schedule_for(task), WeightSettings(iterations=3, batch=2, pool=2, validation=2))
     before = trainer.schedule()
     trainer.starts.ends[0, 2] = torch.full((2, 2, 8, 8), torch.nan)
     with pytest.raises(LossNotFinite, match="iteration 0: the gradient is not finite"):
         trainer.run()
     assert trainer.schedule() == before
+
+
+def test_weights_that_diverge_late_leave_the_best_until_then() -> None:
+    task = make_task()
+    trainer = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "pool": 4}))
+
+    def spoil(progress: WeightProgress) -> None:
+        if progress.iteration == 5:
+            trainer.starts.ends[0, 4] = torch.full((4, 2, 8, 8), torch.nan)
+
+    with pytest.raises(LossNotFinite, match=r"iteration 5: the gradient is not finite .*nan"):
+        trainer.run(spoil)
+    best = trainer.schedule()
+    assert best.learned and np.isfinite(best.weights).all()
+    assert judge(trainer.validation, best) < judge(trainer.validation, uniform(task))
+
+
+def peak(steps: int, checkpointing: bool, layers: int = 3) -> int:
+    """Bytes a run and its gradient take at most, without the rows of modulation."""
+    task = make_task(steps=steps, layers=layers, sample_size=16)
+    weights, batch = ReuseWeights(uniform(task)), task.draw(2, 7)
+    change = weights.change.repeat(2, 1).requires_grad_()
+    with Peak() as measured:
+        result = Reusing(weights.schedule, weights(change), checkpointing).run(Trajectory(task, batch))
+        torch.autograd.grad(result.square().sum(), change)
+    return measured.peak - steps * 4 * task.adapter.rows * task.adapter.width * 4
+
+
+@pytest.mark.parametrize("layers", [3, 6])
+def test_checkpointing_keeps_slots_and_latents_alone(layers: int) -> None:
+    """8 steps more: what 4 of them compute, [4, 64 tokens, width 16], and a latent each, [2, 2, 16, 16]."""
+    kept = 4 * 2 * layers * (4 * 64 * 16 * 4) + 8 * (2 * 2 * 16 * 16 * 4)
+    grown, all_grown = (peak(16, checkpointing, layers) - peak(8, checkpointing, layers) for checkpointing in (1, 0))
+    assert grown == pytest.approx(kept, rel=0.05)
+    assert all_grown > 5 * grown
 
 
 @pytest.mark.parametrize(
@@ -142,6 +294,8 @@ def test_weights_that_diverge_stop_it() -> None:
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"minutes": float("nan")}, "minutes: expected a number above 0, got nan"),
         ({"tie": "layer"}, "tie: expected one of .*, got 'layer'"),
+        ({"minutes": -1.0}, "minutes: expected a number above 0, got -1.0"),
+        ({"validation": 0}, "validation: expected at least 1, got 0"),
         ({"batch": 8, "accumulate": 3}, "batch: expected a multiple of 3 parts, got 8"),
     ],
 )

@@ -1,0 +1,142 @@
+"""Learning on the end error, whole: the best of some starts, moves of what is computed, weights, a verdict."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+
+from harmonica_rt.schedule import Schedule
+
+from .search import Search
+from .stopping import never
+from .task import Task
+from .trainer import TRAIN_SEED, LossNotFinite
+from .weights import HELD_OUT_SEED, Starts, WeightProgress, WeightSettings, WeightTrainer
+
+RACE, SEARCH = 0.35, 0.3  # shares of the time: several starts, moves; the rest: weights of the result
+TRIAL = 16  # iterations of each of several starts
+HELD_OUT = 64  # noises of the verdict
+PEAK = 20 * math.log10(2)  # PSNR of an error of 0 dB, samples in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the learning is.
+
+    Attributes:
+        share: of the whole budget spent.
+        gained: dB below the error of the first start with the forecast's weights, on the validation's runs.
+        text: what is being done.
+    """
+
+    share: float
+    gained: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned schedule and its verdict: mean PSNR in dB (samples in [-1, 1]) to the target on held-out noises.
+
+    Attributes:
+        psnr, forecast: of the schedule, and of the same one with the forecast's weights.
+        full: of the run without reuse; None where that is the target.
+        failure: why it ended early with the best schedule until then, if it did.
+    """
+
+    schedule: Schedule
+    psnr: float
+    forecast: float
+    full: float | None
+    failure: LossNotFinite | None = None
+
+
+def learn(
+    task: Task,
+    starts: Sequence[Schedule],
+    settings: WeightSettings,
+    minutes: float | None = None,
+    moves: int = 0,
+    accelerator: Accelerator | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    stopped: Callable[[], bool] = never,
+) -> Learned:
+    """Learn what to compute and with what weights to reuse the rest.
+
+    Args:
+        starts: what may be computed at first, and its weights. If there are several, or moves to come, each learns for
+            `TRIAL` iterations, until one is worse than the one before it, which then goes on. What it costs stays.
+        settings: of the weights that go on.
+        minutes: for all but the verdict, if they end before the iterations.
+        moves: most moves of what is computed to judge.
+    """
+    began = time.perf_counter()
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes: expected a number above 0, got {minutes}")
+    accelerator = accelerator or Accelerator(cpu=task.device.type == "cpu")
+
+    def left(share: float, of: int = 1) -> float | None:
+        """Minutes for one of so many parts that end when `share` of the time is spent."""
+        return None if minutes is None else max(1e-3, (share * minutes - (time.perf_counter() - began) / 60) / of)
+
+    def show(share: float, error: float, text: str) -> None:
+        if accelerator.is_main_process:
+            on_progress(Progress(min(1.0, share), forecast - error, text))
+
+    def weights(low: float, high: float, what: str) -> Callable[[WeightProgress], None]:
+        return lambda p: show(low + (high - low) * p.share, p.judged, f"{what}, iteration {p.iteration}")
+
+    race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
+    trainer = WeightTrainer(task, starts[0], replace(settings, iterations=TRIAL, every=TRIAL), accelerator)
+    forecast = trainer.validation.judge(_unlearned(starts[0]), accelerator).mean().item()
+    search = failure = None
+    try:
+        for k, start in enumerate(starts if race else ()):
+            part, minutes_each = race / len(starts), left(race, len(starts) - k)
+            tried = trainer.succeeded_by(start, replace(trainer.settings, minutes=minutes_each))
+            tried.run(weights(k * part, (k + 1) * part, f"start {k + 1} of {len(starts)}"), stopped)
+            if k > 0 and tried.best.errors.mean() >= trainer.best.errors.mean():
+                break
+            trainer = tried
+        if moves > 0:
+            search = Search(trainer, left(race + searched), moves, seed=settings.seed)
+            trainer = search.run(
+                lambda p: show(race + searched * p.share, p.error, f"{p.taken} of {p.judged} moves taken"), stopped
+            )
+        trainer = trainer.succeeded_by(trainer.schedule(), replace(settings, minutes=left(1.0)))
+        trainer.run(weights(race + searched, 1.0, "weights"), stopped)
+    except LossNotFinite as error:
+        failure = error
+    return _verdict(task, trainer, search, time.perf_counter() - began, failure)
+
+
+def _verdict(
+    task: Task, trainer: WeightTrainer, search: Search | None, seconds: float, failure: LossNotFinite | None
+) -> Learned:
+    settings, accelerator, schedule = trainer.settings, trainer.accelerator, trainer.schedule()
+    held_out = Starts(task, settings.target, HELD_OUT, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
+
+    def psnr(judged: Schedule) -> float:
+        return PEAK - held_out.judge(judged, accelerator).mean().item()
+
+    full = None
+    if settings.target != "full":
+        everything = schedule.replace(compute=schedule.compute | True, output=schedule.output & False)
+        full = psnr(everything)
+    reached, forecast = psnr(schedule), psnr(_unlearned(schedule))
+    moves = f"{search.taken} of {search.judged} moves, " if search is not None else ""
+    aim = "the full run" if full is None else f"the converged run (full run {full:.1f})"
+    note = (
+        f"learned on the end error, target {settings.target}: {moves}{settings.batch} noises an iteration of "
+        f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB PSNR to {aim} on {HELD_OUT} noises "
+        f"held out, the forecast {forecast:.1f}"
+    )
+    return Learned(schedule.replace(note=note), reached, forecast, full, failure)
+
+
+def _unlearned(schedule: Schedule) -> Schedule:
+    return schedule.replace(weights=None, output_weights=None)
