@@ -1,19 +1,23 @@
 """How close a schedule's images are to the full run's, from the same noise: PSNR on the trained reference model.
 
     python bench/run_quality.py --count 64 --frechet 2000
+    python bench/run_quality.py --schedule learned.json --twins --target converged --guidance 3 --classes 0,1,2
 
 Fewer steps of the same sampler is the baseline to beat. CUR counts what is skipped of the full run's branches. With
-``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.frechet`.
+``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.frechet`. ``--twins`` shows
+what learned reuse weights bring over the forecast's; ``--target converged`` counts the sampler's own error too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,13 @@ import harmonica_rt as hrt
 from bench import run_latency
 from bench.frechet import WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
 from bench.measure import environment, pooled_psnr, psnr
-from bench.reference import GUIDANCE, PixelDiTPipeline, labels, load_pipeline, noise
+from bench.reference import GUIDANCE, REFERENCES, PixelDiTPipeline, noise
+from harmonica_rt.train import models
 
 MODEL = "dit-fashion"
+ALL = tuple(range(REFERENCES[MODEL].classes))
+TARGETS = {"full": "the full run", "converged": "the converged solution"}
+NAMES = {"ddim": "DDIM", "dpmsolver++": "DPM-Solver++"}
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
 BATCH = 32  # of the Fréchet distance's images; the noises are a multiple of it, so that one plan serves all
@@ -38,14 +46,42 @@ FULL, PSNR = "full run", ("mean", "pooled", "worst")
 APART = 1_000_000  # between the seeds of the PSNR's noises, the Fréchet distance's and those of its reference
 
 
-def sample(pipeline: PixelDiTPipeline, start: Tensor, steps: int, batch: int = 16) -> Tensor:
-    """Images as sampled, [count, channels, height, width]."""
-    classes = labels(MODEL, len(start))
-    parts = [
-        pipeline(classes[i : i + batch], GUIDANCE, num_inference_steps=steps, latents=part, output_type="latent").images
-        for i, part in zip(range(0, len(start), batch), start.split(batch))
-    ]
-    return torch.cat(parts)
+@dataclass(frozen=True)
+class Sampling:
+    """How every row's images are made: `pipeline`, as it is, with these `classes` in turn."""
+
+    pipeline: PixelDiTPipeline
+    guidance: float = GUIDANCE
+    classes: tuple[int, ...] = ALL
+
+    def labels(self, count: int) -> list[int]:
+        return list(islice(cycle(self.classes), count))
+
+    def __call__(self, start: Tensor, steps: int, batch: int = 16) -> Tensor:
+        """Images as sampled, [count, channels, height, width]."""
+        labels = self.labels(len(start))
+        parts = [
+            self.pipeline(
+                labels[i : i + batch], self.guidance, num_inference_steps=steps, latents=part, output_type="latent"
+            ).images
+            for i, part in zip(range(0, len(start), batch), start.split(batch))
+        ]
+        return torch.cat(parts)
+
+    def converged(self, start: Tensor, steps: int) -> Tensor:
+        """The solution that this sampler's run of `steps` approximates: what learning aims at (train/weights.py)."""
+        from harmonica_rt.train.task import Task
+        from harmonica_rt.train.weights import converged  # only here: needs the extra `train`
+
+        task = converged(Task(self.pipeline.transformer, self.pipeline.scheduler, steps, self.guidance))
+        pipeline = quiet(self.pipeline.transformer, task.scheduler)
+        return Sampling(pipeline, self.guidance, self.classes)(start, task.steps)
+
+
+def quiet(transformer: torch.nn.Module, scheduler: Any) -> PixelDiTPipeline:
+    pipeline = PixelDiTPipeline(transformer, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @contextmanager
@@ -61,6 +97,7 @@ def accelerated(pipeline: PixelDiTPipeline, schedule: hrt.Schedule) -> Iterator[
 class Judge:
     """Compares sets of `count` images, all sampled from the same noises, with two references."""
 
+    sampling: Sampling
     start: Tensor  # noises, padded to whole batches
     count: int
     classifier: Classifier
@@ -68,22 +105,34 @@ class Judge:
     full: Statistics  # of the full run from other noises
 
     @classmethod
-    def prepare(cls, pipeline: PixelDiTPipeline, steps: int, count: int, seed: int) -> Judge:
-        """Sample the reference images: `pipeline` makes the full run."""
-        classifier, padded = Classifier.load(), -(-count // BATCH) * BATCH
-        images = sample(pipeline, noise(pipeline, padded, seed + 2 * APART), steps, BATCH)[:count]
+    def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> Judge:
+        """Sample the reference images: `sampling` makes the full run."""
+        classifier, padded, pipeline = Classifier.load(), -(-count // BATCH) * BATCH, sampling.pipeline
+        images = sampling(noise(pipeline, padded, seed + 2 * APART), steps, BATCH)[:count]
         full = Statistics.of(features(images, classifier))
-        return cls(noise(pipeline, padded, seed + APART), count, classifier, Statistics.load(), full)
+        return cls(sampling, noise(pipeline, padded, seed + APART), count, classifier, Statistics.load(), full)
 
-    def __call__(self, pipeline: PixelDiTPipeline, steps: int) -> dict[str, float]:
-        """Columns for a row: `pipeline`, as it is, sampled in `steps`."""
-        seen = features(sample(pipeline, self.start, steps, BATCH)[: self.count], self.classifier)
+    def __call__(self, steps: int) -> dict[str, float]:
+        """Columns for a row: the pipeline, as it is, sampled in `steps`."""
+        seen = features(self.sampling(self.start, steps, BATCH)[: self.count], self.classifier)
         mine = Statistics.of(seen)
         return {
             "frechet_real": frechet_distance(mine, self.real),
             "frechet_full": frechet_distance(mine, self.full),
-            "class_accuracy": class_accuracy(seen, labels(MODEL, self.count), self.classifier),
+            "class_accuracy": class_accuracy(seen, self.sampling.labels(self.count), self.classifier),
         }
+
+
+def load_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> tuple[str, hrt.Schedule]:
+    """A row's name and its schedule, `text` as in `run_latency.parse_schedule`.
+
+    Raises:
+        ValueError: it was made for another sampler. Another guidance is fine.
+    """
+    schedule, sampler = run_latency.parse_schedule(text, pipeline, steps), type(pipeline.scheduler).__name__
+    if schedule.sampler not in (None, sampler):
+        raise ValueError(f"{text}: the schedule was made for {schedule.sampler}, --sampler samples with {sampler}")
+    return Path(text).stem if Path(text).is_file() else text, schedule
 
 
 def measure(
@@ -95,6 +144,11 @@ def measure(
     seeds: int = 1,
     fewer: tuple[int, ...] = FEWER,
     frechet: int = 0,
+    target: str = "full",
+    sampler: str = "ddim",
+    guidance: float = GUIDANCE,
+    classes: tuple[int, ...] | None = None,
+    twins: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Run the comparison; the result is what ``--json`` writes.
@@ -102,49 +156,72 @@ def measure(
     Args:
         count: noises a seed; `seeds` of them are used, from `seed` on.
         frechet: images a row for the Fréchet distance; 0 leaves it out, and the full run's own row with it.
+        target: what PSNR is taken to: "full", the sampler's run without reuse, or "converged", the solution from the
+            same noise. With that the full run has a row, the first.
+        sampler: of `models.SAMPLERS`, for all rows.
+        guidance: for all rows, whatever the schedules were made for; none unless above 1.
+        classes: labels to sample, in turn; all of them unless given.
+        twins: after each schedule with learned weights, a row for the same one with the forecast's.
     """
     if frechet and frechet <= WIDTH:
         raise ValueError(f"--frechet: expected 0 or more images than the classifier's {WIDTH} features, got {frechet}")
-    pipeline = load_pipeline(MODEL)
+    if target not in TARGETS:
+        raise ValueError(f"--target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"--guidance: expected a finite number, got {guidance}")
+    classes = ALL if classes is None else tuple(classes)
+    if not classes or not set(classes) <= set(ALL):
+        raise ValueError(f"--classes: expected labels from 0 to {ALL[-1]}, got {list(classes)}")
+    pipeline = quiet(*models.load(MODEL, sampler))
+    sampling, model = Sampling(pipeline, guidance, classes), pipeline.transformer
+    plans = [load_schedule(text, pipeline, steps) for text in schedules]
     start = torch.cat([noise(pipeline, count, seed + i) for i in range(seeds)])
     progress(f"full run, {steps} steps")
-    full = sample(pipeline, start, steps)
+    full = wanted = sampling(start, steps)
     rows, judge = [], None
+    if target == "converged":
+        progress(TARGETS[target])
+        wanted = sampling.converged(start, steps)
+        rows.append(_row(FULL, 0.0, 1.0, full, wanted, seeds))
+    elif frechet:
+        rows.append({"name": FULL, "cur": 0.0, "theoretical": 1.0} | dict.fromkeys((*PSNR, "by_seed")))
     if frechet:
         progress(f"full run, {steps} steps, {2 * frechet} images")
         with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, steps)):
-            judge = Judge.prepare(pipeline, steps, frechet, seed)
-            rows.append(
-                {"name": FULL, "cur": 0.0, "theoretical": 1.0}
-                | dict.fromkeys((*PSNR, "by_seed"))
-                | judge(pipeline, steps)
-            )
-    for text in schedules:
-        progress(text)
-        schedule = run_latency.parse_schedule(text, pipeline, steps)
+            judge = Judge.prepare(sampling, steps, frechet, seed)
+            rows[0] |= judge(steps)
+
+    def measured(name: str, schedule: hrt.Schedule) -> dict[str, Any]:
+        progress(name)
         with accelerated(pipeline, schedule):
-            images = sample(pipeline, start, steps)
-            row = _row(text, schedule.cur, schedule.speedup(pipeline.transformer), images, full, seeds)
-            rows.append(row | (judge(pipeline, steps) if judge else {}))
+            row = _row(name, schedule.cur, schedule.speedup(model), sampling(start, steps), wanted, seeds)
+            return row | (judge(steps) if judge else {})
+
+    for name, schedule in plans:
+        rows.append(row := measured(name, schedule))
+        if twins and schedule.learned:
+            rows.append(twin := measured(f"{name}, forecast", schedule.replace(weights=None, output_weights=None)))
+            row["gain"] = row["mean"] - twin["mean"]
     for less in (n for n in fewer if n < steps):
         progress(f"{less} steps")
-        row = _row(f"{less} steps", 1 - less / steps, steps / less, sample(pipeline, start, less), full, seeds)
+        row = _row(f"{less} steps", 1 - less / steps, steps / less, sampling(start, less), wanted, seeds)
         if judge:
             with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, less)):
-                row |= judge(pipeline, less)
+                row |= judge(less)
         rows.append(row)
     run = {"model": MODEL, "steps": steps, "count": count, "frechet": frechet, "seed": seed, "seeds": seeds}
+    run |= {"target": target, "sampler": sampler, "guidance": guidance, "classes": list(classes)}
     return run | {"environment": environment(), "rows": rows}
 
 
-def _row(name: str, cur: float, theoretical: float, images: Tensor, full: Tensor, seeds: int) -> dict[str, Any]:
-    values = psnr(images, full)
+def _row(name: str, cur: float, theoretical: float, images: Tensor, wanted: Tensor, seeds: int) -> dict[str, Any]:
+    values = psnr(images, wanted)
     return {
         "name": name,
         "cur": cur,
         "theoretical": theoretical,
         "mean": values.mean().item(),
-        "pooled": pooled_psnr(images, full),
+        "pooled": pooled_psnr(images, wanted),
         "worst": values.min().item(),
         "by_seed": [part.mean().item() for part in values.chunk(seeds)],
     }
@@ -162,18 +239,26 @@ def table(result: dict[str, Any]) -> Table:
             f"\nFréchet: distance of {result['frechet']} images to the real ones, "
             "and to the full run's from other noises (its own row: chance)"
         )
+    gains = any("gain" in row for row in result["rows"])
+    if gains:
+        caption += "\ngain: of the mean, over the same schedule with the forecast's weights"
+    guidance = f"guidance {result['guidance']:g}" if result["guidance"] > 1 else "no guidance"
+    some = "" if result["classes"] == list(ALL) else f", classes {', '.join(map(str, result['classes']))}"
     out = Table(
-        title=f"{result['model']}, DDIM {result['steps']}, guidance {GUIDANCE}: PSNR to the full run, dB "
-        f"({result['count']} noises, seed {_seeds(result)})",
+        title=f"{result['model']}, {NAMES[result['sampler']]} {result['steps']}, {guidance}{some}: "
+        f"PSNR to {TARGETS[result['target']]}, dB ({result['count']} noises, seed {_seeds(result)})",
         caption=caption,
     )
     out.add_column("")
-    columns = ["CUR %", "theoretical", *PSNR, *(["means by seed"] if result["seeds"] > 1 else [])]
+    columns = ["CUR %", "theoretical", *PSNR, *(["gain"] if gains else [])]
+    columns += ["means by seed"] if result["seeds"] > 1 else []
     for column in columns + (["Fréchet (real)", "Fréchet (full run)", "class acc. %"] if result["frechet"] else []):
         out.add_column(column, justify="right")
     for row in result["rows"]:
         cells = [f"{100 * row['cur']:.0f}", f"{row['theoretical']:.2f}x"]
         cells += ["" if row[key] is None else f"{row[key]:.1f}" for key in PSNR]
+        if gains:
+            cells.append(f"{row['gain']:+.1f}" if "gain" in row else "")
         if result["seeds"] > 1:
             cells.append("" if row["by_seed"] is None else f"{min(row['by_seed']):.1f} to {max(row['by_seed']):.1f}")
         if result["frechet"]:
@@ -182,9 +267,22 @@ def table(result: dict[str, Any]) -> Table:
     return out
 
 
+def _classes(text: str) -> tuple[int, ...]:
+    """An argparse type."""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected class labels with commas, got {text!r}")
+    return tuple(map(int, parts))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--schedule", action="append", help="as run_latency's; may be repeated")
+    parser.add_argument("--target", choices=TARGETS, default="full", help="what PSNR is taken to")
+    parser.add_argument("--sampler", choices=models.SAMPLERS, default="ddim")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="1 turns guidance off")
+    parser.add_argument("--classes", type=_classes, metavar="I,J,...", help="labels to sample in turn; default: all")
+    parser.add_argument("--twins", action="store_true", help="learned schedules also with the forecast's weights")
     parser.add_argument("--steps", type=run_latency.positive, default=20)
     parser.add_argument("--count", type=run_latency.positive, default=64, help="noises")
     parser.add_argument("--frechet", type=int, default=0, metavar="N", help="images a row for its distance; 0: none")
@@ -195,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    console = Console(width=120)
+    console = Console(width=160)
     with console.status("") as status:
         try:
             result = measure(
@@ -206,6 +304,11 @@ def main(argv: list[str] | None = None) -> int:
                 seeds=arguments.seeds,
                 fewer=FEWER if arguments.fewer is None else tuple(n for n in arguments.fewer if n > 0),
                 frechet=arguments.frechet,
+                target=arguments.target,
+                sampler=arguments.sampler,
+                guidance=arguments.guidance,
+                classes=arguments.classes,
+                twins=arguments.twins,
                 progress=status.update,
             )
         except (ValueError, TypeError) as error:

@@ -23,7 +23,8 @@ from rich.console import Console
 
 import harmonica_rt as hrt
 from bench import run_latency, run_quality
-from bench.reference import load_pipeline, timesteps
+from bench.measure import interleave, ratio
+from bench.reference import load_pipeline, noise, timesteps
 from harmonica_rt.lowering import lower
 
 INDUCTOR, EAGER = "harmonica_rt, inductor", "harmonica_rt, eager"
@@ -78,6 +79,71 @@ def eager_backend(rounds: int) -> Iterator[Target]:
         yield Target(
             f"dit-fashion, batch 1, {result['schedule']}: eager backend over module-level reuse", ours / naive, 0.97
         )
+
+
+SHIPPED = Path(__file__).parent / "schedules"
+
+
+def shipped() -> Iterator[Target]:
+    """The schedules that come with the project, on three seeds that training never saw."""
+    files = [str(SHIPPED / f"dit-fashion-ddim20-{speedup}.json") for speedup in ("2x", "2.9x", "4x")]
+    result = run_quality.measure(tuple(files), steps=20, count=64, seed=0, seeds=3, fewer=())
+    for row, bound in zip(result["rows"], (47.0, 41.0, 33.8)):
+        what = f"{row['name']} ({row['theoretical']:.2f}x): mean PSNR to the full run over 3 x 64 noises, dB"
+        yield Target(what, row["mean"], bound)
+    files = [path.replace(".json", "-converged.json") for path in files]
+    result = run_quality.measure(tuple(files), steps=20, count=64, seed=0, seeds=3, fewer=(), target="converged")
+    full, *learned = result["rows"]
+    for row, bound in zip(learned, (3.5, 1.5, -2.5)):
+        what = f"{row['name']} ({row['theoretical']:.2f}x): dB closer to the converged solution than the uncached run"
+        yield Target(what, row["mean"] - full["mean"], bound)
+
+
+def learning(minutes: float = 15) -> Iterator[Target]:
+    """What README.md promises of `harmonica learn`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "learned.json")
+        command = f"learn --model dit-fashion --target-speedup 2.9 --minutes {minutes:g} --threads 2 --out {out}"
+        subprocess.run(
+            [sys.executable, "-m", "harmonica_rt.train", *command.split()],
+            cwd=Path(__file__).parent.parent,
+            check=True,
+        )
+        result = run_quality.measure(("uniform:3:1", out), steps=20, count=64, seed=0, fewer=())
+    uniform, learned = result["rows"]
+    yield Target(
+        f"dit-fashion: dB over uniform:3:1 ({uniform['theoretical']:.2f}x) after {minutes:g} minutes of learning at "
+        f"{learned['theoretical']:.2f}x",
+        learned["mean"] - uniform["mean"],
+        3.0,
+    )
+
+
+def twins(rounds: int) -> Iterator[Target]:
+    """Learned weights cost nothing: the same entries computed, the forecast's weights."""
+    pipeline = load_pipeline("dit-fashion")
+    learned = hrt.Schedule.load(SHIPPED / "dit-fashion-ddim20-2.9x.json")
+    start = noise(pipeline, 4)
+    labels = torch.tensor([0, 1, 2, 3] + [10] * 4)
+    pipeline.scheduler.set_timesteps(20)
+    models = {
+        name: hrt.compile(pipeline.transformer, schedule)
+        for name, schedule in [("learned", learned), ("forecast", learned.replace(weights=None, output_weights=None))]
+    }
+    timings = interleave(
+        {
+            name: lambda m=model: m.trajectory(start, pipeline.scheduler, 1.5, class_labels=labels)
+            for name, model in models.items()
+        },
+        2 * rounds,
+        warmup=2,
+    )
+    yield Target(
+        "dit-fashion at 2.9x: time with learned weights over time with the forecast's",
+        ratio(timings["learned"], timings["forecast"]),
+        1.03,
+        at_least=False,
+    )
 
 
 COLD = """
@@ -139,7 +205,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console, missed = Console(), 0
-    for targets in (compile_time(), capture(), quality(), latency(arguments.rounds), eager_backend(arguments.rounds)):
+    parts = (
+        compile_time(),
+        capture(),
+        quality(),
+        latency(arguments.rounds),
+        eager_backend(arguments.rounds),
+        twins(arguments.rounds),
+        shipped(),
+        learning(),
+    )
+    for targets in parts:
         for target in targets:
             console.print(str(target), soft_wrap=True, highlight=False, style=None if target.met else "red")
             missed += not target.met

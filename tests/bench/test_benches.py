@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from bench import demo, run_latency, run_quality
 from bench.measure import CountLaunches, Timing, interleave, psnr, ratio
 from bench.module_reuse import ModuleReuse
 from bench.reference import load_pipeline, noise, timesteps
+from harmonica_rt.train import models
+from harmonica_rt.train.task import Batch, Task
+from harmonica_rt.train.weights import converged, full_run
 
 from ..conftest import Calls, make_dit, needs_compiler, random_schedule
 
@@ -26,11 +31,12 @@ def png(path: Path) -> bool:
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert demo.main(["--out", str(tmp_path), "--count", "4", "--rounds", "1", "--backend", "eager"]) == 0
     printed = capsys.readouterr().out
-    assert "Seen: with 50 % of its branches reused" in printed
-    assert all(png(tmp_path / f"{name}.png") for name in ("images", "schedule", "latency"))
+    assert "Seen: with 51 % of its branches reused" in printed
+    assert all(png(tmp_path / f"{name}.png") for name in ("images", "converged", "schedule", "latency"))
     result = json.loads((tmp_path / "demo.json").read_text())
-    assert result["demo"]["psnr_mean"] > 35
-    assert result["cur"] == 0.5
+    assert result["demo"]["psnr_mean"] > 45
+    assert result["demo"]["converged"]["learned"] > result["demo"]["converged"]["full"] + 2
+    assert result["cur"] == pytest.approx(0.508, abs=0.001)
 
 
 def test_run_latency_writes_what_it_measures(tmp_path: Path) -> None:
@@ -101,6 +107,160 @@ def test_run_quality(tmp_path: Path) -> None:
     assert rows["full"]["worst"] > 90
     assert rows["uniform:2:1"]["mean"] > rows["uniform:2:0"]["mean"] + 6
     assert rows["uniform:2:1"]["mean"] > rows["10 steps"]["mean"] + 4
+
+
+def quality(*schedules: str, steps: int = 4, count: int = 2, **options: Any) -> dict[str, Any]:
+    """A small comparison without fewer steps."""
+    return run_quality.measure(schedules, steps=steps, count=count, seed=0, **({"fewer": ()} | options))
+
+
+def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in result["rows"]}
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> Path:
+    """A file of a schedule for 4 steps whose weights are worse than the forecast's, made for guidance 1.5."""
+    pipeline = load_pipeline("dit-fashion")
+    schedule = hrt.Schedule.uniform(
+        pipeline.transformer, 4, 2, 0, sampler="DDIMScheduler", timesteps=timesteps(pipeline, 4), guidance_scale=1.5
+    )
+    schedule.replace(weights=0.5 * schedule.weights).save(tmp_path / "half.weights.json")
+    return tmp_path / "half.weights.json"
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hrt, "compile", partial(hrt.compile, backend="eager"))  # no time for a compiler
+
+
+@pytest.mark.usefixtures("eager")
+def test_run_quality_of_twins(learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [
+        "--count",
+        "2",
+        "--steps",
+        "4",
+        "--fewer",
+        "0",
+        "--schedule",
+        "uniform:2:1",
+        "--schedule",
+        f"{learned}",
+    ]
+    assert run_quality.main([*arguments, "--twins", "--json", str(tmp_path / "q.json")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "q.json").read_text())
+    rows = rows_of(result)
+    assert list(rows) == ["uniform:2:1", "half.weights", "half.weights, forecast"]
+    mine, twin = rows["half.weights"], rows["half.weights, forecast"]
+    assert twin["mean"] == pytest.approx(quality("uniform:2:0")["rows"][0]["mean"], abs=1e-3)
+    assert mine["gain"] == mine["mean"] - twin["mean"] < -1
+    assert (mine["cur"], mine["theoretical"]) == (twin["cur"], twin["theoretical"])
+    assert [row["name"] for row in rows.values() if "gain" in row] == ["half.weights"]
+    assert "gain" in printed and f"{mine['gain']:+.1f}" in printed
+    assert "DDIM 4, guidance 1.5: PSNR to the full run" in printed
+    assert {name: result[name] for name in ("target", "sampler", "guidance", "classes")} == {
+        "target": "full",
+        "sampler": "ddim",
+        "guidance": 1.5,
+        "classes": list(range(10)),
+    }
+    assert list(rows_of(quality(str(learned)))) == ["half.weights"]
+
+
+@pytest.mark.usefixtures("eager")
+def test_run_quality_to_the_converged_solution(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    arguments = ["--count", "2", "--steps", "10", "--fewer", "5", "--schedule", "full", "--schedule", "uniform:5:0"]
+    assert run_quality.main([*arguments, "--target", "converged", "--json", str(tmp_path / "q.json")]) == 0
+    assert "PSNR to the converged solution" in " ".join(capsys.readouterr().out.split())
+    result = json.loads((tmp_path / "q.json").read_text())
+    first, again, reused, fewer = result["rows"]
+    assert (result["target"], first["name"]) == ("converged", run_quality.FULL)
+    assert (first["cur"], first["theoretical"]) == (0.0, 1.0)
+    assert 5 < first["worst"] <= first["mean"] < 40, "not to itself"
+    assert first["by_seed"] == pytest.approx([first["mean"]])
+    assert again["mean"] == pytest.approx(first["mean"], abs=1e-3)
+    assert first["mean"] > max(reused["mean"], fewer["mean"])
+
+
+def test_run_quality_aims_where_learning_does() -> None:
+    """The converged solution is that of train/weights.py for the same starts, whatever the sampler."""
+    task = Task(*models.load("dit-fashion", "ddim"), 4, 3.0)
+    start = noise(load_pipeline("dit-fashion"), 2)
+    wanted = full_run(converged(task), Batch(start, (torch.tensor([8, 3]),), (torch.tensor([10, 10]),)))
+    pipeline = run_quality.quiet(*models.load("dit-fashion", "dpmsolver++"))
+    got = run_quality.Sampling(pipeline, 3.0, (8, 3)).converged(start, 4)
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.usefixtures("eager")
+def test_run_quality_with_another_sampler(learned: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = {
+        name: quality("full", sampler=name, target="converged", steps=10, count=1)["rows"] for name in models.SAMPLERS
+    }
+    assert rows["dpmsolver++"][0]["mean"] > rows["ddim"][0]["mean"] + 1, "a second-order sampler is closer"
+    assert rows["dpmsolver++"][1]["mean"] == pytest.approx(rows["dpmsolver++"][0]["mean"], abs=1e-3)
+    arguments = ["--count", "2", "--steps", "4", "--fewer", "2", "--sampler", "dpmsolver++"]
+    assert run_quality.main([*arguments, "--schedule", "uniform:2:1"]) == 0
+    assert "DPM-Solver++ 4, guidance 1.5" in capsys.readouterr().out
+    assert run_quality.main([*arguments, "--schedule", str(learned)]) == 2
+    printed = capsys.readouterr().out
+    assert "was made for DDIMScheduler, --sampler samples with DPMSolverMultistepScheduler" in printed
+
+
+@pytest.mark.usefixtures("eager")
+def test_run_quality_with_another_guidance(learned: Path, capsys: pytest.CaptureFixture) -> None:
+    """Other images; at 1 and below without guidance, so all the same."""
+    means = [
+        rows_of(quality(str(learned), guidance=g))["half.weights"]["mean"]
+        for g in (run_quality.GUIDANCE, 4.0, 1.0, 0.0)
+    ]
+    assert len({round(mean, 3) for mean in means}) == 3
+    assert means[2] == means[3]
+    arguments = ["--count", "2", "--steps", "4", "--fewer", "0", "--schedule", "full", "--guidance"]
+    assert run_quality.main([*arguments, "1"]) == 0
+    assert "DDIM 4, no guidance: PSNR" in capsys.readouterr().out
+    assert run_quality.main([*arguments, "nan"]) == 2
+    assert "--guidance: expected a finite number, got nan" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("eager")
+def test_run_quality_of_some_classes(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    arguments = ["--count", "3", "--steps", "4", "--fewer", "0", "--schedule", "uniform:2:0", "--classes"]
+    assert run_quality.main([*arguments, "8,3", "--json", str(tmp_path / "q.json")]) == 0
+    assert "guidance 1.5, classes 8, 3: PSNR" in capsys.readouterr().out
+    result = json.loads((tmp_path / "q.json").read_text())
+    assert result["classes"] == [8, 3]
+    assert run_quality.Sampling(load_pipeline("dit-fashion"), classes=(8, 3)).labels(5) == [8, 3, 8, 3, 8]
+    first = quality("uniform:2:0", count=3)["rows"][0]
+    assert (
+        result["rows"][0]["mean"]
+        != first["mean"]
+        == quality("uniform:2:0", count=3, classes=(0, 1, 2))["rows"][0]["mean"]
+    )
+    assert run_quality.main([*arguments, "3,10"]) == 2
+    assert "--classes: expected labels from 0 to 9, got [3, 10]" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_quality.main([*arguments, "bag"])
+    assert "expected class labels with commas, got 'bag'" in capsys.readouterr().err
+
+
+def test_run_quality_refuses_unknown_names() -> None:
+    with pytest.raises(ValueError, match="--target: expected one of full, converged, got 'best'"):
+        quality(target="best")
+    with pytest.raises(ValueError, match=r"sampler: expected one of ddim, dpmsolver\+\+, got 'euler'"):
+        quality(sampler="euler")
+
+
+@pytest.mark.usefixtures("eager")
+def test_run_quality_of_everything_with_the_frechet_distance(learned: Path) -> None:
+    hrt.Schedule.load(learned).replace(sampler=None, timesteps=None).save(learned)
+    options = {"target": "converged", "sampler": "dpmsolver++", "guidance": 1.0, "classes": (1, 8), "twins": True}
+    rows = rows_of(quality(str(learned), frechet=70, **options))
+    assert list(rows) == [run_quality.FULL, "half.weights", "half.weights, forecast"]
+    assert all(row["mean"] > 0 and row["frechet_real"] > row["frechet_full"] > 0 for row in rows.values())
+    assert rows[run_quality.FULL]["class_accuracy"] > 0.8
 
 
 def test_trained_models_keep_their_size() -> None:
