@@ -33,6 +33,42 @@ def test_one_panel_a_branch(branches: tuple[str, ...]) -> None:
     assert f"Tiny, 6 steps, order 1: CUR {100 * schedule.cur:.0f} %" in figure.get_suptitle()
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_learned_weights_have_a_row_of_their_own(order: int) -> None:
+    """How far the newest value's weight is from the forecast's, where something is reused."""
+    schedule = random_plan(("attn", "mlp")).replace(order=order)
+    change = np.random.default_rng(1).normal(size=schedule.compute.shape)
+    weights = schedule.weights.copy()
+    weights[..., 0] += np.where(schedule.compute, 0.0, change)
+    figure = schedule.replace(weights=weights).plot()
+    panels, bar = figure.axes[:4], figure.axes[4:]
+    assert len(bar) == 1
+    assert [axes.get_xlabel() for axes in panels] == ["", "", "step", "step"]
+    assert [axes.get_ylabel() for axes in panels] == ["layer", "", "layer", ""]
+    for b, axes in enumerate(panels[:2]):
+        np.testing.assert_array_equal(np.asarray(axes.collections[0].get_array()), schedule.compute[..., b].T)
+    limits = set()
+    for b, (axes, name) in enumerate(zip(panels[2:], schedule.branches)):
+        assert axes.get_title() == f"{name}: newest value's weight - forecast's"
+        shown = axes.collections[0].get_array()
+        np.testing.assert_array_equal(np.ma.getmaskarray(shown), schedule.compute[..., b].T)
+        np.testing.assert_allclose(shown.compressed(), change[..., b].T[~schedule.compute[..., b].T])
+        low, high = axes.collections[0].get_clim()
+        assert low == -high
+        limits.add(high)
+    assert len(limits) == 1 and 0.5 * abs(change).max() < limits.pop() <= abs(change).max(), "one scale for both"
+
+
+def test_outputs_that_are_reused_have_no_weights_of_branches() -> None:
+    schedule = random_plan(("a",))
+    output = np.isin(np.arange(6), [2, 5])
+    schedule = schedule.replace(compute=schedule.compute & ~output[:, None, None], output=output)
+    figure = schedule.replace(output_weights=0.5 * schedule.output_weights).plot()
+    plan, weights = (axes.collections[0].get_array() for axes in figure.axes[:2])
+    assert (np.asarray(plan)[:, output] == -1).all() and (np.asarray(plan)[:, ~output] >= 0).all()
+    assert np.ma.getmaskarray(weights)[:, output].all() and not weights.compressed().any()
+
+
 def test_computed_is_darker_than_reused() -> None:
     (mesh,) = random_plan(("a",)).plot().axes[0].collections
     computed, reused = mesh.to_rgba([1.0, 0.0])[:, :3].mean(1)

@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import harmonica_rt.train.learn as learning
+import harmonica_rt.train.run as running
 from harmonica_rt import Schedule
+from harmonica_rt.train.budget import Costs
 from harmonica_rt.train.cli import app
 from harmonica_rt.train.natural_gradient import NaturalGradient
 from harmonica_rt.train.weights import Starts
@@ -194,6 +196,17 @@ def test_learn_on_the_end_error_in_mixed_precision(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("short")
+def test_learn_on_a_budget_of_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "seconds", lambda task: Costs(np.tile([2.0, 0.0], 3), 3.0))  # 6 of 9 s are attention
+    out = tmp_path / "s.json"
+    succeeded(learn_end(model, out, "--budget", "time"))
+    schedule = Schedule.load(out)
+    faster = 6 * 9 / (6 * 3 + 2 * schedule.compute[..., 0].sum())
+    assert 1.5 <= faster < 1.6 and schedule.speedup(make_dit()) > 1.7, "of time, not of MACs"
+    refused(learn_end(model, out, "--budget", "time", "--target-speedup", "2.5"), "expected 1.00 to 2.25 for 6 steps")
+
+
+@pytest.mark.usefixtures("short")
 def test_learn_from_a_files_weights(model: Path, tmp_path: Path) -> None:
     start, out = tmp_path / "start.json", tmp_path / "s.json"
     uniform = Schedule.uniform(make_dit(), 6, 3)
@@ -343,6 +356,7 @@ def test_learn_on_the_end_error_refuses(model: Path, tmp_path: Path, options: tu
         ("--tie", "step"),
         ("--pool", "4"),
         ("--accumulate", "1"),
+        ("--budget", "macs"),
     ],
     ids=str,
 )
@@ -352,6 +366,12 @@ def test_routers_refuse_what_is_for_the_end_error(
 ) -> None:
     result = learn(model, tmp_path / "s.json", *options, "--objective", objective)
     refused(result, f"{options[0]}: goes with --objective end, got {objective}")
+
+
+def test_a_budget_of_time_needs_a_speedup(model: Path, tmp_path: Path) -> None:
+    for target in ((), TARGET):
+        result = learn_end(model, tmp_path / "s.json", "--budget", "time", target=target)
+        refused(result, "--budget time: expected --target-speedup, got none")
 
 
 def test_learning_on_the_end_error_needs_a_goal(model: Path, tmp_path: Path) -> None:
