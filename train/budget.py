@@ -65,12 +65,12 @@ class Budget:
     def target(self) -> float:
         return self.speedup if self.cur is None else self.cur
 
-    def value(self, compute: np.ndarray) -> float:
-        """Speed-up or CUR, whichever the target is, of bool or gates [T, L B]."""
+    def value(self, compute: np.ndarray, outputs: int = 0) -> float:
+        """Speed-up or CUR, whichever the target is, of bool or gates [T, L B]; `outputs` steps reuse the output."""
         if self.cur is not None:
             return float(1.0 - compute.mean())
         full = self.steps * (self.fixed + self.costs.sum())
-        return float(full / (self.steps * self.fixed + (compute @ self.costs).sum()))
+        return float(full / ((self.steps - outputs) * self.fixed + (compute @ self.costs).sum()))
 
     def miss(self, compute: np.ndarray) -> float:
         """Relative distance above (positive) or below the target."""

@@ -222,11 +222,11 @@ def _end_starts(request: Request, task: Task) -> list[Schedule]:
     check_schedule(task, start)
     if request.order is not None and start.order != order:
         raise ValueError(f"init: expected a schedule of order {order}, got order {start.order}")
-    compute = start.compute.reshape(start.steps, -1)
-    if budget is not None and budget.miss(compute) < -TOLERANCE:
+    value = budget and budget.value(start.compute.reshape(start.steps, -1), int(start.output.sum()))
+    if budget is not None and value < (1 - TOLERANCE) * budget.target:
         raise ValueError(
             f"init: expected a schedule that meets the target of {budget.target:g}, got one of "
-            f"{budget.value(compute):.2f}; moves do not change what a start costs"
+            f"{value:.2f}; moves do not change what a start costs"
         )
     return [start.replace(**{name: fields[name] for name in ("sampler", "timesteps", "guidance_scale")})]
 
