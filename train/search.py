@@ -1,7 +1,7 @@
 """Which entries to compute, found together with the reuse weights: moves at a fixed budget, judged by running them.
 
 A move shifts what some neighbouring steps compute by one, of a range of layers, so it costs nothing. Weights are
-carried over to it (`Schedule.with_compute`), which is worth 2 to 3 dB against starting at the forecast again.
+carried over to it (`Schedule.with_compute`): before any learning that is 0.1 to 3.2 dB better than the forecast again.
 """
 
 from __future__ import annotations
