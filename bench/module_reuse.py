@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from harmonica_rt import Schedule
 
 # Where a branch's module lives in a block, by model class and branch name
-MODULES = {"DiTTransformer2DModel": {"attn": "attn1", "mlp": "ff"}}
+MODULES = {
+    "DiTTransformer2DModel": {"attn": "attn1", "mlp": "ff"},
+    "PixArtTransformer2DModel": {"attn": "attn1", "cross_attn": "attn2", "mlp": "ff"},
+}
 
 
 class ModuleReuse(nn.Module):
@@ -42,17 +45,18 @@ class ModuleReuse(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.output[self.step]:
-            output = self._reuse_output()
+            output = self._reuse_output(kwargs.get("return_dict", True))
         else:
             output = self.model(*args, **kwargs)
-            self.outputs = [output.sample, *(self.outputs if self.step else [])][: len(self.output_weights[0])]
+            self.outputs = [output[0], *(self.outputs if self.step else [])][: len(self.output_weights[0])]
         self.step += 1
         return output
 
-    def _reuse_output(self) -> Transformer2DModelOutput:
+    def _reuse_output(self, return_dict: bool) -> Any:
         self.outputs_reused += 1
         terms = zip(self.output_weights[self.step], self.outputs)
-        return Transformer2DModelOutput(sample=sum(weight * output for weight, output in terms))
+        sample = sum(weight * output for weight, output in terms)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def reset(self) -> None:
         self.step = 0

@@ -1,119 +1,87 @@
-"""The models the benchmarks run, behind one pipeline: class labels in, pixels (or latents) out, no VAE.
+"""The models the benchmarks run, by name.
 
-``dit-fashion`` was trained for this project; ``dit-s-2`` and ``dit-xl-2`` are the published architectures at 256 px
-with random weights, good for timings only.
+``dit-fashion`` and ``pixart-emoji`` were trained for this project; the others are published architectures with random
+weights, good for timings only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from torch import Tensor
 
-FASHION = Path(__file__).parent / "models" / "dit-fashion"
+from .pipelines import PixelDiTPipeline, PixelPipeline, PixelPixArtPipeline
+from .prompts import PromptFeatures
+
+MODELS = Path(__file__).parent / "models"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-GUIDANCE = 1.5
-
-
-class PixelDiTPipeline(DiffusionPipeline):
-    """Class-conditional sampling of a DiT without a VAE; the call is `DiTPipeline`'s."""
-
-    model_cpu_offload_seq = "transformer"
-
-    def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        class_labels: list[int],
-        guidance_scale: float = GUIDANCE,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 20,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        latents: Tensor | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Sample one image a label.
-
-        Args:
-            class_labels: one an image, from 0; the model's null label is added for guidance.
-            guidance_scale: classifier-free guidance; off unless above 1.
-            output_type: ``"pil"``, ``"np"`` ([batch, height, width, channels] in [0, 1]) or ``"pt"``
-                ([batch, channels, height, width] in [0, 1]), or ``"latent"``: pixels as sampled, around [-1, 1].
-            latents: initial noise [batch, channels, height, width]; drawn from `generator` unless given.
-        """
-        config, device = self.transformer.config, self._execution_device
-        shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
-        x = randn_tensor(shape, generator, device, self.transformer.dtype) if latents is None else latents
-        labels = torch.tensor(class_labels, device=device)
-        guided = guidance_scale > 1
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
-        self.scheduler.set_timesteps(num_inference_steps)
-        x = x * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-            noise = self.transformer(
-                model_input, timestep=t.to(device).expand(len(model_input)), class_labels=labels
-            ).sample[:, : config.in_channels]  # learned variances, if any, are not used
-            if guided:
-                conditional, unconditional = noise.chunk(2)
-                noise = unconditional + guidance_scale * (conditional - unconditional)
-            x = self.scheduler.step(noise, t, x, return_dict=False)[0]
-        images: object = x
-        if output_type != "latent":
-            images = (x / 2 + 0.5).clamp(0, 1)
-            if output_type != "pt":
-                images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-                if output_type == "pil":
-                    images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # as both were trained
+TRANSFORMERS = {"dit": DiTTransformer2DModel, "pixart": PixArtTransformer2DModel}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """How to make a model: the trained one has no config; `size` is the side of its input."""
+    """How to make a model.
 
-    config: dict[str, int] | None
-    classes: int
+    Attributes:
+        kind: a key of `TRANSFORMERS`.
+        config: the architecture's; None for a trained model.
+        size: side of its input.
+        guidance: classifier-free guidance it is sampled with.
+        text: tokens of a prompt.
+    """
+
+    kind: str
+    config: dict[str, Any] | None
     size: int
+    guidance: float
+    text: int = 0
 
     @property
     def trained(self) -> bool:
         return self.config is None
 
 
-def _published(layers: int, heads: int, head_dim: int) -> Reference:
+def _dit(layers: int, heads: int, head_dim: int) -> Reference:
     config = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
-    return Reference(config, classes=1000, size=32)
+    fixed = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 1000}
+    return Reference("dit", {**fixed, **config}, size=32, guidance=1.5)
+
+
+def _pixart(size: int, text: int = 120, **config: Any) -> Reference:
+    """XL/2, the architecture of all published PixArts; diffusers' defaults are its other numbers."""
+    return Reference("pixart", {"caption_channels": 4096, **config}, size, guidance=4.5, text=text)
 
 
 REFERENCES = {
-    "dit-fashion": Reference(None, classes=10, size=28),
-    "dit-s-2": _published(layers=12, heads=6, head_dim=64),
-    "dit-xl-2": _published(layers=28, heads=16, head_dim=72),
+    "dit-fashion": Reference("dit", None, size=28, guidance=1.5),
+    "dit-s-2": _dit(layers=12, heads=6, head_dim=64),
+    "dit-xl-2": _dit(layers=28, heads=16, head_dim=72),
+    "pixart-emoji": Reference("pixart", None, size=32, guidance=4.5),
+    "pixart-alpha-256": _pixart(32),
+    "pixart-alpha-512": _pixart(64),
+    "pixart-alpha-1024": _pixart(128),
+    "pixart-sigma-2k": _pixart(256, text=300),
 }
+GUIDANCE = REFERENCES["dit-fashion"].guidance
 
 
-def load_pipeline(name: str, layers: int | None = None, size: int | None = None) -> PixelDiTPipeline:
-    """A quiet fp32 pipeline of one of `REFERENCES`, with DDIM on linear betas as dit-fashion was trained.
+def load_pipeline(name: str, layers: int | None = None, size: int | None = None) -> PixelPipeline:
+    """A quiet fp32 pipeline of one of `REFERENCES` on linear betas: a DiT with DDIM, a PixArt with DPM-Solver++.
 
     Args:
-        layers, size: shrink a published architecture (not dit-fashion) so that a CPU can finish.
+        layers, size: shrink a published architecture (no trained one) so that a CPU can finish.
     """
     reference = REFERENCES[name]
+    kind, prompts = TRANSFORMERS[reference.kind], None
     if reference.trained:
         if layers is not None or size is not None:
             raise ValueError(f"{name} is trained: expected no other layers or size, got {layers} and {size}")
-        transformer = DiTTransformer2DModel.from_pretrained(FASHION, variant="fp16", torch_dtype=torch.float32)
+        transformer = kind.from_pretrained(MODELS / name, variant="fp16", torch_dtype=torch.float32)
     else:
         torch.manual_seed(0)
         config = {**reference.config, "sample_size": size or reference.size}
@@ -121,27 +89,32 @@ def load_pipeline(name: str, layers: int | None = None, size: int | None = None)
             raise ValueError(f"{name}: expected a size that is a multiple of the patch, 2, got {size}")
         if layers is not None:
             config["num_layers"] = layers
-        transformer = DiTTransformer2DModel(
-            in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=1000, **config
-        ).eval()
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    pipeline = PixelDiTPipeline(transformer, scheduler)
+        transformer = kind(**config).eval()
+    if reference.kind == "dit":
+        scheduler = DDIMScheduler(clip_sample=False, **LINEAR)
+        pipeline: PixelPipeline = PixelDiTPipeline(transformer, scheduler)
+    else:
+        prompts = prompt_features(name)
+        pipeline = PixelPixArtPipeline(transformer, DPMSolverMultistepScheduler(**LINEAR), prompts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def noise(pipeline: PixelDiTPipeline, count: int, seed: int = 0) -> Tensor:
+def prompt_features(name: str) -> PromptFeatures:
+    """What a text-to-image reference reads."""
+    reference = REFERENCES[name]
+    if reference.trained:
+        return PromptFeatures.load(MODELS / name)
+    return PromptFeatures.random(reference.text, reference.config["caption_channels"])
+
+
+def noise(pipeline: PixelPipeline, count: int, seed: int = 0) -> Tensor:
     """Initial noise for `count` images."""
     config = pipeline.transformer.config
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=generator)
 
 
-def labels(name: str, count: int) -> list[int]:
-    """Class labels for `count` images: every class in turn."""
-    return [i % REFERENCES[name].classes for i in range(count)]
-
-
-def timesteps(pipeline: PixelDiTPipeline, steps: int) -> list[int]:
+def timesteps(pipeline: PixelPipeline, steps: int) -> list[int]:
     pipeline.scheduler.set_timesteps(steps)
     return pipeline.scheduler.timesteps.tolist()

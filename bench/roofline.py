@@ -40,6 +40,7 @@ from harmonica_rt.models import Adapter, adapt
 from harmonica_rt.models.base import Gelu, Linear, SelfAttention
 
 SIZE = 2  # bytes of a bf16 number
+DITS = [name for name, reference in REFERENCES.items() if reference.kind == "dit" and not reference.trained]
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def build(name: str, size: int | None = None, layers: int | None = None) -> nn.M
     with torch.device("meta"):
         config = {**reference.config, "sample_size": size or reference.size}
         config["num_layers"] = layers or config["num_layers"]
-        model = DiTTransformer2DModel(in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=1000, **config)
+        model = DiTTransformer2DModel(**config)
     return model.to(torch.bfloat16).eval()
 
 
@@ -272,7 +273,7 @@ def _cells(*counts: float) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=[n for n, r in REFERENCES.items() if not r.trained], default="dit-xl-2")
+    parser.add_argument("--model", choices=DITS, default="dit-xl-2")
     parser.add_argument("--every", type=positive, default=2)
     parser.add_argument("--order", type=int, default=1)
     parser.add_argument("--steps", type=positive, default=20)

@@ -24,7 +24,8 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench import run_latency
 from bench.measure import environment, interleave
-from bench.reference import PixelDiTPipeline, labels, load_pipeline, noise
+from bench.pipelines import PixelDiTPipeline
+from bench.reference import load_pipeline, noise
 
 BACKENDS = ["eager", "inductor", "cudagraph"]
 RUNS = (
@@ -102,7 +103,7 @@ def measure_capture(model: str, size: int, steps: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fast: PixelDiTPipeline = hrt.compile(pipeline, plan, backend="auto")
-    fast(labels(model, 1), num_inference_steps=steps, latents=start, output_type="latent")
+    fast(pipeline.examples(1), num_inference_steps=steps, latents=start, output_type="latent")
     torch.cuda.synchronize()
     (report,) = fast.transformer.report().plans
     return {

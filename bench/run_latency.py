@@ -29,9 +29,11 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
 from bench.module_reuse import ModuleReuse
-from bench.reference import GUIDANCE, REFERENCES, PixelDiTPipeline, labels, load_pipeline, noise, timesteps
+from bench.pipelines import PixelPipeline
+from bench.reference import REFERENCES, load_pipeline, noise, timesteps
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
+from harmonica_rt.train import models
 
 EAGER, COMPILED, NAIVE = "diffusers eager", "torch.compile, full", "module-level reuse"
 # Relative error to module-level reuse that every candidate of ours must stay below to be timed
@@ -42,7 +44,7 @@ class WrongResult(RuntimeError):
     """A candidate does not compute what it should: nothing is timed."""
 
 
-def parse_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> hrt.Schedule:
+def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule:
     """A schedule file, or for the pipeline ``full``, ``uniform:N[:ORDER]``, ``random:PERCENT[:ORDER[:SEED]]``.
 
     Random: every entry is reused with that probability, the hardest kind for a runtime, no two steps alike.
@@ -83,7 +85,8 @@ def measure(
     rounds: int,
     layers: int | None = None,
     size: int | None = None,
-    guidance: float = GUIDANCE,
+    guidance: float | None = None,
+    sampler: str | None = None,
     compiled: bool = True,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -92,36 +95,32 @@ def measure(
     """Run the benchmark; the result is what ``--json`` writes."""
     on = torch.device(device)
     pipeline = load_pipeline(model, layers, size).to(on, dtype)
+    guidance = REFERENCES[model].guidance if guidance is None else guidance
+    if sampler is not None:
+        pipeline.scheduler = models.scheduler(sampler, pipeline.scheduler.config)
     transformer = pipeline.transformer
     plan = parse_schedule(schedule, pipeline, steps) if isinstance(schedule, str) else schedule
     if plan.steps != steps:
         raise ValueError(f"--steps: the schedule has {plan.steps} steps, got {steps}")
-    start, classes = noise(pipeline, batch).to(on, dtype), labels(model, batch)
+    start, wanted = noise(pipeline, batch).to(on, dtype), pipeline.examples(batch)
 
-    def sampler(denoiser: torch.nn.Module) -> PixelDiTPipeline:
-        """A pipeline of its own around `denoiser`."""
-        own = PixelDiTPipeline(transformer, pipeline.scheduler.from_config(pipeline.scheduler.config))
-        own.set_progress_bar_config(disable=True)
-        object.__setattr__(own, "transformer", denoiser)
-        return own
-
-    def sample(own: PixelDiTPipeline) -> Tensor:
-        images = own(classes, guidance, num_inference_steps=steps, latents=start, output_type="latent").images
+    def sample(own: PixelPipeline) -> Tensor:
+        images = own(wanted, guidance, num_inference_steps=steps, latents=start, output_type="latent").images
         _synchronize(on)
         return images
 
     def naive() -> Tensor:
         reuse = ModuleReuse(transformer, plan)
         try:
-            return sample(sampler(reuse))
+            return sample(pipeline.around(reuse))
         finally:
             reuse.remove()
 
     progress(f"{model}: reference runs")
-    full = sample(sampler(counted := _Counted(transformer)))
+    full = sample(pipeline.around(counted := _Counted(transformer)))
     launches = {EAGER: counted.launches / steps}
     reuse = ModuleReuse(transformer, plan)
-    expected = sample(sampler(counted := _Counted(reuse)))
+    expected = sample(pipeline.around(counted := _Counted(reuse)))
     reuse.remove()
     launches[NAIVE] = counted.launches / steps
     candidates: dict[str, Callable[[], Tensor]] = {EAGER: lambda: sample(pipeline)}
@@ -130,7 +129,7 @@ def measure(
         progress(f"{model}: torch.compile of the whole model")
         from torch._inductor.utils import run_and_get_code
 
-        whole = sampler(torch.compile(transformer))
+        whole = pipeline.around(torch.compile(transformer))
         started = time.perf_counter()
         outputs[COMPILED], sources = run_and_get_code(sample, whole)
         seconds[COMPILED] = time.perf_counter() - started - _seconds(lambda: sample(whole))
@@ -139,11 +138,11 @@ def measure(
         _gate(COMPILED, outputs[COMPILED], full, 10 * GATE[dtype])
     candidates[NAIVE] = naive
     reports = {}
-    around = _around_steps(sampler(transformer), plan, sample)
+    around = _around_steps(pipeline.around(transformer), plan, sample)
     for backend in backends:
         name = f"harmonica_rt, {backend}"
         progress(f"{model}: {name}")
-        fast = hrt.compile(sampler(transformer), plan, backend=backend)
+        fast = hrt.compile(pipeline.around(transformer), plan, backend=backend)
         outputs[name] = sample(fast)
         _gate(name, outputs[name], expected, GATE[dtype])
         report = reports[name] = fast.transformer.report().plans[0]
@@ -152,7 +151,7 @@ def measure(
         candidates[name] = lambda fast=fast: sample(fast)
     progress(f"{model}: {rounds} rounds of {len(candidates)} candidates")
     timings = interleave(candidates, rounds)
-    theoretical = plan.speedup(transformer)
+    theoretical = plan.speedup(transformer, context=pipeline.context)
     return {
         "model": model,
         "schedule": schedule if isinstance(schedule, str) else schedule.note,
@@ -160,6 +159,7 @@ def measure(
         "order": plan.order,
         "steps": steps,
         "batch": batch,
+        "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
         "guidance": guidance,
         "layers": plan.layers,
         "size": transformer.config.sample_size,
@@ -215,7 +215,7 @@ class _Counted(torch.nn.Module):
         return output
 
 
-def _around_steps(pipeline: PixelDiTPipeline, plan: hrt.Schedule, sample: Callable[[PixelDiTPipeline], Tensor]) -> int:
+def _around_steps(pipeline: PixelPipeline, plan: hrt.Schedule, sample: Callable[[PixelPipeline], Tensor]) -> int:
     """Launches of a run of ours outside its programs' steps: modulation, once a run, and looking at the labels.
 
     Counted on the eager backend, where every launch is dispatched; it is the same code on all backends.
@@ -251,7 +251,7 @@ def table(result: dict[str, Any]) -> Table:
     """The result as people read it."""
     env = result["environment"]
     title = (
-        f"{result['model']}, {result['layers']} layers, DDIM {result['steps']}, batch {result['batch']}"
+        f"{result['model']}, {result['layers']} layers, {result['sampler']} {result['steps']}, batch {result['batch']}"
         f"{' with guidance' if result['guidance'] > 1 else ''}, {result['schedule']}: "
         f"CUR {100 * result['cur']:.0f} %, theoretical {result['theoretical']:.2f}x"
     )
@@ -325,8 +325,8 @@ def plot(result: dict[str, Any], path: str) -> None:
     axes.set_xlim(0, 1.15 * max(values))
     axes.set_xlabel("ms an image (median; whiskers p20 to p80)")
     axes.set_title(
-        f"{result['model']}, {result['layers']} layers, DDIM {result['steps']}, batch {result['batch']}, "
-        f"{result['schedule']}: CUR {100 * result['cur']:.0f} %",
+        f"{result['model']}, {result['layers']} layers, {result['sampler']} {result['steps']}, "
+        f"batch {result['batch']}, {result['schedule']}: CUR {100 * result['cur']:.0f} %",
         fontsize=10,
     )
     figure.savefig(path, dpi=150)
@@ -339,7 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="eager,inductor", help="one of ours, or several with commas")
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--batch", type=positive, default=1, help="images a call; guidance doubles the samples")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="1 turns guidance off")
+    parser.add_argument("--sampler", choices=models.SAMPLERS, help="unless given, the model's own")
+    parser.add_argument("--guidance", type=float, help="1 turns guidance off; unless given, the model's own")
     parser.add_argument("--layers", type=positive, help="shrink a published architecture")
     parser.add_argument("--size", type=positive, help="side of a published architecture's latent")
     parser.add_argument("--rounds", type=positive, default=7)
@@ -369,6 +370,7 @@ def main(argv: list[str] | None = None) -> int:
                 layers=arguments.layers,
                 size=arguments.size,
                 guidance=arguments.guidance,
+                sampler=arguments.sampler,
                 compiled=not arguments.no_compile,
                 device=arguments.device,
                 dtype=getattr(torch, arguments.dtype),

@@ -1,7 +1,8 @@
-"""How close a schedule's images are to the full run's, from the same noise: PSNR on the trained reference model.
+"""How close a schedule's images are to the full run's, from the same noise: PSNR on a trained reference model.
 
     python bench/run_quality.py --count 64 --frechet 2000
     python bench/run_quality.py --schedule learned.json --twins --target converged --guidance 3 --classes 0,1,2
+    python bench/run_quality.py --model pixart-emoji --schedule bench/schedules/pixart-emoji-dpmsolver++20-2x.json
 
 Fewer steps of the same sampler is the baseline to beat. CUR counts what is skipped of the full run's branches. With
 ``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.frechet`. ``--twins`` shows
@@ -32,13 +33,15 @@ import harmonica_rt as hrt
 from bench import run_latency
 from bench.frechet import WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
 from bench.measure import environment, pooled_psnr, psnr
-from bench.reference import GUIDANCE, REFERENCES, PixelDiTPipeline, noise
+from bench.pipelines import PixelPipeline
+from bench.reference import CLASSES, REFERENCES, load_pipeline, noise
 from harmonica_rt.train import models
 
 MODEL = "dit-fashion"
-ALL = tuple(range(REFERENCES[MODEL].classes))
+MODELS = [name for name, reference in REFERENCES.items() if reference.trained]
+ALL = tuple(range(len(CLASSES)))
 TARGETS = {"full": "the full run", "converged": "the converged solution"}
-NAMES = {"ddim": "DDIM", "dpmsolver++": "DPM-Solver++"}
+NAMES = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
 BATCH = 32  # of the Fréchet distance's images; the noises are a multiple of it, so that one plan serves all
@@ -48,14 +51,27 @@ APART = 1_000_000  # between the seeds of the PSNR's noises, the Fréchet distan
 
 @dataclass(frozen=True)
 class Sampling:
-    """How every row's images are made: `pipeline`, as it is, with these `classes` in turn."""
+    """How every row's images are made: `pipeline`, as it is, with the model's own guidance unless given.
 
-    pipeline: PixelDiTPipeline
-    guidance: float = GUIDANCE
-    classes: tuple[int, ...] = ALL
+    Attributes:
+        classes: labels in turn; the pipeline's examples unless given.
+    """
 
-    def labels(self, count: int) -> list[int]:
-        return list(islice(cycle(self.classes), count))
+    pipeline: PixelPipeline
+    guidance: float
+    classes: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, name: str, sampler: str | None = None, guidance: float | None = None, classes: Any = None) -> Sampling:
+        """A reference model's, with another `sampler` than its own if one is given."""
+        pipeline = load_pipeline(name)
+        if sampler is not None:
+            pipeline.scheduler = models.scheduler(sampler, pipeline.scheduler.config)
+        return cls(pipeline, REFERENCES[name].guidance if guidance is None else guidance, classes)
+
+    def labels(self, count: int) -> list[Any]:
+        """What `count` images are to be."""
+        return self.pipeline.examples(count) if self.classes is None else list(islice(cycle(self.classes), count))
 
     def __call__(self, start: Tensor, steps: int, batch: int = 16) -> Tensor:
         """Images as sampled, [count, channels, height, width]."""
@@ -68,24 +84,17 @@ class Sampling:
         ]
         return torch.cat(parts)
 
-    def converged(self, start: Tensor, steps: int) -> Tensor:
-        """The solution that this sampler's run of `steps` approximates: what learning aims at (train/weights.py)."""
-        from harmonica_rt.train.task import Task
-        from harmonica_rt.train.weights import converged  # only here: needs the extra `train`
+    def converged(self, start: Tensor) -> Tensor:
+        """The solution that this sampler's runs approximate: what learning aims at (train/weights.py)."""
+        from harmonica_rt.train.weights import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
 
-        task = converged(Task(self.pipeline.transformer, self.pipeline.scheduler, steps, self.guidance))
-        pipeline = quiet(self.pipeline.transformer, task.scheduler)
-        return Sampling(pipeline, self.guidance, self.classes)(start, task.steps)
-
-
-def quiet(transformer: torch.nn.Module, scheduler: Any) -> PixelDiTPipeline:
-    pipeline = PixelDiTPipeline(transformer, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        pipeline = self.pipeline.around(self.pipeline.transformer)
+        pipeline.scheduler = converged_scheduler(self.pipeline.scheduler)
+        return Sampling(pipeline, self.guidance, self.classes)(start, CONVERGED_STEPS)
 
 
 @contextmanager
-def accelerated(pipeline: PixelDiTPipeline, schedule: hrt.Schedule) -> Iterator[None]:
+def accelerated(pipeline: PixelPipeline, schedule: hrt.Schedule) -> Iterator[None]:
     hrt.compile(pipeline, schedule)
     try:
         yield
@@ -123,7 +132,7 @@ class Judge:
         }
 
 
-def load_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> tuple[str, hrt.Schedule]:
+def load_schedule(text: str, pipeline: PixelPipeline, steps: int) -> tuple[str, hrt.Schedule]:
     """A row's name and its schedule, `text` as in `run_latency.parse_schedule`.
 
     Raises:
@@ -138,6 +147,7 @@ def load_schedule(text: str, pipeline: PixelDiTPipeline, steps: int) -> tuple[st
 def measure(
     schedules: tuple[str, ...],
     *,
+    model: str = MODEL,
     steps: int,
     count: int,
     seed: int,
@@ -145,8 +155,8 @@ def measure(
     fewer: tuple[int, ...] = FEWER,
     frechet: int = 0,
     target: str = "full",
-    sampler: str = "ddim",
-    guidance: float = GUIDANCE,
+    sampler: str | None = None,
+    guidance: float | None = None,
     classes: tuple[int, ...] | None = None,
     twins: bool = False,
     progress: Callable[[str], None] = lambda message: None,
@@ -158,22 +168,26 @@ def measure(
         frechet: images a row for the Fréchet distance; 0 leaves it out, and the full run's own row with it.
         target: what PSNR is taken to: "full", the sampler's run without reuse, or "converged", the solution from the
             same noise. With that the full run has a row, the first.
-        sampler: of `models.SAMPLERS`, for all rows.
-        guidance: for all rows, whatever the schedules were made for; none unless above 1.
-        classes: labels to sample, in turn; all of them unless given.
+        model: a trained reference model.
+        sampler: of `models.SAMPLERS`, for all rows; the model's own unless given.
+        guidance: for all rows, whatever the schedules were made for; none unless above 1; the model's own unless given.
+        classes: dit-fashion's labels to sample, in turn; all of them unless given.
         twins: after each schedule with learned weights, a row for the same one with the forecast's.
     """
     if frechet and frechet <= WIDTH:
         raise ValueError(f"--frechet: expected 0 or more images than the classifier's {WIDTH} features, got {frechet}")
     if target not in TARGETS:
         raise ValueError(f"--target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    if not math.isfinite(guidance):
+    if model not in MODELS:
+        raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"--guidance: expected a finite number, got {guidance}")
-    classes = ALL if classes is None else tuple(classes)
-    if not classes or not set(classes) <= set(ALL):
+    if model != MODEL and (frechet or classes is not None):
+        raise ValueError(f"--frechet and --classes: expected --model {MODEL}, which has a classifier, got {model}")
+    if classes is not None and (not classes or not set(classes) <= set(ALL)):
         raise ValueError(f"--classes: expected labels from 0 to {ALL[-1]}, got {list(classes)}")
-    pipeline = quiet(*models.load(MODEL, sampler))
-    sampling, model = Sampling(pipeline, guidance, classes), pipeline.transformer
+    sampling = Sampling.of(model, sampler, guidance, None if classes is None else tuple(classes))
+    pipeline, transformer = sampling.pipeline, sampling.pipeline.transformer
     plans = [load_schedule(text, pipeline, steps) for text in schedules]
     start = torch.cat([noise(pipeline, count, seed + i) for i in range(seeds)])
     progress(f"full run, {steps} steps")
@@ -181,7 +195,7 @@ def measure(
     rows, judge = [], None
     if target == "converged":
         progress(TARGETS[target])
-        wanted = sampling.converged(start, steps)
+        wanted = sampling.converged(start)
         rows.append(_row(FULL, 0.0, 1.0, full, wanted, seeds))
     elif frechet:
         rows.append({"name": FULL, "cur": 0.0, "theoretical": 1.0} | dict.fromkeys((*PSNR, "by_seed")))
@@ -194,7 +208,14 @@ def measure(
     def measured(name: str, schedule: hrt.Schedule) -> dict[str, Any]:
         progress(name)
         with accelerated(pipeline, schedule):
-            row = _row(name, schedule.cur, schedule.speedup(model), sampling(start, steps), wanted, seeds)
+            row = _row(
+                name,
+                schedule.cur,
+                schedule.speedup(transformer, context=pipeline.context),
+                sampling(start, steps),
+                wanted,
+                seeds,
+            )
             return row | (judge(steps) if judge else {})
 
     for name, schedule in plans:
@@ -209,8 +230,9 @@ def measure(
             with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, less)):
                 row |= judge(less)
         rows.append(row)
-    run = {"model": MODEL, "steps": steps, "count": count, "frechet": frechet, "seed": seed, "seeds": seeds}
-    run |= {"target": target, "sampler": sampler, "guidance": guidance, "classes": list(classes)}
+    run = {"model": model, "steps": steps, "count": count, "frechet": frechet, "seed": seed, "seeds": seeds}
+    sampled = {"sampler": type(pipeline.scheduler).__name__, "guidance": sampling.guidance}
+    run |= {"target": target, "classes": classes and list(classes)} | sampled
     return run | {"environment": environment(), "rows": rows}
 
 
@@ -242,10 +264,11 @@ def table(result: dict[str, Any]) -> Table:
     gains = any("gain" in row for row in result["rows"])
     if gains:
         caption += "\ngain: of the mean, over the same schedule with the forecast's weights"
+    sampler = result["sampler"]
     guidance = f"guidance {result['guidance']:g}" if result["guidance"] > 1 else "no guidance"
-    some = "" if result["classes"] == list(ALL) else f", classes {', '.join(map(str, result['classes']))}"
+    some = "" if result["classes"] is None else f", classes {', '.join(map(str, result['classes']))}"
     out = Table(
-        title=f"{result['model']}, {NAMES[result['sampler']]} {result['steps']}, {guidance}{some}: "
+        title=f"{result['model']}, {NAMES.get(sampler, sampler)} {result['steps']}, {guidance}{some}: "
         f"PSNR to {TARGETS[result['target']]}, dB ({result['count']} noises, seed {_seeds(result)})",
         caption=caption,
     )
@@ -279,8 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--schedule", action="append", help="as run_latency's; may be repeated")
     parser.add_argument("--target", choices=TARGETS, default="full", help="what PSNR is taken to")
-    parser.add_argument("--sampler", choices=models.SAMPLERS, default="ddim")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="1 turns guidance off")
+    parser.add_argument("--model", choices=MODELS, default=MODEL)
+    parser.add_argument("--sampler", choices=models.SAMPLERS, help="unless given, the model's own")
+    parser.add_argument("--guidance", type=float, help="1 turns guidance off; unless given, the model's own")
     parser.add_argument("--classes", type=_classes, metavar="I,J,...", help="labels to sample in turn; default: all")
     parser.add_argument("--twins", action="store_true", help="learned schedules also with the forecast's weights")
     parser.add_argument("--steps", type=run_latency.positive, default=20)
@@ -298,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             result = measure(
                 tuple(arguments.schedule or SCHEDULES),
+                model=arguments.model,
                 steps=arguments.steps,
                 count=arguments.count,
                 seed=arguments.seed,

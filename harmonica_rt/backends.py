@@ -39,19 +39,22 @@ class EagerOps:
         return partial(_linear_then, stage, out, partial(gelu_eager, approximate=gelu.approximate))
 
     def gap_launches(self, gap: Gap) -> int:
-        return len(gap.terms) + 2
+        return len(gap.terms) + (0 if self.plan.norm(gap.norm) is None else 2)
 
     def branch_launches(self, branch: Branch) -> int:
         return len(branch.stages)
 
-    def _terms(self, gap: Gap, step: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    def _terms(self, gap: Gap, step: int) -> tuple[list[Tensor], list[Tensor | None], list[float]]:
         plan = self.plan
         slots = [plan.slots.select(0, term.slot) for term in gap.terms]
-        gates = [plan.row(plan.branches[term.entry].gate, step) for term in gap.terms]
+        rows = [plan.branches[term.entry].gate for term in gap.terms]
+        gates = [None if row is None else plan.row(row, step) for row in rows]
         return slots, gates, [term.weight for term in gap.terms]
 
-    def _norm(self, gap: Gap, step: int) -> tuple[Tensor, Tensor, float]:
+    def _norm(self, gap: Gap, step: int) -> tuple[Tensor, Tensor, float] | None:
         norm = self.plan.norm(gap.norm)
+        if norm is None:
+            return None
         return self.plan.row(norm.shift, step), self.plan.row(norm.scale, step), norm.eps
 
 
@@ -60,22 +63,28 @@ class InductorOps(EagerOps):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
+        batch, rows, width = plan.rows.shape[1:]
+        row = (batch, 1, width), (rows * width, width, 1)  # a modulation row's strides, as kernels are compiled for
+        self._one = torch.empty_strided(*row, dtype=plan.shape.dtype, device=plan.shape.device).fill_(1)
+        bare = any(branch.norm is None for branch in plan.branches)
         for terms in (0, *CHUNKS):  # all variants now: no later step or schedule of this shape compiles anything
             self._variant(terms, norm=True)
-            if terms > 1:
+            if terms > 1 or (terms and bare):
                 self._variant(terms, norm=False)
 
     def gap(self, gap: Gap, step: int) -> GapCall:
         slots, gates, weights = self._terms(gap, step)
-        shift, scale, eps = self._norm(gap, step)
+        gates, norm = [self._one if gate is None else gate for gate in gates], self._norm(gap, step)
         calls, start, sizes = [], 0, chunks(len(slots))
         for n, terms in enumerate(sizes):
-            last, part = n == len(sizes) - 1, slice(start, start + terms)
+            normed, part = norm is not None and n == len(sizes) - 1, slice(start, start + terms)
             start += terms
+            if not terms and not normed:
+                continue
+            *rows, eps = norm if normed else (0.0,)
             scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.plan.shape.device)
-            operands = [scalars, *slots[part], *gates[part], *([shift, scale] if last else [])]
-            calls.append((self._variant(terms, norm=last), operands))
-        return partial(_gap_compiled, calls, bool(slots))
+            calls.append((self._variant(terms, norm=normed), [scalars, *slots[part], *gates[part], *rows]))
+        return partial(_gap_compiled, calls, bool(slots), norm is not None)
 
     def linear_gelu(self, stage: Linear, gelu: Gelu, out: Tensor) -> StageCall:
         shape, threads = self.plan.shape, torch.get_num_threads()
@@ -83,7 +92,8 @@ class InductorOps(EagerOps):
         return partial(_linear_then, stage, out, compiled)
 
     def gap_launches(self, gap: Gap) -> int:
-        return len(chunks(len(gap.terms)))
+        bare = not gap.terms and self.plan.norm(gap.norm) is None
+        return 0 if bare else len(chunks(len(gap.terms)))
 
     def _variant(self, terms: int, norm: bool) -> Callable[..., list[Tensor]]:
         plan, shape = self.plan, self.plan.shape
@@ -111,12 +121,15 @@ class CudaGraphOps(EagerOps):
     def gap(self, gap: Gap, step: int) -> GapCall:
         plan, norm = self.plan, self.plan.norm(gap.norm)
         if gap not in self._tables:
-            pairs = [[term.slot, plan.branches[term.entry].gate] for term in gap.terms]
+            gates = [plan.branches[term.entry].gate for term in gap.terms]
+            pairs = [[term.slot, -1 if gate is None else gate] for term, gate in zip(gap.terms, gates)]
             on = plan.shape.device
             table = torch.tensor(pairs, dtype=torch.int32, device=on).view(-1, 2)
             weights = torch.tensor([term.weight for term in gap.terms], dtype=torch.float32, device=on)
             self._tables[gap] = table, weights
         operands = (self._y, plan.slots, plan.rows, plan.step, *self._tables[gap])
+        if norm is None:
+            return partial(_gap_op_bare, self._op if gap.terms else None, operands, ("none", -1, -1, 0.0))
         return partial(_gap_op, self._op, operands, ("layer", norm.shift, norm.scale, norm.eps))
 
     def linear_gelu(self, stage: Linear, gelu: Gelu, out: Tensor) -> StageCall:
@@ -125,7 +138,7 @@ class CudaGraphOps(EagerOps):
         return super().linear_gelu(stage, gelu, out)
 
     def gap_launches(self, gap: Gap) -> int:
-        return 1
+        return 0 if not gap.terms and self.plan.norm(gap.norm) is None else 1
 
     def branch_launches(self, branch: Branch) -> int:
         return len(branch.stages) - sum(isinstance(stage, Gelu) and self._fuses(stage) for stage in branch.stages)
@@ -154,10 +167,12 @@ def _linear_gelu_fused(stage: Linear, out: Tensor, h: Tensor) -> Tensor:
 
 
 def _gap_compiled(
-    calls: list[tuple[Callable[..., list[Tensor]], list[Tensor]]], moves: bool, x: Tensor
+    calls: list[tuple[Callable[..., list[Tensor]], list[Tensor]]], moves: bool, norms: bool, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    for add, operands in calls[:-1]:
+    for add, operands in calls[:-1] if norms else calls:
         (x,) = add(x, *operands)
+    if not norms:
+        return x, x
     norm, operands = calls[-1]
     if moves:
         x, y = norm(x, *operands)
@@ -169,3 +184,12 @@ def _gap_compiled(
 def _gap_op(op: Callable[..., None], operands: tuple[Tensor, ...], norm: tuple, x: Tensor) -> tuple[Tensor, Tensor]:
     op(x, *operands, *norm)
     return x, operands[0]
+
+
+def _gap_op_bare(
+    op: Callable[..., None] | None, operands: tuple[Tensor, ...], norm: tuple, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """No norm follows: y is x. Without terms there is nothing to launch."""
+    if op is not None:
+        op(x, *operands, *norm)
+    return x, x

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .forecast import history
+from .forecast import FORECASTS, history
 
 
 def positive(name: str, value: Any) -> int:
@@ -110,14 +110,29 @@ def _place(where: np.ndarray) -> str:
     return ", ".join(f"{name} {i}" for name, i in zip(names, where))
 
 
-def check_timesteps(timesteps: Any, steps: int) -> tuple[float, ...]:
+def check_positions(forecast: Any, timesteps: Any, log_snr: Any) -> np.ndarray | None:
+    """Where each step is for the forecast, float [T]; None for its number."""
+    if forecast not in FORECASTS:
+        raise ValueError(f"forecast: expected one of {FORECASTS}, got {forecast!r}")
+    if forecast == "index":
+        return None
+    name, values = ("timesteps", timesteps) if forecast == "timestep" else ("log_snr", log_snr)
+    if values is None:
+        raise ValueError(f"forecast {forecast!r}: expected {name}, got none")
+    if len(set(values)) != len(values):
+        twice = next(v for i, v in enumerate(values) if v in values[:i])
+        raise ValueError(f"forecast {forecast!r}: expected distinct {name}, got {twice:g} twice")
+    return np.array(values)
+
+
+def check_timesteps(timesteps: Any, steps: int, name: str = "timesteps") -> tuple[float, ...]:
     if hasattr(timesteps, "tolist"):  # a scheduler's are a tensor
         timesteps = timesteps.tolist()
     try:
         values = tuple(timesteps)
     except TypeError:
-        raise TypeError(f"timesteps: expected a sequence of numbers, got {type(timesteps).__name__}") from None
-    values = tuple(finite("timesteps", t) for t in values)
+        raise TypeError(f"{name}: expected a sequence of numbers, got {type(timesteps).__name__}") from None
+    values = tuple(finite(name, t) for t in values)
     if len(values) != steps:
-        raise ValueError(f"timesteps: expected {steps} (one a step), got {len(values)}")
+        raise ValueError(f"{name}: expected {steps} (one a step), got {len(values)}")
     return values

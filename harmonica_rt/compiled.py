@@ -35,7 +35,9 @@ from .schedule import Schedule
 from .tracking import RunTracker
 
 
-def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto", plans: int = 4) -> Any:
+def compile(
+    model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto", plans: int = 4, strict: bool = False
+) -> Any:
     """Lower `schedule` onto a diffusion transformer.
 
     Args:
@@ -45,7 +47,9 @@ def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto"
             ``"cudagraph"`` (Triton kernels, one CUDA graph for each distinct step) or ``"auto"``: cudagraph on CUDA,
             where it keeps plain launches if they measure faster, inductor elsewhere, and eager if the first choice
             cannot be had; `report()` then says why.
-        plans: how many (batch, resolution, dtype, start) are kept ready; the least recently used goes first.
+        plans: how many (batch, resolution, prompt length, dtype, start) are kept ready; the least recently used goes
+            first.
+        strict: refuse a pipeline's sampler that the schedule was not made for; a warning names both otherwise.
 
     Returns:
         A `CompiledTransformer` for a model; the same pipeline, its transformer replaced, for a pipeline. `uncompile`
@@ -62,10 +66,12 @@ def compile(model_or_pipeline: Any, schedule: Schedule, *, backend: str = "auto"
         raise ValueError(f"backend: expected one of {('auto', *OPS)}, got {backend!r}")
     if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
         raise ValueError(f"plans: expected a positive integer, got {plans!r}")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict: expected True or False, got {strict!r}")
     pipeline = model_or_pipeline if _is_pipeline(model_or_pipeline) else None
     current = model_or_pipeline if pipeline is None else pipeline.transformer
     model = current.model if _is_compiled(current) else current
-    compiled = CompiledTransformer(model, schedule, backend=backend, plans=plans, pipeline=pipeline)
+    compiled = CompiledTransformer(model, schedule, backend=backend, plans=plans, strict=strict, pipeline=pipeline)
     if pipeline is None:
         return compiled
     if _is_compiled(current):
@@ -104,7 +110,7 @@ def _put(pipeline: Any, transformer: nn.Module) -> None:
 
 @dataclass(slots=True)
 class _Run:
-    """The run under way: where it entered, its plan, and what its modulation rows were last filled for."""
+    """The run under way: where it entered, its plan, and what its rows and context were last filled for."""
 
     plan: Plan
     start: int
@@ -123,7 +129,16 @@ class CompiledTransformer(nn.Module):
 
     _recorder: Callable[[torch.device], Recorder] = CudaRecorder
 
-    def __init__(self, model: nn.Module, schedule: Schedule, *, backend: str, plans: int, pipeline: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        backend: str,
+        plans: int,
+        strict: bool = False,
+        pipeline: Any = None,
+    ) -> None:
         nn.Module.__init__(self)
         adapter = adapt(model)
         adapter.check_schedule(schedule)
@@ -133,7 +148,7 @@ class CompiledTransformer(nn.Module):
         keep("schedule", schedule)
         keep("backend", backend)
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else _nothing
-        self._capacity = plans
+        self._capacity, self._strict = plans, strict
         self._signature = inspect.signature(model.forward)
         self._tracker = RunTracker(schedule.steps, schedule.timesteps)
         self._timesteps: Tensor | None = None  # of the pipeline's scheduler, as last seen
@@ -166,7 +181,8 @@ class CompiledTransformer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledTransformer:
         model, pipeline = copy.deepcopy((self.model, self._pipeline()), memo)
-        return CompiledTransformer(model, self.schedule, backend=self.backend, plans=self._capacity, pipeline=pipeline)
+        options = {"backend": self.backend, "plans": self._capacity, "strict": self._strict}
+        return CompiledTransformer(model, self.schedule, **options, pipeline=pipeline)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a compiled transformer cannot be pickled: pickle its .model and .schedule")
@@ -179,10 +195,20 @@ class CompiledTransformer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             super().__setattr__(name, value)
+        elif name == "forward" and "_old_forward" in vars(self):
+            pass  # accelerate puts a hook here, or takes it away: `_forward` runs the hook itself
+        elif name == "forward" and "_old_forward" in vars(self.model):
+            self.model.forward = value  # it takes away the one the model had when it was compiled
         elif name in ("model", "schedule", "backend", "forward", "training"):
             raise AttributeError(f"{name} of a compiled transformer cannot be set: compile its .model again")
         else:
             setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self):
+            super().__delattr__(name)
+        else:
+            delattr(self.model, name)
 
     def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
         return self.model.named_modules(memo, prefix, remove_duplicate)
@@ -198,8 +224,10 @@ class CompiledTransformer(nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledTransformer:
-        self._tracker.abandon()
+        before = _addresses(self.model)
         self.model._apply(fn, recurse)
+        if _addresses(self.model) != before:
+            self._tracker.abandon()
         return self
 
     def train(self, mode: bool = True) -> CompiledTransformer:
@@ -219,6 +247,12 @@ class CompiledTransformer(nn.Module):
                 _put(pipeline, self.model)
             self._end_run()
             self._free_plans()
+        if "_hf_hook" in vars(self):  # offloading goes on
+            from accelerate.hooks import add_hook_to_module
+
+            hook = vars(self).pop("_hf_hook")
+            del vars(self)["_old_forward"]
+            add_hook_to_module(self.model, hook)
         return self.model
 
     # ---- runs
@@ -259,6 +293,7 @@ class CompiledTransformer(nn.Module):
                 plan = self._start_run(first, 0).plan
                 if plan.graphs is None or plan.window < len(timestep):  # modulation rows for all steps, or none
                     return trajectory(lambda step, x: self._step(inputs(step, x)), scheduler, noise, guidance_scale)
+                plan.encode(first.conditioning)
                 plan.modulate(0, timestep, first.conditioning)
                 key = loop_key(scheduler, guidance_scale)
                 if key not in plan.loops:
@@ -279,6 +314,8 @@ class CompiledTransformer(nn.Module):
         return Report(repr(self.schedule), self._fallback, tuple(describe_plan(p) for p in self._plans.values()))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (hook := getattr(self, "_hf_hook", None)) is not None:  # a pipeline offloads the model between its calls
+            args, kwargs = hook.pre_forward(self, *args, **kwargs)
         arguments = self._signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         _refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
@@ -308,10 +345,10 @@ class CompiledTransformer(nn.Module):
         timestep = _read(inputs.timestep)
         step, start = self._tracker.locate(timestep)
         run = self._start_run(inputs, start) if step == start else self._run
-        if (shape := _shape(inputs.sample)) != run.plan.shape:
+        if (shape := _shape(run.plan.adapter, inputs)) != run.plan.shape:
             raise ValueError(f"the run under way has samples of {run.plan.shape}, got {shape}: call reset() to change")
         try:
-            self._modulate(run, inputs, step, timestep)
+            self._condition(run, inputs, step, timestep)
             output = run.plan.run(step - start, inputs.sample)
         except BaseException:  # slots may be half written: what comes next must be a new run
             self._tracker.commit(step, start, timestep)
@@ -366,10 +403,11 @@ class CompiledTransformer(nn.Module):
                 f"{name} has {timesteps[step]:g}"
             )
         if schedule.sampler not in (None, name) and name not in self._warned:
+            message = f"the schedule was made for {schedule.sampler}, the pipeline samples with {name}"
+            if self._strict:
+                raise ValueError(message)
             self._warned.add(name)
-            warnings.warn(
-                f"the schedule was made for {schedule.sampler}, the pipeline samples with {name}", stacklevel=5
-            )
+            warnings.warn(message, stacklevel=5)
         self._end_run()
         self._tracker.timesteps = timesteps
         self._tracker.reset(entry=getattr(scheduler, "begin_index", None) or 0)
@@ -378,7 +416,7 @@ class CompiledTransformer(nn.Module):
         """A run on the plan of this shape and entry step. Looks at the model anew: weights may have moved."""
         adapter = adapt(self.model)
         dtype, device = _check_model(self.model)
-        shape = _shape(inputs.sample)
+        shape = _shape(adapter, inputs)
         if (shape.dtype, shape.device) != (dtype, device):
             raise ValueError(
                 f"expected a sample of the model's dtype and device, {dtype} on {device}, "
@@ -420,8 +458,8 @@ class CompiledTransformer(nn.Module):
             plan.seconds += time.perf_counter() - started
         return plan
 
-    def _modulate(self, run: _Run, inputs: Inputs, step: int, timestep: float | None) -> None:
-        """Have the modulation rows of `step` filled: for as many steps ahead as timesteps are known for."""
+    def _condition(self, run: _Run, inputs: Inputs, step: int, timestep: float | None) -> None:
+        """Have filled what cross-attention reads, and the modulation rows of `step` and of those ahead, if known."""
         current = inputs.conditioning
         versions = tuple(None if t.is_inference() else t._version for t in current)
         if timestep is not None:  # host tensors: look at the values
@@ -430,6 +468,8 @@ class CompiledTransformer(nn.Module):
             same = (
                 None not in versions and versions == run.versions and all(map(operator.is_, run.conditioning, current))
             )
+        if not same:
+            run.plan.encode(current)
         # A device's timestep is not read: only a pipeline's scheduler is then known to have told the right ones
         known = self._tracker.timesteps if timestep is not None or self._pipeline() is not None else None
         expected = timestep if timestep is not None or known is None else known[step]
@@ -466,9 +506,10 @@ def _read(timestep: Tensor) -> float | None:
     return float(values.pop())
 
 
-def _shape(sample: Tensor) -> Shape:
-    batch, _, height, width = sample.shape
-    return Shape(batch, height, width, sample.dtype, sample.device)
+def _shape(adapter: Adapter, inputs: Inputs) -> Shape:
+    batch, _, height, width = inputs.sample.shape
+    context = adapter.context_tokens(inputs.conditioning)
+    return Shape(batch, height, width, inputs.sample.dtype, inputs.sample.device, context)
 
 
 def _addresses(model: nn.Module) -> tuple[Any, ...]:

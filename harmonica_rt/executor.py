@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import OPS, GapCall, linear
 from .cuda_graphs import StepGraphs
 from .loop import LoopGraph
-from .models.base import Adapter, Branch, Gelu, Linear, Norm, SelfAttention
+from .models.base import Adapter, Branch, CrossAttention, Gelu, Linear, Norm, SelfAttention
 from .program import Program, ReuseOutput
 
 MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
@@ -32,10 +32,12 @@ class Shape:
     width: int
     dtype: torch.dtype
     device: torch.device
+    context: int = 0  # tokens that cross-attention reads
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"batch {self.batch}, {self.height}x{self.width}, {dtype} on {self.device}"
+        context = f", {self.context} context tokens" if self.context else ""
+        return f"batch {self.batch}, {self.height}x{self.width}{context}, {dtype} on {self.device}"
 
 
 class Plan:
@@ -45,6 +47,8 @@ class Plan:
         slots: [slots, batch, tokens, width], what reused branches stand on.
         outputs: [outputs, batch, out channels, height, width], what reused outputs stand on.
         rows: [window, batch, rows, width], the modulation rows of `window` steps.
+        context: [contexts, 2, batch, context tokens, width], keys and values that cross-attention reads; and
+        context_bias: [batch, 1, 1, context tokens], what it adds to the scores.
         step: int32 [1], which of them the call under way uses, for kernels that look it up on the device.
         graphs: captured steps, if the plan replays them.
         loops: captured trajectories, by sampler, guidance and timesteps.
@@ -65,6 +69,8 @@ class Plan:
         self.window = max(1, min(len(program.steps), MODULATION_BYTES // row_bytes))
         self.rows = empty(self.window, shape.batch, adapter.rows, width)
         self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
+        self.context = empty(adapter.contexts, 2, shape.batch, shape.context, width)
+        self.context_bias = empty(shape.batch, 1, 1, shape.context)
         self.x = empty(self.stream)
         self.slots = empty(program.slots, *self.stream)
         size = (shape.batch, adapter.out_channels, shape.height, shape.width)
@@ -125,6 +131,10 @@ class Plan:
         start = step % self.window
         self.adapter.modulate(timesteps, conditioning, self.rows.narrow(0, start, len(timesteps)))
 
+    def encode(self, conditioning: tuple[Tensor, ...]) -> None:
+        """Fill what cross-attention reads in the run that begins."""
+        self.adapter.encode(conditioning, self.context, self.context_bias)
+
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
         for loop in self.loops.values():
@@ -156,8 +166,8 @@ class Plan:
         self._steps[step] = built
         return built
 
-    def norm(self, entry: int) -> Norm:
-        """What prepares y for branch `entry`, or for the head."""
+    def norm(self, entry: int) -> Norm | None:
+        """What prepares y for branch `entry`, or for the head; None where y is x."""
         return self.head if entry == self.program.entries else self.branches[entry].norm
 
     def row(self, row: int, step: int) -> Tensor:
@@ -181,6 +191,9 @@ class Plan:
                         calls.append(partial(linear, stage, out))
                 case SelfAttention():
                     calls.append(partial(_attention, stage.heads, batch, tokens))
+                case CrossAttention():
+                    keys, values = _heads(self.context.select(0, stage.context), stage.heads)
+                    calls.append(partial(_cross_attention, keys, values, self.context_bias, batch, tokens))
         return partial(_run_stages, calls)
 
 
@@ -199,4 +212,15 @@ def _run_stages(calls: list[Callable[..., Tensor]], out: Tensor, y: Tensor) -> N
 def _attention(heads: int, batch: int, tokens: int, qkv: Tensor) -> Tensor:
     q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
     h = F.scaled_dot_product_attention(q, k, v)
+    return h.transpose(1, 2).reshape(batch * tokens, -1)
+
+
+def _heads(h: Tensor, heads: int) -> Tensor:
+    """[..., tokens, width] -> [..., heads, tokens, head width], a view."""
+    return h.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _cross_attention(keys: Tensor, values: Tensor, bias: Tensor, batch: int, tokens: int, h: Tensor) -> Tensor:
+    q = _heads(h.view(batch, tokens, -1), keys.shape[-3])
+    h = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
     return h.transpose(1, 2).reshape(batch * tokens, -1)

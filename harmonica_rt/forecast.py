@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 ORDERS = (0, 1, 2)
+FORECASTS = ("index", "timestep", "logsnr")  # what the forecast extrapolates over
 
 
 def history(compute: np.ndarray, order: int) -> np.ndarray:
@@ -25,17 +28,33 @@ def history(compute: np.ndarray, order: int) -> np.ndarray:
     return out
 
 
-def basis(at: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+def log_snr(scheduler: Any) -> tuple[float, ...]:
+    """log(alpha^2 / sigma^2) at each of the timesteps of a diffusers scheduler, which are set.
+
+    Raises:
+        ValueError: it has no table of them (flow matching).
+    """
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(f"log-SNR: expected a scheduler with alphas_cumprod, got {type(scheduler).__name__}")
+    alphas = np.asarray(scheduler.alphas_cumprod.tolist())
+    table = np.log(alphas / (1 - alphas))
+    return tuple(np.interp(scheduler.timesteps.tolist(), np.arange(len(table)), table).tolist())
+
+
+def basis(at: np.ndarray, nodes: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """What a value at step `at` is of the values at `nodes`, by the polynomial through them.
 
     Args:
         at: int [...].
         nodes: int [..., values], -1 where there is none; polynomials are of as many as there are.
+        positions: where each step is, float [T]; its number unless given.
 
     Returns:
         float64 [..., values], 0 where there is no node.
     """
     exists = nodes >= 0
+    if positions is not None:
+        at, nodes = positions[at], np.where(exists, positions[nodes], 0.0)
     weights = np.where(exists, 1.0, 0.0)
     for k in range(nodes.shape[-1]):
         for j in range(nodes.shape[-1]):
@@ -46,22 +65,23 @@ def basis(at: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     return weights
 
 
-def forecast(compute: np.ndarray, order: int) -> np.ndarray:
-    """The unlearned reuse weights: polynomial extrapolation over the step index through the values that exist.
+def forecast(compute: np.ndarray, order: int, positions: np.ndarray | None = None) -> np.ndarray:
+    """The unlearned reuse weights: polynomial extrapolation through the values that exist.
 
     Order 1 is o = c1 + w (c1 - c2), w = (i - i1) / (i1 - i2); with fewer values than the order needs, the order drops.
 
     Args:
         compute: bool [T, L, B].
+        positions: as in `basis`.
 
     Returns:
         float64 [T, L, B, order + 1], 0 where computed and for values that do not exist yet.
     """
-    weights = basis(np.arange(len(compute)).reshape(-1, 1, 1), history(compute, order))
+    weights = basis(np.arange(len(compute)).reshape(-1, 1, 1), history(compute, order), positions)
     return np.where(compute[..., None], 0.0, weights) + 0.0  # no negative zeros
 
 
-def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray) -> np.ndarray:
+def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """Reuse weights for other computed steps: the new forecast's, changed as these are from theirs.
 
     A change of the weight of a value that is not there any more goes to those that are, as the polynomial through them
@@ -70,26 +90,30 @@ def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray) -> np.ndarray
     Args:
         weights: float [T, L, B, order + 1], for `was`.
         was, now: what is computed, bool [T, L, B].
+        positions: as in `basis`.
 
     Returns:
         float64 [T, L, B, order + 1], 0 where `now` computes and for values that do not exist then.
     """
     order = weights.shape[-1] - 1
     nodes, new = history(was, order), history(now, order)
-    change = np.where(was[..., None], 0.0, weights - forecast(was, order))
-    moved = forecast(now, order)
+    change = np.where(was[..., None], 0.0, weights - forecast(was, order, positions))
+    moved = forecast(now, order, positions)
     for k in range(order + 1):
-        moved = moved + change[..., k, None] * basis(nodes[..., k], new)
+        moved = moved + change[..., k, None] * basis(nodes[..., k], new, positions)
     same = (nodes == new).all(-1) & ~was
     return np.where(now[..., None], 0.0, np.where(same[..., None], weights, moved)) + 0.0
 
 
-def unlearned(compute: np.ndarray, output: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
+def unlearned(
+    compute: np.ndarray, output: np.ndarray, order: int, positions: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The forecast's weights of branches [T, L, B, order + 1] and of outputs [T, order + 1], 0 where neither is reused.
 
     Args:
         compute: bool [T, L, B].
         output: bool [T]; such steps leave the branches alone.
+        positions: as in `basis`.
     """
-    branches = np.where(output[:, None, None, None], 0.0, forecast(compute, order))
-    return branches, forecast(~output[:, None, None], order)[:, 0, 0]
+    branches = np.where(output[:, None, None, None], 0.0, forecast(compute, order, positions))
+    return branches, forecast(~output[:, None, None], order, positions)[:, 0, 0]

@@ -76,17 +76,23 @@ def trajectory(
     return x
 
 
-def guide(output: Tensor, scale: float, channels: int) -> Tensor:
-    """Classifier-free guidance on [conditional, unconditional] outputs, whose learned variances are dropped.
+def guide(output: Tensor, scale: float, channels: int, variance: bool = False) -> Tensor:
+    """Classifier-free guidance on [conditional, unconditional] outputs.
 
     Args:
         output: [2 batch, `channels` or more, height, width]; [batch, ...] where `scale` is at most 1: no guidance.
+        variance: keep learned variances, the conditional ones (IDDPM); they are dropped otherwise, as in diffusers.
     """
-    output = output.narrow(1, 0, channels)
-    if scale <= 1:
-        return output
-    conditional, unconditional = output.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    mean = output.narrow(1, 0, channels)
+    if scale > 1:
+        conditional, unconditional = mean.chunk(2)
+        mean = unconditional + scale * (conditional - unconditional)
+    return torch.cat([mean, output[: len(mean), channels:]], dim=1) if variance else mean
+
+
+def learns_variance(scheduler: Any) -> bool:
+    """Whether `scheduler` takes the model's own variances (IDDPM)."""
+    return str(scheduler.config.get("variance_type", "")).startswith("learned")
 
 
 def loop_key(scheduler: Any, guidance_scale: float) -> tuple[Any, ...]:

@@ -81,7 +81,7 @@ class Report:
 
 def describe_plan(plan: Plan) -> PlanReport:
     shape, program, adapter = plan.shape, plan.program, plan.adapter
-    macs = adapter.macs(shape.height, shape.width, shape.batch)
+    macs = adapter.macs(shape.height, shape.width, shape.batch, shape.context or None)
     kinds = len(adapter.branches)
     run = sum(macs.fixed for step in program.steps if isinstance(step, Step))
     run += sum(macs.branches[compute.entry % kinds] for step in program.steps for _, compute in step.body)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checks import check_compute, check_output, check_output_weights, check_timesteps, check_weights, finite, positive
+from .checks import (
+    check_compute,
+    check_output,
+    check_output_weights,
+    check_positions,
+    check_timesteps,
+    check_weights,
+    finite,
+    positive,
+)
 from .forecast import ORDERS, carried, history, unlearned
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ class Schedule:
         sampler: class name of the scheduler it was made for.
         timesteps: the T timesteps of that sampler in the order they run, e.g. ``scheduler.timesteps``. A pipeline tells
             them by itself; a model in a loop of your own is faster, and checked, if the schedule has them.
+        log_snr: the T log-SNRs there, as `harmonica_rt.forecast.log_snr` tells them.
+        forecast: what the forecast extrapolates over, ``"index"`` of the step, ``"timestep"`` or ``"logsnr"``.
         guidance_scale: classifier-free guidance it was made for.
         note: how it was made.
 
@@ -47,7 +58,9 @@ class Schedule:
     __slots__ = (
         "branches",
         "compute",
+        "forecast",
         "guidance_scale",
+        "log_snr",
         "model",
         "note",
         "order",
@@ -67,6 +80,8 @@ class Schedule:
     branches: tuple[str, ...]
     sampler: str | None
     timesteps: tuple[float, ...] | None
+    log_snr: tuple[float, ...] | None
+    forecast: str
     guidance_scale: float | None
     note: str
 
@@ -82,6 +97,8 @@ class Schedule:
         output_weights: np.ndarray | None = None,
         sampler: str | None = None,
         timesteps: Sequence[float] | None = None,
+        log_snr: Sequence[float] | None = None,
+        forecast: str = "index",
         guidance_scale: float | None = None,
         note: str = "",
     ) -> None:
@@ -97,14 +114,17 @@ class Schedule:
             raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
         compute = check_compute(compute, len(branches))
         output = np.zeros(len(compute), dtype=bool) if output is None else check_output(output, compute)
-        default, output_default = unlearned(compute, output, order)
+        if timesteps is not None:
+            timesteps = check_timesteps(timesteps, len(compute))
+        if log_snr is not None:
+            log_snr = check_timesteps(log_snr, len(compute), "log_snr")
+        positions = check_positions(forecast, timesteps, log_snr)
+        default, output_default = unlearned(compute, output, order, positions)
         weights = default if weights is None else check_weights(weights, compute, output, order)
         if output_weights is None:
             output_weights = output_default
         else:
             output_weights = check_output_weights(output_weights, output, order)
-        if timesteps is not None:
-            timesteps = check_timesteps(timesteps, len(compute))
         if guidance_scale is not None:
             guidance_scale = finite("guidance_scale", guidance_scale)
         values = {
@@ -117,6 +137,8 @@ class Schedule:
             "branches": tuple(branches),
             "sampler": sampler,
             "timesteps": timesteps,
+            "log_snr": log_snr,
+            "forecast": forecast,
             "guidance_scale": guidance_scale,
             "note": note,
         }
@@ -203,12 +225,13 @@ class Schedule:
         if unknown := sorted(set(changes) - set(known)):
             raise TypeError(f"replace: unknown field {unknown[0]!r}, expected one of {sorted(known)}")
         for name in ("weights", "output_weights"):
-            if name not in changes and ({"compute", "output", "order"} & set(changes) or not self.learned):
+            if name not in changes and ({"compute", "output", "order", "forecast"} & set(changes) or not self.learned):
                 known[name] = None
         if "output" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
             known["output"] = None
-        if "timesteps" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
-            known["timesteps"] = None
+        for name in ("timesteps", "log_snr"):
+            if name not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
+                known[name] = None
         known.update(changes)
         return Schedule(known.pop("compute"), **known)
 
@@ -225,7 +248,10 @@ class Schedule:
         compute, output = self.compute[step:].copy(), self.output[step:].copy()
         compute[0], output[0] = True, False
         timesteps = None if self.timesteps is None else self.timesteps[step:]
-        weights, output_weights = unlearned(compute, output, self.order)
+        snr = None if self.log_snr is None else self.log_snr[step:]
+        positions = self._positions
+        left = None if positions is None else positions[step:]
+        weights, output_weights = unlearned(compute, output, self.order, left)
         for new, old, was, now in (
             (weights, self.weights, self.compute, compute),
             (output_weights, self.output_weights, ~self.output, ~output),
@@ -234,7 +260,12 @@ class Schedule:
             same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
             new[same] = old[step:][same]
         return self.replace(
-            compute=compute, weights=weights, output=output, output_weights=output_weights, timesteps=timesteps
+            compute=compute,
+            weights=weights,
+            output=output,
+            output_weights=output_weights,
+            timesteps=timesteps,
+            log_snr=snr,
         )
 
     def with_compute(self, compute: np.ndarray) -> Schedule:
@@ -247,7 +278,9 @@ class Schedule:
         if compute.shape != self.compute.shape:
             raise ValueError(f"compute: expected shape {list(self.compute.shape)}, got {list(compute.shape)}")
         check_output(self.output, compute)
-        weights = np.where(self.output[:, None, None, None], 0.0, carried(self.weights, self.compute, compute))
+        weights = np.where(
+            self.output[:, None, None, None], 0.0, carried(self.weights, self.compute, compute, self._positions)
+        )
         return self.replace(compute=compute, weights=weights, output=self.output, output_weights=self.output_weights)
 
     # ---- statistics
@@ -274,22 +307,34 @@ class Schedule:
     @property
     def learned(self) -> bool:
         """Whether the weights differ from the forecast's."""
-        branches, outputs = unlearned(self.compute, self.output, self.order)
+        branches, outputs = unlearned(self.compute, self.output, self.order, self._positions)
         return not (np.array_equal(self.weights, branches) and np.array_equal(self.output_weights, outputs))
 
-    def speedup(self, model: nn.Module, height: int | None = None, width: int | None = None, batch: int = 1) -> float:
+    @property
+    def _positions(self) -> np.ndarray | None:
+        return check_positions(self.forecast, self.timesteps, self.log_snr)
+
+    def speedup(
+        self,
+        model: nn.Module,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+        context: int | None = None,
+    ) -> float:
         """Theoretical speed-up: MACs of the full run / MACs with this schedule, everything the forward does counted.
 
         Args:
             model: the diffusers model the schedule is for.
             height, width: size of the model's input; its ``config.sample_size`` unless given.
             batch: samples a call; every MAC of a transformer is per sample, so the ratio does not depend on it.
+            context: tokens of a prompt, for a model that reads text; PixArt-alpha's 120 unless given.
         """
         from .models import adapt
 
         adapter = adapt(model)
         adapter.check_schedule(self)
-        macs = adapter.macs(height, width, batch)
+        macs = adapter.macs(height, width, batch, context)
         full = macs.fixed + self.layers * sum(macs.branches)
         computed = self.compute.sum(axis=(0, 1)) @ np.array(macs.branches, dtype=np.float64)
         return float(self.steps * full / (int((~self.output).sum()) * macs.fixed + computed))
@@ -320,7 +365,8 @@ class Schedule:
     def _key(self) -> tuple[Any, ...]:
         arrays = (self.compute.shape, self.compute.tobytes(), self.weights.tobytes())
         arrays += (self.output.tobytes(), self.output_weights.tobytes())
-        rest = (self.order, self.model, self.branches, self.sampler, self.timesteps, self.guidance_scale, self.note)
+        rest = (self.order, self.model, self.branches, self.sampler, self.timesteps)
+        rest += (self.log_snr, self.forecast, self.guidance_scale, self.note)
         return arrays + rest
 
     def __eq__(self, other: object) -> bool:

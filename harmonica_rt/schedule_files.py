@@ -17,6 +17,7 @@ VERSION = 1
 MAX_BYTES = 16 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
 _REQUIRED = {"format", "version", "model", "layers", "branches", "steps", "order", "compute"}
 _OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights", "output", "output_weights"}
+_OPTIONAL |= {"forecast", "log_snr"}
 
 
 def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
@@ -42,6 +43,10 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
         "timesteps": None if schedule.timesteps is None else list(schedule.timesteps),
         "compute": [" ".join("".join("01"[int(x)] for x in row) for row in step) for step in order_in_row],
     }
+    if schedule.forecast != "index":
+        fields["forecast"] = schedule.forecast
+    if schedule.log_snr is not None:
+        fields["log_snr"] = list(schedule.log_snr)
     if schedule.output.any():
         fields["output"] = "".join("01"[int(x)] for x in schedule.output)
     if schedule.learned:
@@ -139,10 +144,10 @@ def _from_fields(fields: Any) -> Schedule:
     output_weights = fields.get("output_weights")
     if output_weights is not None:
         output_weights = _read_rows(output_weights, steps, fields["order"], "output_weights")
-    for name in ("timesteps",):
+    for name in ("timesteps", "log_snr"):
         if fields.get(name) is not None and not isinstance(fields[name], list):
             raise TypeError(f"{name}: expected a list, got {type(fields[name]).__name__}")
-    meta = {name: fields.get(name) for name in ("sampler", "timesteps", "guidance_scale")}
+    meta = {name: fields.get(name) for name in ("sampler", "timesteps", "log_snr", "guidance_scale")}
     return Schedule(
         by_row.transpose(0, 2, 1),
         model=fields["model"],
@@ -152,6 +157,7 @@ def _from_fields(fields: Any) -> Schedule:
         output=output,
         output_weights=output_weights,
         note=fields.get("note", ""),
+        forecast=fields.get("forecast", "index"),
         **meta,
     )
 

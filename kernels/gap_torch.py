@@ -24,14 +24,14 @@ CHUNKS = (8, 4, 2, 1)  # terms one compiled variant adds: 8 variants serve every
 def gap_reference(
     x: Tensor,
     slots: Sequence[Tensor],
-    gates: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
     weights: Sequence[float],
     norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x, y) in float64; `norm` is (shift, scale, eps)."""
+    """(x, y) in float64; `norm` is (shift, scale, eps), a gate of None is 1."""
     x = x.double()
     for slot, gate, weight in zip(slots, gates, weights, strict=True):
-        x = x + weight * gate.double() * slot.double()
+        x = x + weight * (1.0 if gate is None else gate.double()) * slot.double()
     if norm is None:
         return x, None
     shift, scale, eps = norm
@@ -41,13 +41,18 @@ def gap_reference(
 def gap_eager(
     x: Tensor,
     slots: Sequence[Tensor],
-    gates: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
     weights: Sequence[float],
-    norm: tuple[Tensor, Tensor, float],
+    norm: tuple[Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(x, y) by plain torch ops, in place on x: one op a term, two for the norm."""
+    """(x, y) by plain torch ops, in place on x: one op a term, two for the norm. Without a norm y is x."""
     for slot, gate, weight in zip(slots, gates, weights):
-        x.addcmul_(slot, gate, value=weight)
+        if gate is None:
+            x.add_(slot, alpha=weight)
+        else:
+            x.addcmul_(slot, gate, value=weight)
+    if norm is None:
+        return x, x
     shift, scale, eps = norm
     return x, torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), scale)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from hypothesis import settings
 from torch import Tensor
 
@@ -20,7 +20,10 @@ needs_compiler = pytest.mark.skipif(
     missing_compiler("cpu") is not None, reason=f"the inductor backend needs a compiler: {missing_compiler('cpu')}"
 )
 BACKENDS = ["eager", pytest.param("inductor", marks=needs_compiler)]
-BRANCHES = ("attn", "mlp")
+BRANCHES = {
+    "DiTTransformer2DModel": ("attn", "mlp"),
+    "PixArtTransformer2DModel": ("attn", "cross_attn", "mlp"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +45,40 @@ def make_dit(
     return model.eval()
 
 
+def make_pixart(
+    layers: int = 3, heads: int = 2, head_dim: int = 12, seed: int = 0, **config: object
+) -> torch.nn.Module:
+    """A small PixArt in eval mode whose every parameter is random; `caption_channels` None: text as wide as itself."""
+    torch.manual_seed(seed)
+    width = heads * head_dim
+    defaults = {"in_channels": 2, "out_channels": 4, "sample_size": 8, "caption_channels": 10}
+    defaults |= {"cross_attention_dim": width, "use_additional_conditions": False}
+    model = PixArtTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **{**defaults, **config}
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
 @pytest.fixture
 def dit() -> DiTTransformer2DModel:
     return make_dit()
 
 
 def random_schedule(
-    seed: int, steps: int = 6, layers: int = 3, order: int = 1, reuse: float = 0.5, learned: bool = False
+    seed: int,
+    steps: int = 6,
+    layers: int = 3,
+    order: int = 1,
+    reuse: float = 0.5,
+    learned: bool = False,
+    model: str = "DiTTransformer2DModel",
 ) -> Schedule:
     rng = np.random.default_rng(seed)
-    compute = rng.random((steps, layers, 2)) >= reuse
+    compute = rng.random((steps, layers, len(BRANCHES[model]))) >= reuse
     compute[0] = True
-    schedule = Schedule(compute, model="DiTTransformer2DModel", branches=BRANCHES, order=order)
+    schedule = Schedule(compute, model=model, branches=BRANCHES[model], order=order)
     if learned:
         schedule = schedule.replace(weights=schedule.weights * rng.normal(1.0, 0.5, schedule.weights.shape))
     return schedule

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from harmonica_rt import Schedule
-from harmonica_rt.forecast import basis, carried, forecast, history
+from harmonica_rt.forecast import basis, carried, forecast, history, log_snr
 
-from .conftest import random_schedule
+from .conftest import make_dit, random_schedule
 
 SEEDS, ORDERS, STEPS = st.integers(0, 2**32 - 1), st.integers(0, 2), st.integers(1, 9)
 
@@ -158,3 +161,60 @@ def test_a_forecast_with_outputs_stays_one(order: int) -> None:
 def test_with_compute_refuses(compute: np.ndarray, match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         with_outputs().with_compute(compute)
+
+
+# ---- over what it extrapolates
+
+
+def uneven(steps: int = 6) -> tuple[DPMSolverMultistepScheduler, Schedule]:
+    scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    known = {"timesteps": scheduler.timesteps, "log_snr": log_snr(scheduler)}
+    return scheduler, Schedule.uniform(make_dit(), steps, every=3, **known)
+
+
+@given(SEEDS, ORDERS, STEPS)
+def test_a_forecast_is_exact_for_polynomials_of_its_positions(seed: int, order: int, steps: int) -> None:
+    compute, _ = plans(seed, steps)
+    rng = np.random.default_rng(seed)
+    positions, coefficients = np.cumsum(rng.uniform(0.5, 2, steps)), rng.normal(size=order + 1)
+    nodes = history(compute, order)
+    weights, enough = forecast(compute, order, positions), (nodes >= 0).all(-1) & ~compute
+    values = np.polyval(coefficients, positions)
+    got = (weights * np.where(nodes >= 0, values[nodes], 0)).sum(-1)
+    wanted = np.broadcast_to(values[:, None, None], got.shape)
+    np.testing.assert_allclose(got[enough], wanted[enough], rtol=1e-6, atol=1e-6)
+    assert np.array_equal(forecast(compute, order, np.arange(steps) * 1.0), forecast(compute, order))
+
+
+def test_a_schedule_says_over_what_its_forecast_goes(tmp_path: Path) -> None:
+    scheduler, schedule = uneven()
+    t, snr = scheduler.timesteps.double().numpy(), np.array(schedule.log_snr)
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps].double().numpy()
+    np.testing.assert_allclose(snr, np.log(alphas / (1 - alphas)), rtol=1e-5)
+    for name, where in (("index", np.arange(6.0)), ("timestep", t), ("logsnr", snr)):
+        other = schedule.replace(forecast=name)
+        assert not other.learned and not other.replace(note="x").learned
+        slope = (where[4] - where[3]) / (where[3] - where[0])
+        np.testing.assert_allclose(other.weights[4, 0, 0], [1 + slope, -slope], rtol=1e-9)
+        other.save(tmp_path / "s.json")
+        assert Schedule.load(tmp_path / "s.json") == other
+        late = other.starting_at(2)
+        assert (late.forecast, late.log_snr) == (name, other.log_snr[2:])
+        moved = other.with_compute(np.roll(other.compute, 1, axis=0) | other.compute)
+        assert moved.forecast == name and not moved.learned
+    assert len({schedule.replace(forecast=name) for name in ("index", "timestep", "logsnr")}) == 3
+
+
+def test_forecasts_that_cannot_be_are_named() -> None:
+    _, schedule = uneven()
+    with pytest.raises(ValueError, match=r"forecast: expected one of \('index', 'timestep', 'logsnr'\), got 'time'"):
+        schedule.replace(forecast="time")
+    with pytest.raises(ValueError, match="forecast 'logsnr': expected log_snr, got none"):
+        schedule.replace(forecast="logsnr", log_snr=None)
+    with pytest.raises(ValueError, match="forecast 'timestep': expected distinct timesteps, got 3 twice"):
+        schedule.replace(forecast="timestep", timesteps=[9, 7, 5, 3, 3, 1])
+    with pytest.raises(ValueError, match=r"log_snr: expected 6 \(one a step\), got 2"):
+        schedule.replace(log_snr=[1, 2])
+    with pytest.raises(ValueError, match="expected a scheduler with alphas_cumprod, got FlowMatchEulerDiscrete"):
+        log_snr(FlowMatchEulerDiscreteScheduler())

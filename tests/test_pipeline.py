@@ -20,7 +20,7 @@ from diffusers import (
 
 import harmonica_rt as hrt
 from bench.module_reuse import ModuleReuse
-from bench.reference import PixelDiTPipeline
+from bench.pipelines import PixelDiTPipeline
 
 from .conftest import make_dit, random_schedule, relative_error
 

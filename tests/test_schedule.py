@@ -20,7 +20,7 @@ import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.models import adapt
 
-from .conftest import BRANCHES, make_dit, random_schedule
+from .conftest import make_dit, random_schedule
 
 COMPUTE = np.array([[[1, 1], [1, 1]], [[1, 0], [0, 0]], [[0, 0], [0, 1]]], dtype=bool)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -49,7 +49,7 @@ def test_full_computes_everything(dit: torch.nn.Module) -> None:
     assert schedule.compute.shape == (5, 3, 2)
     assert schedule.compute.all()
     assert not schedule.weights.any()
-    assert (schedule.model, schedule.branches, schedule.order) == ("DiTTransformer2DModel", BRANCHES, 1)
+    assert (schedule.model, schedule.branches, schedule.order) == ("DiTTransformer2DModel", ("attn", "mlp"), 1)
     assert (schedule.cur, schedule.note) == (0.0, "full")
 
 
@@ -152,13 +152,14 @@ CHANGES = {
     "branches": ("a", "c"),
     "sampler": "DDIMScheduler",
     "timesteps": (3.0, 2.0, 1.0),
+    "log_snr": (3.0, 2.0, 1.0),
     "guidance_scale": 1.5,
     "note": "by hand",
 }
 
 
 def test_equal_in_every_field_or_not_at_all() -> None:
-    assert set(CHANGES) == set(Schedule.__slots__) - {"output", "output_weights"}
+    assert set(CHANGES) == set(Schedule.__slots__) - {"output", "output_weights", "forecast"}
     schedules = [tiny(), *(tiny().replace(**{name: value}) for name, value in CHANGES.items())]
     again = [tiny(), *(tiny(**{name: value}) for name, value in CHANGES.items())]
     for i, schedule in enumerate(schedules):

@@ -23,9 +23,9 @@ class Costs:
     fixed: float
 
 
-def macs(adapter: Adapter) -> Costs:
-    """MACs of a step; a reused entry has none."""
-    counted = adapter.macs(None, None, 1)
+def macs(adapter: Adapter, context: int | None = None) -> Costs:
+    """MACs of a step; a reused entry has none. `context` as in `Adapter.macs`."""
+    counted = adapter.macs(None, None, 1, context)
     return Costs(np.tile(np.array(counted.branches, dtype=np.float64), adapter.layers), float(counted.fixed))
 
 

@@ -75,12 +75,19 @@ LEARNERS = {  # which options go with which objective
 def learn(
     model: Model,
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
-    sampler: Annotated[str, typer.Option(help="ddim or dpmsolver++.")] = "ddim",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, ddpm, iddpm, dpmsolver++, sa-solver, unipc, euler or flow-euler.")
+    ] = "ddim",
     steps: Annotated[int, typer.Option(min=2, help="Denoiser calls a run, T.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; off unless above 1.")] = 1.5,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; off unless above 1. Unless given, the model's own.")
+    ] = None,
     target_speedup: Annotated[float | None, typer.Option(help="Theoretical speed-up to reach.")] = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilisation ratio to reach, 0 to 1.")] = None,
     classes: Annotated[str | None, typer.Option(help="Class labels to learn on, e.g. 0,1,2; all unless given.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Text: safetensors, states (n, tokens, width), mask (n, tokens); last empty.")
+    ] = None,
     budget: Annotated[
         Spent | None, typer.Option(help="What a target speed-up counts: MACs, or time measured here.")
     ] = None,
@@ -178,6 +185,7 @@ def learn(
             settings={k: v for k, v in (given | common).items() if v is not None and k not in apart},
             target_speedup=target_speedup,
             target_cur=target_cur,
+            features=features,
             classes=None if classes is None else _numbers("classes", classes),
             init=init,
             order=order,

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 import harmonica_rt
+from harmonica_rt.models import Adapter, adapt
+
+from .task import Conditions, class_labels, prompts
 
 SAMPLERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "iddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "learned_range"}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "sa-solver": ("SASolverScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # what DiT was trained with
+GUIDANCE = {"labels": 1.5, "text": 4.5}  # unless told
 
 
 def references() -> dict[str, Any]:
@@ -31,6 +45,57 @@ def references() -> dict[str, Any]:
     return REFERENCES
 
 
+def guidance(name: str, adapter: Adapter) -> float:
+    """The scale a model is sampled with unless told: a reference model's own."""
+    if name in references():
+        return references()[name].guidance
+    return GUIDANCE["text" if adapter.contexts else "labels"]
+
+
+def conditions(
+    name: str, model: nn.Module, features: Path | None = None, classes: Sequence[int] | None = None
+) -> Conditions:
+    """What images are to be: class labels, all or `classes`; or prompts, of a reference model or of `features`.
+
+    Args:
+        features: a safetensors file: states [n + 1, tokens, features] and mask [n + 1, tokens]; last, the empty prompt.
+    """
+    if not adapt(model).contexts:
+        if features is not None:
+            raise ValueError(f"features: expected none for {type(model).__name__}, which takes labels; got {features}")
+        return class_labels(model, classes)
+    if classes is not None:
+        raise ValueError(f"classes: expected none for {type(model).__name__}, which reads text; got {list(classes)}")
+    if features is not None:
+        try:
+            stored = load_file(features)
+        except SafetensorError as error:
+            raise ValueError(f"{features}: not a safetensors file: {error}") from None
+        if set(stored) != {"states", "mask"}:
+            raise ValueError(f"{features}: expected tensors named states and mask, got {sorted(stored)}")
+        return prompts(model, stored["states"], stored["mask"])
+    if name not in references():
+        raise ValueError(
+            f"features: {name} reads text: expected --features FILE with the states and masks of prompts, got none"
+        )
+    from bench.reference import prompt_features
+
+    known = prompt_features(name)
+    return prompts(model, known.states, known.mask)
+
+
+def scheduler(sampler: str, config: Mapping[str, Any]) -> Any:
+    """The scheduler of a name in `SAMPLERS`, with the noise schedule of `config`."""
+    import diffusers
+
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    kind, options = SAMPLERS[sampler]
+    kind = getattr(diffusers, kind)
+    own = inspect.signature(kind.__init__).parameters  # what other samplers' configs say beside is not for this one
+    return kind.from_config({k: v for k, v in config.items() if k in own}, **options)
+
+
 def load(
     name: str, sampler: str, dtype: torch.dtype = torch.float32, variant: str | None = None
 ) -> tuple[nn.Module, Any]:
@@ -43,16 +108,13 @@ def load(
     """
     import diffusers
 
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    kind, options = SAMPLERS[sampler]
-    kind = getattr(diffusers, kind)
+    scheduler(sampler, LINEAR)  # refuses unknown names before anything is read
     if name in references():
         from bench.reference import load_pipeline
 
         pipeline = load_pipeline(name)
-        model, scheduler = pipeline.transformer, kind.from_config(pipeline.scheduler.config, **options)
-        return (model if dtype == model.dtype else model.to(dtype)), scheduler
+        model = pipeline.transformer
+        return (model if dtype == model.dtype else model.to(dtype)), scheduler(sampler, pipeline.scheduler.config)
     folder = Path(name)
     if not name or (not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/")))):
         known = ", ".join(references()) or "none here"
@@ -62,7 +124,7 @@ def load(
     model = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, variant=variant, **part)
     config = LINEAR
     if pipeline:
-        config = kind.load_config(name, subfolder="scheduler")
+        config = diffusers.SchedulerMixin.load_config(name, subfolder="scheduler")
     elif (folder / "scheduler_config.json").is_file():
         config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
-    return model.eval(), kind.from_config(config, **options)
+    return model.eval(), scheduler(sampler, config)

@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from harmonica_rt.models import adapt
 from harmonica_rt.schedule import Schedule
 
 from . import learn, models
-from .budget import TOLERANCE, Budget
+from .budget import TOLERANCE, Budget, macs
 from .router import write_published
 from .stopping import stopping
-from .task import Task, class_labels
+from .task import Task
 from .timing import seconds
 from .trainer import Progress, Settings, Trainer
 from .weights import WeightSettings, check_schedule
@@ -36,7 +37,9 @@ class Request:
 
     Attributes:
         objective: "end", or how a router is learned: "sdt" or "l2c".
+        guidance: None for the model's own.
         classes: labels to learn on; all where None.
+        features: file of the prompts' features to learn on, for a model that reads text.
         budget: what a target speed-up counts, "macs" or "time", measured on this machine.
         settings: the fields of `WeightSettings` (end) or `Settings` (router) that were given.
         target_speedup, target_cur, init, order: None where not given.
@@ -45,14 +48,15 @@ class Request:
     model: str
     sampler: str
     steps: int
-    guidance: float
     out: Path
+    guidance: float | None = None
     objective: str = "end"
     paper: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     target_speedup: float | None = None
     target_cur: float | None = None
     classes: tuple[int, ...] | None = None
+    features: Path | None = None
     budget: str = "macs"
     init: str | None = None
     order: int | None = None
@@ -95,8 +99,9 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
     model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
     model.to(accelerator.device)
     within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
-    conditions = None if request.classes is None else class_labels(model, request.classes)
-    task = Task(model, scheduler, request.steps, request.guidance, conditions, within_steps)
+    conditions = models.conditions(request.model, model, request.features, request.classes)
+    guidance = models.guidance(request.model, adapt(model)) if request.guidance is None else request.guidance
+    task = Task(model, scheduler, request.steps, guidance, conditions, within_steps)
     kind = _end if isinstance(settings, WeightSettings) else _router
     schedule = kind(request, task, settings, accelerator)
     accelerator.end_training()
@@ -210,7 +215,7 @@ def _end_starts(request: Request, task: Task) -> list[Schedule]:
         )
     order = ORDER if request.order is None else request.order
     fields, budget = task.fields(), None
-    costs = seconds(task) if request.budget == "time" else None
+    costs = seconds(task) if request.budget == "time" else macs(task.adapter, task.context)
     if request.target_speedup is not None or request.target_cur is not None:
         budget = Budget(task.adapter, task.steps, request.target_speedup, request.target_cur, costs=costs)
     if request.init is None:

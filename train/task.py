@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmonica_rt.loop import guide
+from harmonica_rt.loop import guide, learns_variance
 
 from .denoiser import Denoiser, StandIn
 
-# (count, generator) -> conditional and unconditional tensors of modulation, [count, ...] each
+# (count, generator) -> conditional and unconditional tensors, [count, ...] each, as `Inputs.conditioning` has them
 Conditions = Callable[[int, torch.Generator], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 
@@ -24,19 +25,21 @@ class Batch:
     """Where runs start: noise [count, channels, height, width] and what the images are to be.
 
     Attributes:
-        conditional, unconditional: what modulation depends on; tensors whose first dimension is `count`.
+        conditional, unconditional: `Inputs.conditioning`; tensors whose first dimension is `count`.
+        seeds: of the noise that a stochastic sampler adds, the same for every run from this start.
     """
 
     noise: Tensor
     conditional: tuple[Tensor, ...]
     unconditional: tuple[Tensor, ...]
+    seeds: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.noise)
 
     def part(self, start: int, end: int) -> Batch:
         cut = [tuple(t[start:end] for t in group) for group in (self.conditional, self.unconditional)]
-        return Batch(self.noise[start:end], *cut)
+        return Batch(self.noise[start:end], *cut, self.seeds[start:end])
 
 
 class Task:
@@ -47,8 +50,11 @@ class Task:
         scheduler: a diffusers scheduler; copied for each run, never changed.
         steps: T, calls of the denoiser a run.
         guidance_scale: classifier-free guidance; off unless above 1.
-        conditions: draws conditions; random class labels unless given.
+        conditions: draws what images are to be; random class labels unless given, which a model of text has not.
         checkpointing: as in `Denoiser`.
+
+    Attributes:
+        context: tokens of a prompt; None for a model that reads none.
     """
 
     def __init__(
@@ -74,7 +80,16 @@ class Task:
                 f"{type(scheduler).__name__}: expected {steps} timesteps, one a call, "
                 f"got {len(self.scheduler.timesteps)}"
             )
+        if conditions is None and self.adapter.contexts:
+            raise ValueError(f"conditions: expected some for {self.adapter.model_class}, which reads text; got none")
         self.conditions = conditions or class_labels(model)
+        self.context = self.adapter.context_tokens(self.conditions(1, torch.Generator())[0]) or None
+        self.learned_variance = learns_variance(self.scheduler)
+        if self.learned_variance and self.adapter.out_channels != 2 * self.adapter.in_channels:
+            raise ValueError(
+                f"{type(scheduler).__name__} with {self.scheduler.config.variance_type}: expected a model with "
+                f"{2 * self.adapter.in_channels} output channels, got {self.adapter.out_channels}"
+            )
 
     def with_sampler(self, scheduler: Any, steps: int) -> Task:
         """The same model, guidance and conditions with another sampler."""
@@ -95,7 +110,14 @@ class Task:
         noise = torch.randn(count, config.in_channels, size, size, generator=generator, dtype=torch.float32)
         groups = self.conditions(count, generator)
         on = [tuple(t.to(self.device) for t in group) for group in groups]
-        return Batch(noise.to(self.device, self.model.dtype), *on)
+        seeds = torch.randint(2**62, (count,), generator=generator).tolist()
+        return Batch(noise.to(self.device, self.model.dtype), *on, tuple(seeds))
+
+    def conditioning(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Of all samples of a call: with guidance conditional ones first."""
+        if not self.guided:
+            return batch.conditional
+        return tuple(map(torch.cat, zip(batch.conditional, batch.unconditional)))
 
     def fields(self) -> dict[str, Any]:
         """What a `Schedule` for this task says of it."""
@@ -123,6 +145,36 @@ def class_labels(model: nn.Module, only: Sequence[int] | None = None) -> Conditi
     return draw
 
 
+def prompts(model: nn.Module, states: Tensor, mask: Tensor) -> Conditions:
+    """Uniform draws of prompts, all but the last; the last is the empty one, of unconditional samples.
+
+    Args:
+        model: that reads text; one that takes resolution and aspect ratio is told those of its own size.
+        states: [n + 1, tokens, features], text features.
+        mask: [n + 1, tokens], 1 for tokens that count.
+    """
+    config = model.config
+    width = config.caption_channels or config.cross_attention_dim
+    if states.ndim != 3 or len(states) < 2 or states.shape[2] != width or mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"features: expected states [2 or more, tokens, {width}] and mask [2 or more, tokens], got "
+            f"{list(states.shape)} and {list(mask.shape)}"
+        )
+    states, side = states.to(model.dtype), 8.0 * config.sample_size  # pixels of a latent's side
+
+    def group(at: Tensor) -> tuple[Tensor, ...]:
+        sizes = ()
+        if model.use_additional_conditions:
+            sizes = (torch.full((len(at), 2), side).to(states), torch.ones(len(at), 1).to(states))
+        return (*sizes, states[at], mask[at])
+
+    def draw(count: int, generator: torch.Generator) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        chosen = torch.randint(0, len(states) - 1, (count,), generator=generator)
+        return group(chosen), group(torch.full_like(chosen, len(states) - 1))
+
+    return draw
+
+
 class Trajectory:
     """One run of the sampler for a batch: `denoise`, then `advance`, for each step.
 
@@ -134,17 +186,20 @@ class Trajectory:
     def __init__(self, task: Task, batch: Batch, first: int = 0) -> None:
         self.task, self.step = task, first
         self.scheduler = copy.deepcopy(task.scheduler)
-        conditioning = tuple(map(torch.cat, zip(batch.conditional, batch.unconditional)))
+        conditioning = task.conditioning(batch)
         timesteps = self.scheduler.timesteps.to(task.device)
-        self.rows = task.denoiser.modulation(
-            timesteps, conditioning if task.guided else batch.conditional, batch.noise.dtype
-        )
-        self.x = batch.noise * self.scheduler.init_noise_sigma
+        self.rows = task.denoiser.modulation(timesteps, conditioning, batch.noise.dtype)
+        self.context = task.denoiser.encode(conditioning, batch.noise.dtype)
+        self.x = batch.noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's has none
+        self.drawing = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters and batch.seeds:
+            self.drawing["generator"] = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
 
     def fork(self) -> Trajectory:
         """The same run from here on, on its own."""
         other = copy.copy(self)
         other.scheduler = copy.deepcopy(self.scheduler)
+        other.drawing = {name: [g.clone_state() for g in states] for name, states in self.drawing.items()}
         return other
 
     @property
@@ -157,15 +212,18 @@ class Trajectory:
 
     def model_input(self) -> Tensor:
         """x as the sampler scales it for the model."""
+        if not hasattr(self.scheduler, "scale_model_input"):  # flow matching's does not
+            return self.x
         return self.scheduler.scale_model_input(self.x, self.scheduler.timesteps[self.step])
 
     def output(self, step: int, x: Tensor, stand_in: StandIn) -> Tensor:
         """`denoise` of a step as a function of its arguments alone, so that it can be run again."""
         sample = torch.cat([x, x]) if self.task.guided else x
-        return guide(self.task.denoiser(sample, self.rows[step], stand_in), self.task.guidance_scale, x.shape[1])
+        output = self.task.denoiser(sample, self.rows[step], stand_in, self.context)
+        return guide(output, self.task.guidance_scale, x.shape[1], self.task.learned_variance)
 
     def advance(self, output: Tensor) -> None:
         """The sampler's update with the guided output."""
         t = self.scheduler.timesteps[self.step]
-        self.x = self.scheduler.step(output, t, self.x, return_dict=False)[0]
+        self.x = self.scheduler.step(output, t, self.x, return_dict=False, **self.drawing)[0]
         self.step += 1

@@ -39,15 +39,14 @@ def seconds(task: Task, batch: int = 4, backend: str = "auto", rounds: int = ROU
     model = harmonica_rt.compile(task.model, schedule, backend=backend)
     start = task.draw(batch, 0)
     sample = torch.cat([start.noise, start.noise]) if task.guided else start.noise
-    groups = (start.conditional, start.unconditional) if task.guided else (start.conditional,)
-    labels = torch.cat([group[0] for group in groups])
+    arguments = adapter.arguments(task.conditioning(start))
     taken: list[list[float]] = [[] for _ in rows]
     for _ in range(rounds + 1):  # the first compiles
         model.reset()
         for step, t in enumerate(timesteps):
             _wait(sample)
             began = time.perf_counter()
-            model(sample, timestep=t.expand(len(sample)), class_labels=labels)
+            model(sample, timestep=t.expand(len(sample)), **arguments)
             _wait(sample)
             taken[step].append(time.perf_counter() - began)
     everything, *without, nothing = (statistics.median(row[1:]) for row in taken[2:])

@@ -161,10 +161,17 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(rows, lr=settings.lr, weight_decay=0.0)
         self.budget = None
         if settings.target_speedup is not None or settings.target_cur is not None:
-            self.budget = Budget(adapter, task.steps, settings.target_speedup, settings.target_cur, pinned)
+            self.budget = Budget(
+                adapter,
+                task.steps,
+                settings.target_speedup,
+                settings.target_cur,
+                pinned,
+                costs=macs(adapter, task.context),
+            )
         self.beta = Beta(settings.beta, self.budget)
         self.lambdas = Lambda(task.steps, settings.smoothing, settings.bound, settings.normalise)
-        counted = macs(adapter).entries
+        counted = macs(adapter, task.context).entries
         costs = counted / counted.mean() if settings.cost_aware else np.ones_like(counted)
         self.costs = torch.tensor(costs, dtype=torch.float32, device=task.device)
         self.iteration, self.seconds = 0, 0.0

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,12 @@ from .task import Batch, Task, Trajectory
 from .trainer import TRAIN_SEED, LossNotFinite
 
 TARGETS = ("full", "converged")
-DETERMINISTIC = ("DDIMScheduler", "DPMSolverMultistepScheduler")
+DETERMINISTIC = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+)
 CONVERGED_STEPS = 100  # of DPM-Solver++
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
 WARM_UP = 3  # iterations
@@ -276,19 +282,23 @@ def full_run(task: Task, batch: Batch) -> Tensor:
 
 
 def converged(task: Task, steps: int = CONVERGED_STEPS) -> Task:
-    """The same model and guidance with a sampler that has as good as converged: DPM-Solver++ with many steps.
+    """The same model and guidance with a sampler that has as good as converged: DPM-Solver++ with many steps."""
+    return task.with_sampler(converged_scheduler(task.scheduler), steps)
+
+
+def converged_scheduler(scheduler: Any) -> Any:
+    """The sampler that shares the solution of `scheduler`, and has as good as converged in `CONVERGED_STEPS`.
 
     Raises:
-        ValueError: the task's sampler draws noise, so that no other sampler shares its solution.
+        ValueError: `scheduler` draws noise, so that no other sampler shares its solution.
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    name, config = type(task.scheduler).__name__, task.scheduler.config
+    name, config = type(scheduler).__name__, scheduler.config
     if name not in DETERMINISTIC or str(config.get("algorithm_type", "")).startswith("sde"):
         raise ValueError(f"target converged: expected a deterministic sampler of {DETERMINISTIC}, got {name}")
     kept = {k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")}
-    scheduler = DPMSolverMultistepScheduler(**kept, prediction_type=config["prediction_type"])
-    return task.with_sampler(scheduler, steps)
+    return DPMSolverMultistepScheduler(**kept, prediction_type=config["prediction_type"])
 
 
 def check_schedule(task: Task, schedule: Schedule) -> None:

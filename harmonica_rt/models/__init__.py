@@ -9,7 +9,10 @@ from torch import nn
 
 from .base import Adapter, UnsupportedModelError
 
-ADAPTERS = {"DiTTransformer2DModel": ("dit", "DiTAdapter")}
+ADAPTERS = {
+    "DiTTransformer2DModel": ("dit", "DiTAdapter"),
+    "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
+}
 
 __all__ = ["ADAPTERS", "Adapter", "UnsupportedModelError", "adapt"]
 
@@ -34,13 +37,22 @@ def adapt(model: nn.Module) -> Adapter:
     )
 
 
+def _offloads(model: nn.Module) -> bool:
+    """Whether a pipeline's `enable_model_cpu_offload` replaced the forward: a compiled model runs that hook too."""
+    hook = type(vars(model).get("_hf_hook"))
+    return (hook.__module__, hook.__name__) == ("accelerate.hooks", "CpuOffload")
+
+
 def _check_unhooked(model: nn.Module) -> None:
     """A hook or a replaced forward would silently not run: refuse it by name."""
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         raise UnsupportedModelError("expected no forward hooks, got one on all modules (register_module_forward_hook)")
     for name, module in model.named_modules():
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        own = vars(module).get("forward")  # accelerate leaves the class's own there when it takes a hook away
+        replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+        replaced = replaced and not (module is model and _offloads(module))
+        if replaced or module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedModelError(
                 f"{name or type(model).__name__}: expected no forward hooks, got some (a cache, offloading or casting "
                 "hook?); remove them before compiling"

@@ -39,7 +39,15 @@ class SelfAttention:
     heads: int
 
 
-Stage = Linear | Gelu | SelfAttention
+@dataclass(frozen=True, slots=True)
+class CrossAttention:
+    """h [B, N, D] holds queries; keys and values are the run's own, set number `context`. The result is [B, N, D]."""
+
+    heads: int
+    context: int
+
+
+Stage = Linear | Gelu | SelfAttention | CrossAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +63,12 @@ class Norm:
 class Branch:
     """A residual function before its gate: `stages` on y, the last one a Linear. x += gate * stages(y).
 
-    `gate` is the number of a modulation row.
+    `gate` is the number of a modulation row. Without a norm, y is x; without a gate, the gate is 1.
     """
 
     stages: tuple[Stage, ...]
-    norm: Norm
-    gate: int
+    norm: Norm | None
+    gate: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class Inputs:
     Attributes:
         sample: [batch, channels, height, width].
         timestep: [batch], the same for all.
-        conditioning: what else modulation depends on; tensors whose first dimension is the batch.
+        conditioning: what else the output depends on; tensors whose first dimension is the batch.
         return_dict: as in diffusers.
     """
 
@@ -100,6 +108,7 @@ class Adapter(ABC):
         in_channels: channels of a sample.
         out_channels: channels of the output, learned variances included.
         rows: modulation rows of a step: the shifts, scales and gates of all branches and of the head's norm.
+        contexts: sets of keys and values that cross-attention reads.
     """
 
     model_class: ClassVar[str]
@@ -111,6 +120,7 @@ class Adapter(ABC):
     in_channels: int
     out_channels: int
     rows: int
+    contexts: int = 0
 
     @abstractmethod
     def bind(self) -> tuple[list[Branch], Norm]:
@@ -130,9 +140,26 @@ class Adapter(ABC):
             out: [n, batch, rows, width].
         """
 
+    def context_tokens(self, conditioning: tuple[Tensor, ...]) -> int:
+        """Tokens that cross-attention reads, 0 without it."""
+        return 0
+
+    def encode(self, conditioning: tuple[Tensor, ...], context: Tensor, bias: Tensor) -> None:  # noqa: B027
+        """Fill what cross-attention reads, the same at all steps of a run. Nothing to do without cross-attention.
+
+        Args:
+            conditioning: as in `Inputs`.
+            context: [contexts, 2, batch, context tokens, width], keys and values.
+            bias: [batch, 1, 1, context tokens], added to the attention's scores.
+        """
+
     @abstractmethod
     def inputs(self, arguments: dict[str, Any]) -> Inputs:
         """Read and check a forward call's arguments. Raises TypeError or ValueError on what cannot be expressed."""
+
+    @abstractmethod
+    def arguments(self, conditioning: tuple[Tensor, ...]) -> dict[str, Any]:
+        """The forward's arguments besides sample and timestep: what `inputs` reads `conditioning` from."""
 
     @abstractmethod
     def tokens(self, height: int, width: int) -> int:
@@ -151,8 +178,13 @@ class Adapter(ABC):
         """What the model returns with `return_dict=True`."""
 
     @abstractmethod
-    def macs(self, height: int | None, width: int | None, batch: int) -> Macs:
-        """Counted as the model's own forward does them; size is config.sample_size unless given."""
+    def macs(self, height: int | None, width: int | None, batch: int, context: int | None = None) -> Macs:
+        """Counted as the model's own forward does them.
+
+        Args:
+            height, width: of the sample; config.sample_size unless given.
+            context: tokens that cross-attention reads; as many as the model's pipeline takes unless given.
+        """
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Raise ValueError unless `schedule` is for such a model."""

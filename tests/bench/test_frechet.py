@@ -116,7 +116,7 @@ def test_the_statistics_of_the_real_images() -> None:
     assert (real.count, real.mean.shape, real.covariance.shape) == (70_000, (WIDTH,), (WIDTH, WIDTH))
     assert torch.equal(real.covariance, real.covariance.T)
     start = noise(pipeline, COUNT)
-    images = run_quality.Sampling(pipeline)(start, 4)
+    images = run_quality.Sampling(pipeline, 1.5)(start, 4)
     near, far = (features(x, classifier) for x in (images, start))
     assert frechet_distance(near, real) < 0.5 * frechet_distance(far, real)
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
 from harmonica_rt.train import denoiser as denoiser_module
 from harmonica_rt.train.denoiser import compute
 from harmonica_rt.train.router import Router
-from harmonica_rt.train.task import Batch, Task
+from harmonica_rt.train.task import Batch, Task, prompts
 
-from ..conftest import make_dit
+from ..conftest import make_dit, make_pixart
 
 STEPS, LAYERS, ENTRIES = 6, 3, 6
 
@@ -32,12 +33,22 @@ def make_task(steps: int = STEPS, guidance: float = 1.5, double: bool = False, *
     return Task(model.double() if double else model, ddim(), steps, guidance, checkpointing=checkpointing)
 
 
-def make_router(logits: object = None, steps: int = STEPS, seed: int = 3, spread: float = 2.0) -> Router:
+def make_text_task(steps: int = STEPS, guidance: float = 4.5, double: bool = False, **config: object) -> Task:
+    model = make_pixart(**config)
+    model = model.double() if double else model
+    features = torch.randn(6, 4, 10, generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(4) <= torch.arange(6)[:, None]).long()
+    return Task(model, ddim(), steps, guidance, prompts(model, features, mask))
+
+
+def make_router(
+    logits: object = None, steps: int = STEPS, seed: int = 3, spread: float = 2.0, branches: int = 2
+) -> Router:
     """Logits as given, or N(0, spread): some below the threshold of 0.1, some above."""
-    router = Router(steps, LAYERS, 2, seed)
+    router = Router(steps, LAYERS, branches, seed)
     if logits is None:
-        logits = spread * torch.randn(steps, ENTRIES, generator=torch.Generator().manual_seed(seed))
-    logits = torch.as_tensor(logits, dtype=torch.float32).reshape(steps, LAYERS, 2).clone()
+        logits = spread * torch.randn(steps, LAYERS * branches, generator=torch.Generator().manual_seed(seed))
+    logits = torch.as_tensor(logits, dtype=torch.float32).reshape(steps, LAYERS, branches).clone()
     logits[0] = 5.0
     router.load(logits)
     return router
@@ -130,3 +141,19 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def bools(*rows: str) -> np.ndarray:
     return np.array([[c == "1" for c in row] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_dit().save_pretrained(folder)
+    ddim().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unet")
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
+    UNet2DModel(sample_size=8, norm_num_groups=1, layers_per_block=1, **blocks).save_pretrained(folder)
+    return folder

@@ -1,0 +1,200 @@
+"""Pipelines around a transformer alone: class labels or prompts in, pixels (or latents) out, no VAE.
+
+Calls are those of diffusers' `DiTPipeline` and `PixArtAlphaPipeline`, as far as they go without a VAE.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, PixArtTransformer2DModel, SchedulerMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from .prompts import PromptFeatures
+
+EMOJI = Path(__file__).parent / "models" / "pixart-emoji"
+OnStepEnd = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class PixelPipeline(DiffusionPipeline):
+    """The sampling loop, whatever images are conditioned on."""
+
+    model_cpu_offload_seq = "transformer"
+    context: int | None = None  # tokens of a prompt, where there is one
+    _interrupt = False
+
+    def around(self, denoiser: nn.Module) -> PixelPipeline:
+        """A quiet pipeline of its own around `denoiser`, with a scheduler of its own."""
+        scheduler = self.scheduler.from_config(self.scheduler.config)
+        own = type(self)(self.transformer, scheduler, **self._parts())
+        own.set_progress_bar_config(disable=True)
+        object.__setattr__(own, "transformer", denoiser)
+        return own
+
+    def _parts(self) -> dict[str, Any]:
+        """What the constructor takes besides transformer and scheduler."""
+        return {}
+
+    def _sample(
+        self,
+        arguments: dict[str, Any],
+        images: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        num_inference_steps: int,
+        output_type: str,
+        return_dict: bool,
+        latents: Tensor | None,
+        callback_on_step_end: OnStepEnd | None,
+    ) -> ImagePipelineOutput | tuple:
+        """`arguments`: the transformer's, for all samples; with guidance conditional ones first."""
+        config, device = self.transformer.config, self._execution_device
+        shape = (images, config.in_channels, config.sample_size, config.sample_size)
+        x = randn_tensor(shape, generator, device, self.transformer.dtype) if latents is None else latents
+        guided, self._interrupt = guidance_scale > 1, False
+        self.scheduler.set_timesteps(num_inference_steps)
+        draws = "generator" in inspect.signature(self.scheduler.step).parameters
+        drawing = {"generator": generator} if draws else {}
+        learned_variance = str(self.scheduler.config.get("variance_type", "")).startswith("learned")  # IDDPM
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self._interrupt:
+                continue
+            model_input = torch.cat([x, x]) if guided else x
+            if hasattr(self.scheduler, "scale_model_input"):  # flow matching's has none
+                model_input = self.scheduler.scale_model_input(model_input, t)
+            output = self.transformer(model_input, timestep=t.to(device).expand(len(model_input)), **arguments).sample
+            noise = output[:, : config.in_channels]
+            if guided:
+                conditional, unconditional = noise.chunk(2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
+            if learned_variance:
+                noise = torch.cat([noise, output[:images, config.in_channels :]], dim=1)
+            x = self.scheduler.step(noise, t, x, return_dict=False, **drawing)[0]
+            if callback_on_step_end is not None:
+                x = callback_on_step_end(self, i, t, {"latents": x}).pop("latents", x)
+        result: object = x
+        if output_type != "latent":
+            result = (x / 2 + 0.5).clamp(0, 1)
+            if output_type != "pt":
+                result = result.cpu().permute(0, 2, 3, 1).float().numpy()
+                if output_type == "pil":
+                    result = self.numpy_to_pil(result)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+
+class PixelDiTPipeline(PixelPipeline):
+    """Class-conditional sampling of a DiT."""
+
+    def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def examples(self, count: int) -> list[int]:
+        """Class labels for `count` images: every class in turn."""
+        return [i % self.transformer.config.num_embeds_ada_norm for i in range(count)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 1.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 20,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        latents: Tensor | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample one image a label.
+
+        Args:
+            class_labels: one an image, from 0; the model's null label is added for guidance.
+            guidance_scale: classifier-free guidance; off unless above 1.
+            output_type: ``"pil"``, ``"np"`` ([batch, height, width, channels] in [0, 1]) or ``"pt"``
+                ([batch, channels, height, width] in [0, 1]), or ``"latent"``: pixels as sampled, around [-1, 1].
+            latents: initial noise [batch, channels, height, width]; drawn from `generator` unless given.
+            callback_on_step_end: (pipeline, step, timestep, {"latents"}) -> {"latents"} after each step; it may set
+                ``pipeline._interrupt``.
+        """
+        labels = torch.tensor(class_labels, device=self._execution_device)
+        if guidance_scale > 1:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)])
+        rest = (generator, num_inference_steps, output_type, return_dict, latents, callback_on_step_end)
+        return self._sample({"class_labels": labels}, len(class_labels), guidance_scale, *rest)
+
+
+class PixelPixArtPipeline(PixelPipeline):
+    """Text-to-image sampling of a PixArt.
+
+    Args:
+        prompts: features of the prompts it knows; pixart-emoji's unless given.
+    """
+
+    def __init__(
+        self,
+        transformer: PixArtTransformer2DModel,
+        scheduler: SchedulerMixin,
+        prompts: PromptFeatures | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.prompts = PromptFeatures.load(EMOJI) if prompts is None else prompts
+
+    def _parts(self) -> dict[str, Any]:
+        return {"prompts": self.prompts}
+
+    @property
+    def context(self) -> int:
+        return self.prompts.states.shape[1]
+
+    def examples(self, count: int) -> list[str]:
+        """Prompts for `count` images, from all over the list."""
+        names = self.prompts.names
+        return [names[i * len(names) // count] if count <= len(names) else names[i % len(names)] for i in range(count)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        guidance_scale: float = 4.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 20,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        latents: Tensor | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample `num_images_per_prompt` images a prompt, those of a prompt one after another.
+
+        Other arguments are `PixelDiTPipeline`'s.
+
+        Raises:
+            ValueError: a prompt that is not stored, where the text encoder is not installed.
+        """
+        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
+        guided, model = guidance_scale > 1, self.transformer
+        states, mask = self.prompts([name for name in wanted for _ in range(num_images_per_prompt)])
+        images = len(states)
+        if guided:
+            empty, empty_mask = self.prompts([""] * images)
+            states, mask = torch.cat([states, empty]), torch.cat([mask, empty_mask])
+        arguments = {
+            "encoder_hidden_states": states.to(self._execution_device, model.dtype),
+            "encoder_attention_mask": mask.to(self._execution_device),
+        }
+        if model.use_additional_conditions:
+            side = 8.0 * model.config.sample_size  # pixels of a latent's side
+            sizes = {"resolution": [side, side], "aspect_ratio": [1.0]}
+            on = {"device": model.device, "dtype": model.dtype}
+            arguments["added_cond_kwargs"] = {k: torch.tensor([v] * len(states), **on) for k, v in sizes.items()}
+        rest = (generator, num_inference_steps, output_type, return_dict, latents, callback_on_step_end)
+        return self._sample(arguments, images, guidance_scale, *rest)
