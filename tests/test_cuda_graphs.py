@@ -13,7 +13,7 @@ import harmonica_rt as hrt
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
 
-from .conftest import Calls, assert_close, make_dit, random_schedule
+from .conftest import Calls, TextCalls, assert_close, make_dit, make_pixart, random_schedule
 from .emulator import Emulator
 
 
@@ -40,6 +40,18 @@ def test_replays_equal_eager(order: int, learned: bool) -> None:
         assert_close(calls.run(fast), calls.run(eager), 1e-5)
         for step in range(4):  # a run cut short
             Calls(6, seed=90 + seed).call(fast, step)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_replays_follow_the_text(order: int) -> None:
+    """Keys and values lie in static buffers that each run fills; branches without norm or gate are captured too."""
+    model, schedule = make_pixart(), random_schedule(order, order=order, model="PixArtTransformer2DModel")
+    eager = hrt.compile(model, schedule, backend="eager")
+    fast, recorders = compile_graphs(model, schedule)
+    for seed in range(3):
+        calls = TextCalls(model, 6, mask=("mask", "none", "bias")[seed], seed=seed)
+        assert_close(calls.run(fast), calls.run(eager), 1e-5)
+    assert len(recorders) == 1, "one plan serves all prompts of a length"
 
 
 def test_outputs_survive_the_next_replays() -> None:

@@ -16,48 +16,10 @@ import harmonica_rt as hrt
 from bench.module_reuse import ModuleReuse
 from harmonica_rt.models import adapt
 
-from ..conftest import BACKENDS, assert_close, make_pixart, needs_compiler, random_schedule, timesteps
+from ..conftest import BACKENDS, TextCalls, assert_close, make_pixart, needs_compiler, random_schedule
 
 MASKS = ("none", "mask", "bool mask", "bias")
 BRANCHES = ("attn", "cross_attn", "mlp")
-
-
-class TextCalls:
-    """The denoiser calls of one run of a PixArt."""
-
-    def __init__(self, model: torch.nn.Module, steps: int, batch: int = 2, mask: str = "mask", tokens: int = 5, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        config = model.config
-        features = config.caption_channels or config.cross_attention_dim
-        size = config.sample_size
-        self.samples = torch.randn(steps, batch, config.in_channels, size, size, generator=generator)
-        self.timesteps = timesteps(steps)
-        keep = torch.ones(batch, tokens, dtype=torch.long)
-        for i in range(batch):
-            keep[i, 1 + i % tokens :] = 0
-        masks = {
-            "none": None,
-            "mask": keep,
-            "bool mask": keep.bool().float(),
-            "bias": ((1 - keep.float()) * -10000.0)[:, None],
-        }
-        self.arguments = {
-            "encoder_hidden_states": torch.randn(batch, tokens, features, generator=generator),
-            "encoder_attention_mask": masks[mask],
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        }
-        if model.use_additional_conditions:
-            sizes = {"resolution": torch.full((batch, 2), 8.0), "aspect_ratio": torch.full((batch, 1), 1.0)}
-            self.arguments["added_cond_kwargs"] = sizes
-
-    def call(self, model: torch.nn.Module, step: int) -> torch.Tensor:
-        sample = self.samples[step]
-        timestep = torch.full((len(sample),), self.timesteps[step])
-        return model(sample, timestep=timestep, **self.arguments).sample
-
-    def run(self, model: torch.nn.Module) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [self.call(model, step) for step in range(len(self.samples))]
 
 
 def schedule_for(seed: int, steps: int, layers: int, order: int = 1, reuse: float = 0.5, learned: bool = False):
