@@ -146,6 +146,7 @@ class PixelPixArtPipeline(PixelPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.sized = transformer.use_additional_conditions  # it is told resolution and aspect ratio
         self.prompts = PromptFeatures.load(EMOJI) if prompts is None else prompts
 
     def _parts(self) -> dict[str, Any]:
@@ -191,7 +192,7 @@ class PixelPixArtPipeline(PixelPipeline):
             "encoder_hidden_states": states.to(self._execution_device, model.dtype),
             "encoder_attention_mask": mask.to(self._execution_device),
         }
-        if model.use_additional_conditions:
+        if self.sized:
             side = 8.0 * model.config.sample_size  # pixels of a latent's side
             sizes = {"resolution": [side, side], "aspect_ratio": [1.0]}
             on = {"device": model.device, "dtype": model.dtype}

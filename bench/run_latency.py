@@ -94,7 +94,9 @@ def measure(
 ) -> dict[str, Any]:
     """Run the benchmark; the result is what ``--json`` writes."""
     on = torch.device(device)
-    pipeline = load_pipeline(model, layers, size).to(on, dtype)
+    pipeline = load_pipeline(model, layers, size).to(on)
+    if dtype != torch.float32:
+        pipeline.to(dtype)
     guidance = REFERENCES[model].guidance if guidance is None else guidance
     if sampler is not None:
         pipeline.scheduler = models.scheduler(sampler, pipeline.scheduler.config)
