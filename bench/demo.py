@@ -23,7 +23,7 @@ import harmonica_rt as hrt
 from bench import run_latency
 from bench.measure import psnr
 from bench.reference import CLASSES, noise
-from bench.run_quality import Sampling
+from bench.sampling import Sampling
 
 MODEL, STEPS = "dit-fashion", 20
 SCHEDULES = Path(__file__).parent / "schedules"

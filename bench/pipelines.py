@@ -27,6 +27,7 @@ class PixelPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer"
     context: int | None = None  # tokens of a prompt, where there is one
+    steps: int | None = None  # denoiser calls of a run, where whoever prepared it wants others than asked for
     _interrupt = False
 
     def around(self, denoiser: nn.Module) -> PixelPipeline:

@@ -15,10 +15,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import cycle, islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +27,13 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import run_latency
-from bench.frechet import WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
+from bench import comparison, results, run_latency
+from bench.frechet import WIDTH
 from bench.measure import environment, pooled_psnr, psnr
+from bench.peers import PEERS
 from bench.pipelines import PixelPipeline
-from bench.reference import CLASSES, REFERENCES, load_pipeline, noise
+from bench.reference import CLASSES, REFERENCES, noise
+from bench.sampling import Judge, Sampling, accelerated
 from harmonica_rt.train import models
 
 MODEL = "dit-fashion"
@@ -44,92 +43,7 @@ TARGETS = {"full": "the full run", "converged": "the converged solution"}
 NAMES = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
-BATCH = 32  # of the Fréchet distance's images; the noises are a multiple of it, so that one plan serves all
 FULL, PSNR = "full run", ("mean", "pooled", "worst")
-APART = 1_000_000  # between the seeds of the PSNR's noises, the Fréchet distance's and those of its reference
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How every row's images are made: `pipeline`, as it is, with the model's own guidance unless given.
-
-    Attributes:
-        classes: labels in turn; the pipeline's examples unless given.
-    """
-
-    pipeline: PixelPipeline
-    guidance: float
-    classes: tuple[int, ...] | None = None
-
-    @classmethod
-    def of(cls, name: str, sampler: str | None = None, guidance: float | None = None, classes: Any = None) -> Sampling:
-        """A reference model's, with another `sampler` than its own if one is given."""
-        pipeline = load_pipeline(name)
-        if sampler is not None:
-            pipeline.scheduler = models.scheduler(sampler, pipeline.scheduler.config)
-        return cls(pipeline, REFERENCES[name].guidance if guidance is None else guidance, classes)
-
-    def labels(self, count: int) -> list[Any]:
-        """What `count` images are to be."""
-        return self.pipeline.examples(count) if self.classes is None else list(islice(cycle(self.classes), count))
-
-    def __call__(self, start: Tensor, steps: int, batch: int = 16) -> Tensor:
-        """Images as sampled, [count, channels, height, width]."""
-        labels = self.labels(len(start))
-        parts = [
-            self.pipeline(
-                labels[i : i + batch], self.guidance, num_inference_steps=steps, latents=part, output_type="latent"
-            ).images
-            for i, part in zip(range(0, len(start), batch), start.split(batch))
-        ]
-        return torch.cat(parts)
-
-    def converged(self, start: Tensor) -> Tensor:
-        """The solution that this sampler's runs approximate: what learning aims at (train/weights.py)."""
-        from harmonica_rt.train.weights import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
-
-        pipeline = self.pipeline.around(self.pipeline.transformer)
-        pipeline.scheduler = converged_scheduler(self.pipeline.scheduler)
-        return Sampling(pipeline, self.guidance, self.classes)(start, CONVERGED_STEPS)
-
-
-@contextmanager
-def accelerated(pipeline: PixelPipeline, schedule: hrt.Schedule) -> Iterator[None]:
-    hrt.compile(pipeline, schedule)
-    try:
-        yield
-    finally:
-        hrt.uncompile(pipeline)
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Compares sets of `count` images, all sampled from the same noises, with two references."""
-
-    sampling: Sampling
-    start: Tensor  # noises, padded to whole batches
-    count: int
-    classifier: Classifier
-    real: Statistics
-    full: Statistics  # of the full run from other noises
-
-    @classmethod
-    def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> Judge:
-        """Sample the reference images: `sampling` makes the full run."""
-        classifier, padded, pipeline = Classifier.load(), -(-count // BATCH) * BATCH, sampling.pipeline
-        images = sampling(noise(pipeline, padded, seed + 2 * APART), steps, BATCH)[:count]
-        full = Statistics.of(features(images, classifier))
-        return cls(sampling, noise(pipeline, padded, seed + APART), count, classifier, Statistics.load(), full)
-
-    def __call__(self, steps: int) -> dict[str, float]:
-        """Columns for a row: the pipeline, as it is, sampled in `steps`."""
-        seen = features(self.sampling(self.start, steps, BATCH)[: self.count], self.classifier)
-        mine = Statistics.of(seen)
-        return {
-            "frechet_real": frechet_distance(mine, self.real),
-            "frechet_full": frechet_distance(mine, self.full),
-            "class_accuracy": class_accuracy(seen, self.sampling.labels(self.count), self.classifier),
-        }
 
 
 def load_schedule(text: str, pipeline: PixelPipeline, steps: int) -> tuple[str, hrt.Schedule]:
@@ -315,9 +229,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fewer", type=int, action="append", help="steps of a shorter run to compare; 0: none")
     parser.add_argument("--threads", type=run_latency.positive, default=1)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--peers", metavar="A,B,...", help=f"compare with peers instead: all, or of {', '.join(PEERS)}")
+    parser.add_argument("--quick", action="store_true", help="peers: 3 minutes, few noises and one setting each")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="peers: folder of their results; a run goes on")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console = Console(width=160)
+    if arguments.peers is not None:
+        return _peers(arguments, console)
     with console.status("") as status:
         try:
             result = measure(
@@ -343,6 +262,33 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _peers(arguments: argparse.Namespace, console: Console) -> int:
+    """Ours and peers on the model; the rows in a file, the page beside it."""
+    names = list(PEERS) if arguments.peers == "all" else arguments.peers.split(",")
+    job = {"count": arguments.count, "frechet": arguments.frechet, "steps": arguments.steps}
+    if arguments.quick:
+        job |= {"count": 8, "frechet": 0, "rounds": 3}
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"peers-{arguments.model}{'-quick' if arguments.quick else ''}.jsonl"
+    with console.status("") as status:
+        try:
+            if unknown := sorted(set(names) - set(PEERS)):
+                raise ValueError(f"--peers: expected all or some of {', '.join(PEERS)}, got {', '.join(unknown)}")
+            job = comparison.Job(arguments.model, threads=arguments.threads, **job)
+            chosen = {name: PEERS[name] for name in names}
+            rows = comparison.compare(job, file, chosen, 1 if arguments.quick else None, status.update)
+        except ValueError as error:
+            console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+            return 2
+    files = sorted(out.glob("peers-*-quick.jsonl" if arguments.quick else "peers-*[!k].jsonl"))
+    results.write(files, out / "RESULTS.md", "python bench/run_quality.py --peers all --model " + arguments.model)
+    console.print(results.table(rows), highlight=False, markup=False, soft_wrap=True)
+    console.print(results.failures(rows), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written to {out}/: {file.name}, RESULTS.md and its plots")
     return 0
 
 

@@ -1,0 +1,52 @@
+"""diffusers' cache hooks on a transformer whose pipeline has no cache context of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from torch import nn
+
+from ..pipelines import PixelPipeline
+from .base import with_denoiser
+
+
+class Hooked(nn.Module):
+    """`model` under a cache context; its hooks forget at the first of `steps` calls.
+
+    Attributes:
+        timestep: of the call under way, for hooks that ask.
+    """
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.model, self.steps, self.calls, self.timestep = model, steps, 0, 0
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        registry = HookRegistry.check_if_exists_or_initialize(self.model)
+        if self.calls % self.steps == 0:
+            registry.reset_stateful_hooks()
+        self.calls += 1
+        self.timestep = int(kwargs["timestep"][0])
+        _set_cache_context(self.model, CacheContext("run", **self.where(kwargs)))  # as CacheMixin, which it lacks
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            _set_cache_context(self.model, None)
+
+    def where(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What a hook wants to know of where the run is."""
+        return {}
+
+
+def hooked(
+    pipeline: PixelPipeline, steps: int, apply: Callable[[nn.Module, Any], None], config: Callable[[Hooked], Any]
+) -> PixelPipeline:
+    """`pipeline` with diffusers' `apply`(transformer, `config`(its wrapper)) done to it."""
+    own = Hooked(pipeline.transformer, steps)
+    apply(own.model, config(own))
+    HookRegistry.check_if_exists_or_initialize(own.model).invalidate_child_registries_cache()
+    return with_denoiser(pipeline, own)

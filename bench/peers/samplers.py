@@ -1,0 +1,19 @@
+"""Stronger samplers with fewer steps, judged to the converged solution too: to the 20-step run they cannot be close."""
+
+from __future__ import annotations
+
+from harmonica_rt.train import models
+
+from ..pipelines import PixelPipeline
+from .base import Peer
+
+
+def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    name, count = setting.split()
+    pipeline.scheduler = models.scheduler(name, pipeline.scheduler.config)
+    pipeline.steps = int(count)
+    return pipeline
+
+
+SETTINGS = tuple(f"{name} {count}" for name in ("dpmsolver++", "unipc") for count in (20, 10, 7, 5))
+PEER = Peer("another sampler", SETTINGS, prepare)

@@ -1,0 +1,30 @@
+"""diffusers' TaylorSeer hook. Its default patterns match nothing in DiT: it is told the branches' names."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import TaylorSeerCacheConfig
+from diffusers.hooks import apply_taylorseer_cache
+
+from ..pipelines import PixelPipeline
+from .base import Peer, branch_modules
+from .hooked import Hooked, hooked
+
+
+def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    order, interval = (int(part.split()[1]) for part in setting.split(", "))
+
+    def config(own: Hooked) -> TaylorSeerCacheConfig:
+        return TaylorSeerCacheConfig(
+            cache_interval=interval,
+            disable_cache_before_step=2,  # two full steps: its default, 3, is worse and slower (see README of peers)
+            max_order=order,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=branch_modules(own.model),
+        )
+
+    return hooked(pipeline, steps, apply_taylorseer_cache, config)
+
+
+SETTINGS = tuple(f"order {order}, interval {interval}" for order in (1, 2) for interval in (2, 3, 4))
+PEER = Peer("TaylorSeer (diffusers)", SETTINGS, prepare)

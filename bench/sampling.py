@@ -1,0 +1,105 @@
+"""How a reference model's images are made, and how sets of them are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import harmonica_rt as hrt
+from harmonica_rt.train import models
+
+from .frechet import Classifier, Statistics, class_accuracy, features, frechet_distance
+from .pipelines import PixelPipeline
+from .reference import REFERENCES, load_pipeline, noise
+
+BATCH = 32  # of the Fréchet distance's images; the noises are a multiple of it, so that one plan serves all
+APART = 1_000_000  # between the seeds of the PSNR's noises, the Fréchet distance's and those of its reference
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How every row's images are made: `pipeline`, as it is, with the model's own guidance unless given.
+
+    Attributes:
+        classes: labels in turn; the pipeline's examples unless given.
+    """
+
+    pipeline: PixelPipeline
+    guidance: float
+    classes: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, name: str, sampler: str | None = None, guidance: float | None = None, classes: Any = None) -> Sampling:
+        """A reference model's, with another `sampler` than its own if one is given."""
+        pipeline = load_pipeline(name)
+        if sampler is not None:
+            pipeline.scheduler = models.scheduler(sampler, pipeline.scheduler.config)
+        return cls(pipeline, REFERENCES[name].guidance if guidance is None else guidance, classes)
+
+    def labels(self, count: int) -> list[Any]:
+        """What `count` images are to be."""
+        return self.pipeline.examples(count) if self.classes is None else list(islice(cycle(self.classes), count))
+
+    def __call__(self, start: Tensor, steps: int, batch: int = 16) -> Tensor:
+        """Images as sampled, [count, channels, height, width]."""
+        labels = self.labels(len(start))
+        parts = [
+            self.pipeline(
+                labels[i : i + batch], self.guidance, num_inference_steps=steps, latents=part, output_type="latent"
+            ).images
+            for i, part in zip(range(0, len(start), batch), start.split(batch))
+        ]
+        return torch.cat(parts)
+
+    def converged(self, start: Tensor) -> Tensor:
+        """The solution that this sampler's runs approximate: what learning aims at (train/weights.py)."""
+        from harmonica_rt.train.weights import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
+
+        pipeline = self.pipeline.around(self.pipeline.transformer)
+        pipeline.scheduler = converged_scheduler(self.pipeline.scheduler)
+        return Sampling(pipeline, self.guidance, self.classes)(start, CONVERGED_STEPS)
+
+
+@contextmanager
+def accelerated(pipeline: PixelPipeline, schedule: hrt.Schedule) -> Iterator[None]:
+    hrt.compile(pipeline, schedule)
+    try:
+        yield
+    finally:
+        hrt.uncompile(pipeline)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares sets of `count` images, all sampled from the same noises, with two references."""
+
+    sampling: Sampling
+    start: Tensor  # noises, padded to whole batches
+    count: int
+    classifier: Classifier
+    real: Statistics
+    full: Statistics  # of the full run from other noises
+
+    @classmethod
+    def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> Judge:
+        """Sample the reference images: `sampling` makes the full run."""
+        classifier, padded, pipeline = Classifier.load(), -(-count // BATCH) * BATCH, sampling.pipeline
+        images = sampling(noise(pipeline, padded, seed + 2 * APART), steps, BATCH)[:count]
+        full = Statistics.of(features(images, classifier))
+        return cls(sampling, noise(pipeline, padded, seed + APART), count, classifier, Statistics.load(), full)
+
+    def __call__(self, steps: int) -> dict[str, float]:
+        """Columns for a row: the pipeline, as it is, sampled in `steps`."""
+        seen = features(self.sampling(self.start, steps, BATCH)[: self.count], self.classifier)
+        mine = Statistics.of(seen)
+        return {
+            "frechet_real": frechet_distance(mine, self.real),
+            "frechet_full": frechet_distance(mine, self.full),
+            "class_accuracy": class_accuracy(seen, self.sampling.labels(self.count), self.classifier),
+        }

@@ -1,0 +1,134 @@
+"""The comparison with peers: points come and go, a run goes on where it stopped, a peer's failure is a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import comparison, results, run_quality
+from bench.comparison import Bench, Job, Store, compare
+from bench.measure import ssim
+from bench.peers import PEERS, Peer
+from bench.peers.base import with_denoiser
+from bench.pipelines import PixelPipeline
+
+JOB = Job("dit-fashion", steps=4, count=2, batch=1, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(JOB)
+
+
+def plain(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    return pipeline
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.config, self.dtype, self.device = model, model.config, model.dtype, model.device
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        output = self.model(*args, **kwargs)
+        output.sample.fill_(torch.nan)
+        return output
+
+
+def refuse(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    raise AttributeError("DiT has no such thing\nand more")
+
+
+@pytest.mark.parametrize(
+    ("name", "cur", "faithful"),
+    [("eager", 0.0, True), ("fewer", None, False), ("taylorseer", 0.25, False), ("pyramid", 0.25, False)],
+)
+def test_a_peers_point(bench: Bench, name: str, cur: float | None, faithful: bool) -> None:
+    peer = PEERS[name]
+    setting = "2" if name == "fewer" else peer.settings[0]
+    row = bench.row(peer, setting)
+    assert row["error"] is None and row["drift"] < 1e-5
+    assert row["cur"] == pytest.approx(0.5 if cur is None else cur, abs=1e-9)
+    assert (row["psnr"] > 100) == faithful and (row["ssim"] > 0.999999) == faithful
+    assert 0 < row["latency_p20"] <= row["latency"] <= row["latency_p80"]
+    assert row["psnr_worst"] <= row["psnr"] and row["psnr_converged"] > 5
+
+
+def test_failures_are_rows_in_the_peers_own_words(bench: Bench) -> None:
+    assert bench.row(Peer("p", ("x",), refuse), "x")["error"] == "AttributeError: DiT has no such thing"
+    broken = Peer("p", ("x",), lambda own, *_: with_denoiser(own, Broken(own.transformer)))
+    assert bench.row(broken, "x")["error"] == "FloatingPointError: the images are not finite"
+    absent = Peer("p", ("x",), plain, package="no_such_package_here")
+    assert bench.row(absent, "x")["error"].startswith("package no_such_package_here is not installed: pip install")
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    class Counting:
+        def __init__(self, job: Job, progress: object) -> None:
+            pass
+
+        def row(self, peer: Peer, setting: str) -> dict:
+            measured.append(setting)
+            if setting == "c":
+                raise KeyboardInterrupt
+            return {"peer": peer.name, "setting": setting, "error": None}
+
+    monkeypatch.setattr(comparison, "Bench", Counting)
+    peers, path = {"p": Peer("p", ("a", "b", "c"), plain)}, tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        compare(JOB, path, peers)
+    with path.open("a") as file:
+        file.write('{"peer": "p", "sett')  # a line cut short
+    Counting.row = lambda self, peer, setting: measured.append(setting) or {"peer": "p", "setting": setting}
+    rows = compare(JOB, path, peers)
+    assert measured == ["a", "b", "c", "c"] and [row["setting"] for row in rows] == ["a", "b", "c"]
+    assert [json.loads(line).get("setting") for line in path.read_text().splitlines()] == [None, "a", "b", "c"]
+    with pytest.raises(ValueError, match=r"expected the results of \{.*'count': 3.*, got those of \{.*'count': 2"):
+        Store(path, Job("dit-fashion", steps=4, count=3, batch=1, rounds=2))
+
+
+def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
+    known = {"drift": 0.0, "cur": 0.5, "ssim": 0.9, "max_error": 0.1, "psnr_worst": 20.0, "psnr_converged": 30.0}
+    known |= {"latency_p20": 0.4, "latency_p80": 0.6, "error": None}
+    rows = [
+        {"peer": results.OURS, "setting": "2x", "latency": 0.45, "psnr": 50.0, **known},
+        {"peer": "fewer steps", "setting": "10", "latency": 0.5, "psnr": 34.0, **known},
+        {"peer": "another", "setting": "fast", "latency": 0.3, "psnr": 20.0, **known},
+        {"peer": "absent", "setting": "x", "error": "package absent is not installed"},
+    ]
+    assert [row["peer"] for row in results.outside(rows)] == ["another"]
+    store = Store(tmp_path / "peers-dit-fashion.jsonl", JOB)
+    for row in rows:
+        store.add(row)
+    results.write([store.path], tmp_path / "RESULTS.md", "a command")
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| fewer steps | 10 | 0.50 |" in page and "* absent, x: package absent is not installed" in page
+    assert "outside our curve by PSNR to the full run: another fast (0.30, 20.0 dB)." in page
+    assert "Made by `a command`" in page and "Fréchet" not in page
+    assert (tmp_path / "results-dit-fashion-psnr.png").stat().st_size > 10_000
+
+
+def test_unknown_names_list_the_known(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run_quality.main(["--peers", "eager,best", "--out", str(tmp_path)]) == 2
+    assert "expected all or some of eager, learned," in (said := " ".join(capsys.readouterr().out.split()))
+    assert "got best" in said
+    with pytest.raises(ValueError, match="--model: expected one of dit-fashion, pixart-emoji, got 'dit-xl-2'"):
+        Job("dit-xl-2")
+    with pytest.raises(ValueError, match="--frechet: expected more than 64 images of dit-fashion"):
+        Job("pixart-emoji", frechet=2000)
+
+
+def test_ssim() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(3, 2, 16, 16) * 2 - 1
+    noisy = images + 0.3 * torch.randn_like(images)
+    assert torch.allclose(ssim(images, images), torch.ones(3, dtype=torch.float64))
+    assert (ssim(noisy, images) < 0.98).all() and torch.allclose(ssim(noisy, images), ssim(images, noisy))
+    flat, other = torch.zeros(1, 1, 16, 16), torch.ones(1, 1, 16, 16)  # no structure: luminance alone
+    c1 = (0.01 * 2) ** 2
+    assert ssim(flat, other).item() == pytest.approx(c1 / (1 + c1), rel=1e-6)
