@@ -146,6 +146,22 @@ def twins(rounds: int) -> Iterator[Target]:
     )
 
 
+def text(rounds: int) -> Iterator[Target]:
+    """PixArt: time at the sizes of its blocks, and the text-to-image schedules against fewer steps at their cost."""
+    result = run_latency.measure(
+        "pixart-alpha-256", "uniform:2", backends=["inductor"], steps=10, batch=1, rounds=rounds, layers=4
+    )
+    row, name = _row(result, INDUCTOR), "pixart-alpha-256, 4 layers, DPM-Solver++ 10, uniform:2: realised / theoretical"
+    yield Target(f"{name}, against diffusers eager", row["realised"], 1.0)
+    yield Target(f"{name}, against torch.compile of the full model", row["realised_over_compile"], 0.95)
+    fewer = {"1.5x": 13, "2x": 10, "3x": 7}
+    files = tuple(str(SHIPPED / f"pixart-emoji-dpmsolver++20-{speedup}.json") for speedup in fewer)
+    result = run_quality.measure(files, model="pixart-emoji", steps=20, count=64, seed=700, fewer=tuple(fewer.values()))
+    for row, less in zip(result["rows"][:3], result["rows"][3:]):
+        what = f"{row['name']} ({row['theoretical']:.2f}x): dB over {less['name']} ({less['theoretical']:.2f}x)"
+        yield Target(what, row["mean"] - less["mean"], 0.0)
+
+
 COLD = """
 import sys, time
 import torch
@@ -213,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         eager_backend(arguments.rounds),
         twins(arguments.rounds),
         shipped(),
+        text(max(2, arguments.rounds // 3)),
         learning(),
     )
     for targets in parts:
