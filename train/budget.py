@@ -84,7 +84,7 @@ class Budget:
             entry = self.costs.max() * self.value(compute) / (self.steps * (self.fixed + self.costs.sum()))
         return abs(self.miss(compute)) <= max(TOLERANCE, entry)
 
-    def spread(self, power: float = 1.0) -> np.ndarray:
+    def spread(self, power: float = 1.0, first: bool = False) -> np.ndarray:
         """Where to start, bool [T, L, B]: the fewest whole steps that do not fall short of the budget, spread evenly.
 
         What is too much is taken from the last layers of every second one of them, then of the others, so that the
@@ -92,6 +92,7 @@ class Budget:
 
         Args:
             power: below 1 moves steps to the end of the run: the k-th of n is at T (k / n)^power.
+            first: take it from the first layers instead.
         """
         steps, entries = self.steps, len(self.costs)
         for count in range(1, steps + 1):
@@ -102,9 +103,9 @@ class Budget:
             if self.value(compute) <= self.target + 1e-9:
                 break
         else:
-            return self.spread()  # so many steps cannot be moved to the end
-        groups = chosen[1::2], chosen[2::2]
-        places = [(step, entry) for group in groups for entry in reversed(range(entries)) for step in group]
+            return self.spread(first=first)  # so many steps cannot be moved to the end
+        groups, order = (chosen[1::2], chosen[2::2]), list(range(entries))[:: 1 if first else -1]
+        places = [(step, entry) for group in groups for entry in order for step in group]
         for step, entry in places:
             if self.value(compute) >= self.target - 1e-9:
                 break

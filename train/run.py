@@ -24,10 +24,11 @@ from .stopping import stopping
 from .task import Task
 from .timing import seconds
 from .trainer import Progress, Settings, Trainer
-from .weights import WeightSettings, check_schedule
+from .weights import Starts, WeightSettings, check_schedule
 
 MINUTES, ORDER, POWERS = 15.0, 2, (1.0, 0.8, 0.65, 0.5)  # on the end error, unless given
 MOST = 1_000_000  # iterations, where the minutes decide
+CUT_NOISES, CUT_SEED = 16, 1 << 45  # that decide which layers a spread leaves out
 CONVERGED_POOL = 192  # noises: each one's target is a run of 100 steps
 
 
@@ -114,7 +115,7 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
 
 def _end(request: Request, task: Task, settings: WeightSettings, accelerator: Accelerator) -> Schedule:
     """What is computed and reuse weights, on the end error."""
-    starts, minutes = _end_starts(request, task), request.minutes
+    starts, minutes = _end_starts(request, task, accelerator), request.minutes
     if minutes is None and "iterations" not in request.settings:
         minutes = MINUTES
     if request.log is not None:
@@ -207,7 +208,7 @@ def _start(init: str, model: torch.nn.Module, steps: int, order: int) -> Schedul
     return uniform if kind == "uniform" else uniform.replace(output=output, note=f"output reused but every {every}")
 
 
-def _end_starts(request: Request, task: Task) -> list[Schedule]:
+def _end_starts(request: Request, task: Task, accelerator: Accelerator) -> list[Schedule]:
     """What may be computed at first: whole steps that meet the target, evenly and towards the end, unless told."""
     if request.init == "normal":
         raise ValueError(
@@ -221,7 +222,9 @@ def _end_starts(request: Request, task: Task) -> list[Schedule]:
     if request.init is None:
         if budget is None:
             raise ValueError("expected a target speed-up, a target CUR or --init, got none")
-        computed = {spread.tobytes(): spread for spread in map(budget.spread, POWERS)}
+        first = _cut_first(task, budget, order, accelerator)
+        spreads = [budget.spread(power, first) for power in POWERS]
+        computed = {spread.tobytes(): spread for spread in spreads}
         return [Schedule(compute, order=order, **fields) for compute in computed.values()]
     start = _start(request.init, task.model, task.steps, order)
     check_schedule(task, start)
@@ -234,6 +237,16 @@ def _end_starts(request: Request, task: Task) -> list[Schedule]:
             f"{value:.2f}; moves do not change what a start costs"
         )
     return [start.replace(**{name: fields[name] for name in ("sampler", "timesteps", "guidance_scale")})]
+
+
+def _cut_first(task: Task, budget: Budget, order: int, accelerator: Accelerator) -> bool:
+    """Whether leaving out first layers costs less than last ones, by the forecast's error: DiTs and PixArts differ."""
+    computed = [budget.spread(first=first) for first in (False, True)]
+    if np.array_equal(*computed):
+        return False
+    starts = Starts(task, "full", CUT_NOISES, CUT_SEED)
+    last, first = (starts.judge(Schedule(c, order=order, **task.fields()), accelerator).mean() for c in computed)
+    return bool(first < last)
 
 
 def _settings(request: Request) -> Settings:

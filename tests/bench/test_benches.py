@@ -162,9 +162,9 @@ def test_run_quality_of_twins(learned: Path, tmp_path: Path, capsys: pytest.Capt
     assert "DDIM 4, guidance 1.5: PSNR to the full run" in printed
     assert {name: result[name] for name in ("target", "sampler", "guidance", "classes")} == {
         "target": "full",
-        "sampler": "ddim",
+        "sampler": "DDIMScheduler",
         "guidance": 1.5,
-        "classes": list(range(10)),
+        "classes": None,
     }
     assert list(rows_of(quality(str(learned)))) == ["half.weights"]
 

@@ -115,6 +115,8 @@ def test_what_is_too_much_comes_from_the_last_layers_of_every_second_step() -> N
     budget = Budget(ADAPTER, STEPS, cur=0.5 + 3 / (6 * STEPS))
     left = np.argwhere(~budget.spread()[::2]).tolist()
     assert left == [[1, 2, 1], [3, 2, 1], [5, 2, 1]]
+    left = np.argwhere(~budget.spread(first=True)[::2]).tolist()
+    assert left == [[1, 0, 0], [3, 0, 0], [5, 0, 0]]
 
 
 @pytest.mark.parametrize("target", [{"speedup": s} for s in (1.3, 1.5, 2.0, 2.5)], ids=str)

@@ -17,12 +17,13 @@ from accelerate.state import AcceleratorState
 import harmonica_rt.train.learn as learning
 import harmonica_rt.train.run as running
 from harmonica_rt import Schedule
-from harmonica_rt.train.budget import Costs
+from harmonica_rt.train.budget import Budget, Costs
 from harmonica_rt.train.natural_gradient import NaturalGradient
 from harmonica_rt.train.weights import Starts
 
 from ..conftest import make_dit
 from .commands import SPEEDUP, TARGET, learn, learn_end, refused, run, succeeded
+from .conftest import make_task
 
 
 @pytest.fixture
@@ -246,3 +247,21 @@ def test_learning_on_the_end_error_refuses_what_typer_checks(
 ) -> None:
     result = learn_end(model, tmp_path / "s.json", option, value)
     assert result.exit_code == 2 and f"Invalid value for '{option}'" in click.unstyle(result.stderr)
+
+
+@pytest.mark.parametrize("dear", ["first", "last"])
+def test_a_spread_leaves_out_the_layers_that_cost_less(monkeypatch: pytest.MonkeyPatch, dear: str) -> None:
+    task = make_task()
+    budget = Budget(task.adapter, task.steps, cur=0.4)
+    judged = []
+
+    def judge(self: Starts, schedule: Schedule, accelerator: object) -> torch.Tensor:
+        judged.append(schedule.compute)
+        costs = range(3) if dear == "last" else range(2, -1, -1)  # of leaving out a layer
+        return torch.tensor([float((~schedule.compute).sum((0, 2)) @ np.array(costs))])
+
+    monkeypatch.setattr(Starts, "judge", judge)
+    assert running._cut_first(task, budget, 2, None) == (dear == "last")
+    assert len(judged) == 2 and judged[0].sum() == judged[1].sum()
+    assert not running._cut_first(task, Budget(task.adapter, task.steps, cur=0.5), 2, None), "whole steps: no cut"
+    assert len(judged) == 2
