@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
+from bench import breakdown
 from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
 from bench.module_reuse import ModuleReuse
 from bench.pipelines import PixelPipeline
@@ -353,6 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--keep-cache", action="store_true", help="use TorchInductor's cache: compile times are not cold"
     )
+    parser.add_argument("--profile", metavar="PNG", help="where ours spends its time instead: a table, and a plot")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="PNG")
     arguments = parser.parse_args(argv)
@@ -362,6 +364,10 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.keep_cache:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
+            if arguments.profile is not None:
+                for printed in _profile(arguments, status.update):
+                    console.print(printed)
+                return 0
             result = measure(
                 arguments.model,
                 arguments.schedule,
@@ -387,6 +393,32 @@ def main(argv: list[str] | None = None) -> int:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write(result, path)
     return 0
+
+
+def _profile(arguments: argparse.Namespace, progress: Callable[[str], None]) -> list[Table]:
+    """A table for each backend; the plot is of the last one."""
+    if arguments.device != "cpu":
+        raise ValueError(f"--profile: expected --device cpu, where a call's time is its work, got {arguments.device}")
+    pipeline = load_pipeline(arguments.model, arguments.layers, arguments.size)
+    guidance = REFERENCES[arguments.model].guidance if arguments.guidance is None else arguments.guidance
+    if arguments.sampler is not None:
+        pipeline.scheduler = models.scheduler(arguments.sampler, pipeline.scheduler.config)
+    schedule = parse_schedule(arguments.schedule, pipeline, arguments.steps)
+    start, wanted = noise(pipeline, arguments.batch), pipeline.examples(arguments.batch)
+
+    def sample(own: PixelPipeline) -> Tensor:
+        return own(wanted, guidance, num_inference_steps=arguments.steps, latents=start, output_type="latent").images
+
+    progress(f"{arguments.model}: diffusers")
+    full = interleave({EAGER: lambda: sample(pipeline)}, arguments.rounds)[EAGER].median
+    theoretical, tables = schedule.speedup(pipeline.transformer, context=pipeline.context), []
+    for backend in arguments.backend.split(","):
+        progress(f"{arguments.model}: harmonica_rt, {backend}")
+        found = breakdown.profile(pipeline.around(pipeline.transformer), schedule, backend, sample, arguments.rounds)
+        title = f"{arguments.model}, {arguments.schedule}, batch {arguments.batch}: harmonica_rt, {backend}"
+        tables.append(breakdown.table(found, full, theoretical, title))
+        breakdown.plot(found, title, arguments.profile)
+    return tables
 
 
 def _write_json(result: dict[str, Any], path: str) -> None:

@@ -140,9 +140,9 @@ class TextCalls:
         timestep = torch.full((len(sample),), self.timesteps[step])
         return model(sample, timestep=timestep, **self.arguments).sample
 
-    def run(self, model: torch.nn.Module) -> list[torch.Tensor]:
+    def run(self, model: torch.nn.Module, first: int = 0) -> list[torch.Tensor]:
         with torch.no_grad():
-            return [self.call(model, step) for step in range(len(self.samples))]
+            return [self.call(model, step) for step in range(first, len(self.samples))]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

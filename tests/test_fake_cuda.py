@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,10 +92,11 @@ def getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
     return tensor
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
     """One launch, laid out as flash attention does: without a device torch would fake the unfused form."""
-    assert q.shape == k.shape == v.shape
     batch, heads, tokens, width = q.shape
+    assert k.shape == v.shape == (batch, heads, k.shape[2], width)
+    assert attn_mask is None or (attn_mask.shape, attn_mask.dtype) == ((batch, 1, 1, k.shape[2]), q.dtype)
     return torch.zeros(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
@@ -110,7 +111,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 def fake_dit(dtype: torch.dtype, device: str = "cuda", **config: int) -> DiTTransformer2DModel:
     config = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 1000, **XL, **config}
-    model = DiTTransformer2DModel(**config).eval()
+    return fake(DiTTransformer2DModel(**config).eval(), dtype, device)
+
+
+def fake(model: torch.nn.Module, dtype: torch.dtype, device: str = "cuda") -> torch.nn.Module:
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
@@ -149,6 +153,27 @@ def test_dit_xl_2_runs_on_the_device_alone(dtype: torch.dtype, launches: Launche
         call(fast, dtype)
     fast.reset()
     call(fast, dtype)
+
+
+def test_pixart_runs_on_the_device_alone(launches: Launches) -> None:
+    """Three branches a layer, 120 tokens of text: keys and values made at the run's first step alone."""
+    model = fake(PixArtTransformer2DModel(sample_size=32, caption_channels=4096).eval(), torch.bfloat16)
+    fast = compile_fake(model, hrt.Schedule.uniform(model, 6, every=3, order=1))
+    text = torch.empty(2, 120, 4096, dtype=torch.bfloat16, device="cuda")
+    mask, numbers = (torch.empty(2, n, dtype=torch.int64, device="cuda") for n in (120, 2))
+    sample = torch.empty(2, 4, 32, 32, dtype=torch.bfloat16, device="cuda")
+
+    def call() -> Counter[str]:
+        output = fast(sample, text, numbers.select(0, 0), encoder_attention_mask=mask).sample
+        assert (output.shape, output.dtype, output.device.type) == ((2, 8, 32, 32), torch.bfloat16, "cuda")
+        return launches.take()
+
+    call()  # plans and captures
+    steps = [call() for _ in range(5)]
+    assert not {"lift_fresh", "_local_scalar_dense", "item"} & set().union(*steps)
+    assert sum(steps[0].values()) < 28 * 8, "modulation alone: 28 layers' keys and values would be 112 launches more"
+    report = fast.report().plans[0]
+    assert report.launches[1] == report.launches[2] == 5, "patches, positions, one Gap, projection, unpatchify"
 
 
 def test_launches_of_dit_xl_2(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:

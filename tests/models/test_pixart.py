@@ -135,6 +135,18 @@ def test_another_prompt_length_gets_a_plan_of_its_own() -> None:
         long.call(fast, 1)
 
 
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_run_that_enters_midway_computes_what_is_not_cached(first: int) -> None:
+    """Image to image: strength below 1."""
+    model, calls = make_pixart(3), TextCalls(make_pixart(3), 6)
+    schedule = schedule_for(2, 6, 3, reuse=0.7).replace(timesteps=calls.timesteps)
+    oracle = ModuleReuse(model, schedule.starting_at(first))
+    wanted = calls.run(oracle, first)
+    oracle.remove()
+    fast = hrt.compile(model, schedule, backend="eager")
+    assert_close(calls.run(fast, first), wanted, 1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
