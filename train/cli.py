@@ -75,6 +75,9 @@ LEARNERS = {  # which options go with which objective
 def learn(
     model: Model,
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Shrink a reference model with random weights (dit-xl-2, ...).")
+    ] = None,
     sampler: Annotated[
         str, typer.Option(help="ddim, ddpm, iddpm, dpmsolver++, sa-solver, unipc, euler or flow-euler.")
     ] = "ddim",
@@ -186,6 +189,7 @@ def learn(
             target_speedup=target_speedup,
             target_cur=target_cur,
             features=features,
+            layers=layers,
             classes=None if classes is None else _numbers("classes", classes),
             init=init,
             order=order,

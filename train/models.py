@@ -97,7 +97,11 @@ def scheduler(sampler: str, config: Mapping[str, Any]) -> Any:
 
 
 def load(
-    name: str, sampler: str, dtype: torch.dtype = torch.float32, variant: str | None = None
+    name: str,
+    sampler: str,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    layers: int | None = None,
 ) -> tuple[nn.Module, Any]:
     """(model in eval mode, scheduler).
 
@@ -105,6 +109,7 @@ def load(
         name: a reference model, or what diffusers loads: a folder or a hub name, of a pipeline or of a transformer.
         sampler: a name of `SAMPLERS`, with the pipeline's own noise schedule if it has one, else DiT's linear betas.
         variant: of the weights' files, e.g. "fp16".
+        layers: shrink a reference model with random weights.
     """
     import diffusers
 
@@ -112,9 +117,11 @@ def load(
     if name in references():
         from bench.reference import load_pipeline
 
-        pipeline = load_pipeline(name)
+        pipeline = load_pipeline(name, layers)
         model = pipeline.transformer
         return (model if dtype == model.dtype else model.to(dtype)), scheduler(sampler, pipeline.scheduler.config)
+    if layers is not None:
+        raise ValueError(f"layers: expected a reference model with random weights to shrink, got {name}")
     folder = Path(name)
     if not name or (not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/")))):
         known = ", ".join(references()) or "none here"

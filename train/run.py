@@ -58,6 +58,7 @@ class Request:
     target_cur: float | None = None
     classes: tuple[int, ...] | None = None
     features: Path | None = None
+    layers: int | None = None
     budget: str = "macs"
     init: str | None = None
     order: int | None = None
@@ -97,7 +98,7 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
         project_dir=request.log,
     )
     dtype = getattr(torch, request.dtype)
-    model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
+    model, scheduler = models.load(request.model, request.sampler, dtype, request.variant, request.layers)
     model.to(accelerator.device)
     within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
     conditions = models.conditions(request.model, model, request.features, request.classes)
