@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import itertools
 import operator
 import threading
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from .backends import OPS
 from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
 from .executor import Plan, Shape
+from .inspection import addresses, check_model, read_timestep, refuse_gradient, shape_of
 from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph, copied, loop_key, trajectory
 from .lowering import lower
@@ -142,7 +142,7 @@ class CompiledTransformer(nn.Module):
         nn.Module.__init__(self)
         adapter = adapt(model)
         adapter.check_schedule(schedule)
-        _check_model(model)
+        check_model(model)
         keep = functools.partial(object.__setattr__, self)
         keep("model", model)  # not a child: its parameters and names are this module's own, unprefixed
         keep("schedule", schedule)
@@ -224,9 +224,9 @@ class CompiledTransformer(nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledTransformer:
-        before = _addresses(self.model)
+        before = addresses(self.model)
         self.model._apply(fn, recurse)
-        if _addresses(self.model) != before:
+        if addresses(self.model) != before:
             self._tracker.abandon()
         return self
 
@@ -275,7 +275,7 @@ class CompiledTransformer(nn.Module):
         Raises:
             ValueError: a scheduler that draws noise, or timesteps that differ from the schedule's.
         """
-        _refuse_gradient(noise)
+        refuse_gradient(noise)
         scheduler, before = copied(scheduler), self._tracker.timesteps
         timestep = scheduler.timesteps.to(noise.device)
         samples = len(noise) * (2 if guidance_scale > 1 else 1)
@@ -318,7 +318,7 @@ class CompiledTransformer(nn.Module):
             args, kwargs = hook.pre_forward(self, *args, **kwargs)
         arguments = self._signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        _refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
+        refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._watch_scheduler()
             inputs = self._read_inputs(arguments.arguments)
@@ -342,10 +342,10 @@ class CompiledTransformer(nn.Module):
         return inputs
 
     def _step(self, inputs: Inputs) -> Tensor:
-        timestep = _read(inputs.timestep)
+        timestep = read_timestep(inputs.timestep)
         step, start = self._tracker.locate(timestep)
         run = self._start_run(inputs, start) if step == start else self._run
-        if (shape := _shape(run.plan.adapter, inputs)) != run.plan.shape:
+        if (shape := shape_of(run.plan.adapter, inputs)) != run.plan.shape:
             raise ValueError(f"the run under way has samples of {run.plan.shape}, got {shape}: call reset() to change")
         try:
             self._condition(run, inputs, step, timestep)
@@ -415,18 +415,18 @@ class CompiledTransformer(nn.Module):
     def _start_run(self, inputs: Inputs, start: int) -> _Run:
         """A run on the plan of this shape and entry step. Looks at the model anew: weights may have moved."""
         adapter = adapt(self.model)
-        dtype, device = _check_model(self.model)
-        shape = _shape(adapter, inputs)
+        dtype, device = check_model(self.model)
+        shape = shape_of(adapter, inputs)
         if (shape.dtype, shape.device) != (dtype, device):
             raise ValueError(
                 f"expected a sample of the model's dtype and device, {dtype} on {device}, "
                 f"got {shape.dtype} on {shape.device}"
             )
         adapter.tokens(shape.height, shape.width)
-        if self._bound is None or _addresses(self.model) != self._weights:
+        if self._bound is None or addresses(self.model) != self._weights:
             self._free_plans()
             self._bound = (adapter, *adapter.bind())
-            self._weights = _addresses(self.model)
+            self._weights = addresses(self.model)
         if (shape, start) not in self._plans:
             self._plans[shape, start] = self._make_plan(shape, start)
         self._plans.move_to_end((shape, start))
@@ -486,53 +486,3 @@ class CompiledTransformer(nn.Module):
             run.filled.update(zip(range(step, end), known[step:end]))
         run.plan.modulate(index, timesteps, current)
         run.conditioning, run.versions, run.copies = current, versions, tuple(t.clone() for t in current)
-
-
-def _refuse_gradient(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError(
-            "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only samples; "
-            "differentiate through .model"
-        )
-
-
-def _read(timestep: Tensor) -> float | None:
-    """The timestep of a call, or None where reading it would make the host wait for a device."""
-    if timestep.device.type != "cpu":
-        return None
-    values = set(timestep.tolist())
-    if len(values) != 1:
-        raise ValueError(f"timestep: expected the same for all samples, got {sorted(values)[:4]}")
-    return float(values.pop())
-
-
-def _shape(adapter: Adapter, inputs: Inputs) -> Shape:
-    batch, _, height, width = inputs.sample.shape
-    context = adapter.context_tokens(inputs.conditioning)
-    return Shape(batch, height, width, inputs.sample.dtype, inputs.sample.device, context)
-
-
-def _addresses(model: nn.Module) -> tuple[Any, ...]:
-    """Where each tensor of `model` lies: another answer later means that plans point at old weights."""
-
-    def place(t: Tensor) -> tuple[Any, ...]:
-        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.device
-
-    return tuple(map(place, itertools.chain(model.parameters(), model.buffers())))
-
-
-def _check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The one floating dtype and device of an eval-mode model."""
-    if training := [name or "model" for name, module in model.named_modules() if module.training]:
-        raise ValueError(f"expected a model in eval mode, got {training[0]} in training mode: call eval() on the model")
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
-    kinds = {(p.dtype, p.device) for p in model.parameters()}
-    if len(kinds) != 1:
-        raise ValueError(f"expected parameters of one dtype on one device, got {sorted(map(str, kinds))}")
-    dtype, device = kinds.pop()
-    if device.type == "meta":
-        raise ValueError("expected parameters with data, got some on the meta device")
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"expected parameters in float32, float16 or bfloat16, got {dtype}")
-    return dtype, device

@@ -214,7 +214,7 @@ def test_labels_made_anew_at_each_call_fill_rows_one_by_one(monkeypatch: pytest.
     plan = next(iter(pipeline.transformer._plans.values()))
     filled, modulate = [], plan.adapter.modulate
     monkeypatch.setattr(plan.adapter, "modulate", lambda t, c, out: filled.append(len(t)) or modulate(t, c, out))
-    monkeypatch.setattr("harmonica_rt.compiled._read", lambda timestep: None)
+    monkeypatch.setattr("harmonica_rt.compiled.read_timestep", lambda timestep: None)
     pipeline.scheduler.set_timesteps(6)
     for t in pipeline.scheduler.timesteps:
         pipeline.transformer(torch.randn(2, 2, 8, 8), t.expand(2), torch.tensor([0, 1]))

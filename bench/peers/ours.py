@@ -18,10 +18,12 @@ def shipped(model: str, value: str) -> Path:
 
 
 def schedule(pipeline: PixelPipeline, setting: str, steps: int) -> hrt.Schedule:
-    """``uniform N``, ``output N`` (the output reused but every Nth step) or ``learned SPEED-UP``, a shipped file."""
+    """``uniform N``, ``output N`` (the output reused but every Nth step), or a shipped file: ``learned SPEED-UP``, and
+    ``learned-output N``, the output reused with weights learned by the same trainer."""
     kind, value = setting.split()
-    if kind == "learned":
-        return hrt.Schedule.load(shipped("dit-fashion" if pipeline.context is None else "pixart-emoji", value))
+    if kind.startswith("learned"):
+        model = "dit-fashion" if pipeline.context is None else "pixart-emoji"
+        return hrt.Schedule.load(shipped(model, f"output{value}" if kind == "learned-output" else value))
     pipeline.scheduler.set_timesteps(steps)
     known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": pipeline.scheduler.timesteps}
     uniform = hrt.Schedule.uniform(pipeline.transformer, steps, int(value), **known)
@@ -39,4 +41,10 @@ LEARNED = Peer(
     prepare,
     applies=lambda model, setting: shipped(model, setting.split()[1]).is_file(),
 )
-OUTPUT = Peer("output reuse", ("output 2", "output 3", "output 4"), prepare)
+OUTPUT = Peer(
+    "output reuse",
+    ("output 2", "output 3", "output 4", "learned-output 2", "learned-output 3"),
+    prepare,
+    applies=lambda model, setting: setting.startswith("output")
+    or shipped(model, f"output{setting.split()[1]}").is_file(),
+)

@@ -1,0 +1,63 @@
+"""What a call, its tensors and its model must be for a compiled program to run on them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .executor import Shape
+from .models import Adapter
+from .models.base import Inputs
+
+
+def refuse_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "expected a sample that needs no gradient, got requires_grad=True: a compiled transformer only samples; "
+            "differentiate through .model"
+        )
+
+
+def read_timestep(timestep: Tensor) -> float | None:
+    """The timestep of a call, or None where reading it would make the host wait for a device."""
+    if timestep.device.type != "cpu":
+        return None
+    values = set(timestep.tolist())
+    if len(values) != 1:
+        raise ValueError(f"timestep: expected the same for all samples, got {sorted(values)[:4]}")
+    return float(values.pop())
+
+
+def shape_of(adapter: Adapter, inputs: Inputs) -> Shape:
+    batch, _, height, width = inputs.sample.shape
+    context = adapter.context_tokens(inputs.conditioning)
+    return Shape(batch, height, width, inputs.sample.dtype, inputs.sample.device, context)
+
+
+def addresses(model: nn.Module) -> tuple[Any, ...]:
+    """Where each tensor of `model` lies: another answer later means that plans point at old weights."""
+
+    def place(t: Tensor) -> tuple[Any, ...]:
+        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.device
+
+    return tuple(map(place, itertools.chain(model.parameters(), model.buffers())))
+
+
+def check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The one floating dtype and device of an eval-mode model."""
+    if training := [name or "model" for name, module in model.named_modules() if module.training]:
+        raise ValueError(f"expected a model in eval mode, got {training[0]} in training mode: call eval() on the model")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
+    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    if len(kinds) != 1:
+        raise ValueError(f"expected parameters of one dtype on one device, got {sorted(map(str, kinds))}")
+    dtype, device = kinds.pop()
+    if device.type == "meta":
+        raise ValueError("expected parameters with data, got some on the meta device")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"expected parameters in float32, float16 or bfloat16, got {dtype}")
+    return dtype, device
