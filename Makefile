@@ -25,9 +25,10 @@ lint: .venv/ready  ## ruff, check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready  ## The figures of README.md: correctness, latency, quality (about 15 minutes on one core)
+bench: .venv/ready  ## The figures of README.md, the suites, and peers in short (about an hour on two cores)
 	$(BIN)/python bench/targets.py
-	$(BIN)/pytest bench/kernels/bench_gap.py bench/kernels/bench_gelu.py --benchmark-only
+	$(BIN)/pytest bench/suites --benchmark-only
+	$(BIN)/python bench/run_quality.py --peers all --quick --out $(OUT)
 
 bench-gpu: .venv/ready  ## On a CUDA machine: kernels, latency, capture, in out/gpu/
 	$(BIN)/python bench/run_gpu.py

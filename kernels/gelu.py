@@ -1,5 +1,5 @@
 """GELU with the tanh approximation, as x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same function, but
-one exponential where torch's CPU kernel has a tanh. bench/kernels/bench_gelu.py measures what that saves.
+one exponential where torch's CPU kernel has a tanh. bench/suites/bench_gelu.py measures what that saves.
 
 Shapes: any; fp32, fp16 or bf16, computed in fp32. In place.
 """
