@@ -157,7 +157,7 @@ def measure(
     theoretical = plan.speedup(transformer, context=pipeline.context)
     return {
         "model": model,
-        "schedule": schedule if isinstance(schedule, str) else schedule.note,
+        "schedule": Path(schedule).stem if isinstance(schedule, str) else schedule.note,
         "cur": plan.cur,
         "order": plan.order,
         "steps": steps,
