@@ -92,7 +92,9 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     settings = _weight_settings(request) if request.objective == "end" else _settings(request)
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     accelerator = Accelerator(
+        cpu=not accelerated,  # a launcher's processes on CPUs are a group only if Accelerate is told so
         mixed_precision=request.mixed_precision,
         log_with="tensorboard" if request.log else None,
         project_dir=request.log,

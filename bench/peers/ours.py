@@ -45,6 +45,7 @@ OUTPUT = Peer(
     "output reuse",
     ("output 2", "output 3", "output 4", "learned-output 2", "learned-output 3"),
     prepare,
-    applies=lambda model, setting: setting.startswith("output")
-    or shipped(model, f"output{setting.split()[1]}").is_file(),
+    applies=lambda model, setting: (
+        setting.startswith("output") or shipped(model, f"output{setting.split()[1]}").is_file()
+    ),
 )
