@@ -70,7 +70,7 @@ def test_inductor_equals_module_level_reuse(mask: str, sized: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_full_schedule_equals_diffusers(backend: str) -> None:
-    model = make_pixart()
+    model = make_pixart(4)  # as many layers as the other inductor tests: they share what is compiled
     calls = TextCalls(model, 4)
     fast = hrt.compile(model, hrt.Schedule.full(model, 4), backend=backend)
     assert_close(calls.run(fast), calls.run(model), 1e-5)
@@ -80,12 +80,12 @@ def test_full_schedule_equals_diffusers(backend: str) -> None:
 @pytest.mark.parametrize("only", BRANCHES)
 def test_gaps_between_any_two_branches(backend: str, only: str) -> None:
     """Gaps that end in a branch without a norm, with and without terms: one branch kind computed, or all but it."""
-    model, calls = make_pixart(3), TextCalls(make_pixart(3), 4)
-    compute = np.zeros((4, 3, 3), dtype=bool)
+    model, calls = make_pixart(4), TextCalls(make_pixart(4), 4)
+    compute = np.zeros((4, 4, 3), dtype=bool)
     for computed in (np.array(BRANCHES) == only, np.array(BRANCHES) != only):
         compute[:] = computed
         compute[0] = True
-        schedule = schedule_for(0, 4, 3).replace(compute=compute)
+        schedule = schedule_for(0, 4, 4).replace(compute=compute)
         fast = hrt.compile(model, schedule, backend=backend)
         assert_close(calls.run(fast), expected(model, schedule, calls), 1e-4)
 
