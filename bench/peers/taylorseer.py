@@ -17,7 +17,7 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     def config(own: Hooked) -> TaylorSeerCacheConfig:
         return TaylorSeerCacheConfig(
             cache_interval=interval,
-            disable_cache_before_step=2,  # two full steps: its default, 3, is worse and slower (see README of peers)
+            disable_cache_before_step=2,  # its default, 3, is slower, and worse at interval 3
             max_order=order,
             taylor_factors_dtype=torch.float32,
             cache_identifiers=branch_modules(own.model),
