@@ -91,7 +91,9 @@ def point(backend: str, rounds: int, batch: int, tokens: int, layers: int, steps
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """Slope of log y over log x, by least squares."""
+    """Slope of log y over log x, by least squares; NaN for a single point."""
+    if len(x) < 2:
+        return float("nan")
     return float(np.polyfit(np.log(x), np.log(np.maximum(y, 1e-9)), 1)[0])
 
 
