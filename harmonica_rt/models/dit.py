@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from .base import Adapter, Branch, Inputs, Macs, Norm, expect_plain_norm
+from .base import Branch, Inputs, Macs, Norm, expect_plain_norm
 from .parts import (
     FEED_FORWARD,
+    PatchAdapter,
     Patches,
     check_attention,
     expect_parts,
@@ -43,7 +43,7 @@ BLOCK_PARTS: dict[str, type[nn.Module]] = {
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 
-class DiTAdapter(Adapter):
+class DiTAdapter(PatchAdapter):
     """Adapter of ``DiTTransformer2DModel``."""
 
     model_class = "DiTTransformer2DModel"
@@ -59,7 +59,7 @@ class DiTAdapter(Adapter):
         self.in_channels, self.out_channels = self.config.in_channels, model.out_channels
         self.rows = 6 * self.layers + 2
         expect_parts(model, MODEL_PARTS)
-        self.patches = Patches(model)
+        self.patches, self.head = Patches(model), model.proj_out_2
         expect_plain_norm(model.norm_out, "norm_out")
         uses = parameter_uses(model)
         for i, block in enumerate(self.blocks):
@@ -107,18 +107,6 @@ class DiTAdapter(Adapter):
 
     def arguments(self, conditioning: tuple[Tensor, ...]) -> dict[str, Any]:
         return {"class_labels": conditioning[0]}
-
-    def tokens(self, height: int, width: int) -> int:
-        return self.patches.tokens(height, width)
-
-    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.patches.embed(sample, out)
-
-    def finish(self, y: Tensor, height: int, width: int) -> Tensor:
-        return self.patches.join(self.model.proj_out_2(y), height, width, self.out_channels)
-
-    def output(self, sample: Tensor) -> Transformer2DModelOutput:
-        return Transformer2DModelOutput(sample=sample)
 
     # ---- counting
 

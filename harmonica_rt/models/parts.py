@@ -10,9 +10,10 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .base import Gelu, Linear, SelfAttention, Stage, UnsupportedModelError, expect_exactly, join_rows
+from .base import Adapter, Gelu, Linear, SelfAttention, Stage, UnsupportedModelError, expect_exactly, join_rows
 
 # A wrapper or subclass of any of these may compute something else
 ATTENTION: dict[str, type[nn.Module]] = {
@@ -84,6 +85,30 @@ class Patches:
             )
             self._positions[rows, columns] = table.float().unsqueeze(0)
         return self._positions[rows, columns]
+
+
+class PatchAdapter(Adapter):
+    """The ends of a model that works on patches.
+
+    Attributes:
+        patches: from samples and back.
+        head: the projection that follows the head's norm.
+    """
+
+    patches: Patches
+    head: nn.Linear
+
+    def tokens(self, height: int, width: int) -> int:
+        return self.patches.tokens(height, width)
+
+    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.patches.embed(sample, out)
+
+    def finish(self, y: Tensor, height: int, width: int) -> Tensor:
+        return self.patches.join(self.head(y), height, width, self.out_channels)
+
+    def output(self, sample: Tensor) -> Transformer2DModelOutput:
+        return Transformer2DModelOutput(sample=sample)
 
 
 # ---- attention and feed-forward

@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings, PixArtAlphaTextProjection
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from .base import (
-    Adapter,
     Branch,
     CrossAttention,
     Inputs,
@@ -26,6 +24,7 @@ from .base import (
 )
 from .parts import (
     FEED_FORWARD,
+    PatchAdapter,
     Patches,
     check_attention,
     describe,
@@ -57,7 +56,7 @@ DROPPED = -10000.0  # a masked token's score, as diffusers has it
 TEXT_TOKENS = 120  # PixArt-alpha's pipeline; Sigma's takes 300
 
 
-class PixArtAdapter(Adapter):
+class PixArtAdapter(PatchAdapter):
     """Adapter of ``PixArtTransformer2DModel``.
 
     Modulation depends on the timestep, and on resolution and aspect ratio where the model takes them; keys and values
@@ -78,7 +77,7 @@ class PixArtAdapter(Adapter):
         self.rows = 6 * self.layers + 2
         expect_parts(model, MODEL_PARTS)
         self.sized = model.adaln_single.emb.use_additional_conditions
-        self.patches = Patches(model)
+        self.patches, self.head = Patches(model), model.proj_out
         expect_plain_norm(model.norm_out, "norm_out")
         if model.caption_projection is not None:
             expect_exactly(model.caption_projection, PixArtAlphaTextProjection, "caption_projection")
@@ -189,18 +188,6 @@ class PixArtAdapter(Adapter):
             expect_shape(f"added_cond_kwargs[{name!r}]", (added or {}).get(name), (batch, numbers))
             for name, numbers in (("resolution", 2), ("aspect_ratio", 1))
         )
-
-    def tokens(self, height: int, width: int) -> int:
-        return self.patches.tokens(height, width)
-
-    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.patches.embed(sample, out)
-
-    def finish(self, y: Tensor, height: int, width: int) -> Tensor:
-        return self.patches.join(self.model.proj_out(y), height, width, self.out_channels)
-
-    def output(self, sample: Tensor) -> Transformer2DModelOutput:
-        return Transformer2DModelOutput(sample=sample)
 
     # ---- counting
 
