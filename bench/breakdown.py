@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
-from harmonica_rt.executor import Plan
-from harmonica_rt.program import ReuseOutput
+from harmonica_rt.executor import Built, Plan
 
 from .pipelines import PixelPipeline
 
@@ -39,33 +40,31 @@ class Profile:
 
 
 class _Timed:
-    """A plan's calls, timed one by one: CPU backends are synchronous, so that a call's time is its work."""
+    """A plan whose calls are timed one by one: CPU backends are synchronous, so that a call's time is its work."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.spent = plan, dict.fromkeys(PARTS, 0.0)
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        calls, adapter = plan.calls, copy.copy(plan.adapter)
 
-    def add(self, part: str, run: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        result = run()
-        self.spent[part] += time.perf_counter() - began
-        return result
+        @cache
+        def timed_calls(step: int) -> Built:
+            body, last = calls(step)
+            timed = [(self.timed("Gaps", gap), self.timed("branches", compute)) for gap, compute in body]
+            return timed, self.timed("Gaps", last)
 
-    def launch(self, step: int, sample: Tensor) -> Tensor:
-        """`Plan.launch`, with a clock around each call."""
-        plan, instructions = self.plan, self.plan.program.steps[step]
-        if isinstance(instructions, ReuseOutput):
-            return self.add("ends", lambda: plan._reuse_output(instructions))
-        body, last = plan.calls(step)
-        x = plan.x
-        self.add("ends", lambda: plan.adapter.embed(sample, x))
-        for gap, compute in body:
-            x, y = self.add("Gaps", lambda gap=gap, x=x: gap(x))
-            self.add("branches", lambda compute=compute, y=y: compute(y))
-        _, y = self.add("Gaps", lambda: last(x))
-        output = self.add("ends", lambda: plan.adapter.finish(y, plan.shape.height, plan.shape.width))
-        if instructions.keep is not None:
-            plan.outputs.select(0, instructions.keep).copy_(output)
-        return output
+        plan.adapter, plan.calls = adapter, timed_calls
+        plan._reuse_output = self.timed("ends", plan._reuse_output)
+        adapter.embed, adapter.finish = self.timed("ends", adapter.embed), self.timed("ends", adapter.finish)
+        plan.modulate, plan.encode = self.timed("modulation", plan.modulate), self.timed("modulation", plan.encode)
+
+    def timed(self, part: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = run(*args)
+            self.spent[part] += time.perf_counter() - began
+            return result
+
+        return timed
 
 
 def profile(
@@ -84,10 +83,6 @@ def profile(
     sample(fast)
     (plan,) = fast.transformer._plans.values()
     timed, found, forward = _Timed(plan), Profile(), fast.transformer._forward
-    plan.run = timed.launch
-    for name, part in (("modulate", "modulation"), ("encode", "modulation")):
-        own = getattr(plan, name)
-        setattr(plan, name, lambda *a, own=own, part=part: timed.add(part, lambda: own(*a)))
     calls: list[dict[str, float]] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -19,8 +19,9 @@ from torch import nn
 from .frechet import WIDTH
 from .measure import environment, interleave, pooled_psnr, psnr, ssim
 from .peers import PEERS, Peer
+from .peers.base import branch_names
 from .pipelines import PixelPipeline
-from .reference import REFERENCES, noise
+from .reference import TRAINED, noise
 from .sampling import Judge, Sampling
 
 HELD_OUT = 500_000  # seed of the noises; training's are elsewhere
@@ -34,7 +35,6 @@ class Job:
         count: noises that PSNR is taken on.
         frechet: images of the Fréchet distance; 0 for none.
         batch, rounds: of the timings: images a call, interleaved with diffusers' own.
-        compiled: measure peers under torch.compile too.
     """
 
     model: str
@@ -46,9 +46,8 @@ class Job:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.model not in REFERENCES or not REFERENCES[self.model].trained:
-            known = ", ".join(name for name, reference in REFERENCES.items() if reference.trained)
-            raise ValueError(f"--model: expected one of {known}, got {self.model!r}")
+        if self.model not in TRAINED:
+            raise ValueError(f"--model: expected one of {', '.join(TRAINED)}, got {self.model!r}")
         if self.frechet and (self.frechet <= WIDTH or self.model != "dit-fashion"):
             raise ValueError(
                 f"--frechet: expected more than {WIDTH} images of dit-fashion, which has a classifier, or 0, got "
@@ -182,10 +181,8 @@ class _Evaluations:
     """How often a model's branch modules run, whatever is wrapped around them later."""
 
     def __init__(self, model: nn.Module) -> None:
-        names = ("attn1", "attn2", "ff")
-        self.modules = [
-            m for block in model.transformer_blocks for n in names if (m := getattr(block, n, None)) is not None
-        ]
+        names = branch_names(model)
+        self.modules = [getattr(block, name) for block in model.transformer_blocks for name in names]
         self.of_a_forward = len(self.modules)
 
     @contextmanager

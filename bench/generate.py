@@ -41,12 +41,11 @@ from tqdm import tqdm
 
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline, PixelPixArtPipeline
-from bench.reference import REFERENCES, load_pipeline, timesteps
+from bench.reference import REFERENCES, TRAINED, load_pipeline, timesteps
 from bench.run_latency import parse_schedule, positive
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
 
-MODELS = [name for name, reference in REFERENCES.items() if reference.trained]
 BACKENDS = ("auto", "eager", "inductor", "cudagraph")
 DTYPES = ("float32", "float16")
 FORMAT, VERSION, MANIFEST = "harmonica_rt.images", 1, "job.json"
@@ -118,7 +117,7 @@ def prepare(
         ValueError: naming what was expected and what came.
     """
     for name, value, allowed in (
-        ("model", model, MODELS),
+        ("model", model, TRAINED),
         ("backend", backend, BACKENDS),
         ("dtype", dtype, DTYPES),
     ):
@@ -308,7 +307,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=MODELS[0], help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--model", default=TRAINED[0], help=f"one of {', '.join(TRAINED)}")
     parser.add_argument("--schedule", help="full, uniform:N[:ORDER] or a schedule file; diffusers' model unless given")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the schedule")
     parser.add_argument("--steps", type=positive, default=20)

@@ -67,7 +67,7 @@ REFERENCES = {
     "pixart-alpha-1024": _pixart(128),
     "pixart-sigma-2k": _pixart(256, text=300),
 }
-GUIDANCE = REFERENCES["dit-fashion"].guidance
+TRAINED = [name for name, reference in REFERENCES.items() if reference.trained]
 
 
 def load_pipeline(name: str, layers: int | None = None, size: int | None = None) -> PixelPipeline:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,11 @@ from bench.frechet import WIDTH
 from bench.measure import environment, pooled_psnr, psnr
 from bench.peers import PEERS
 from bench.pipelines import PixelPipeline
-from bench.reference import CLASSES, REFERENCES, noise
+from bench.reference import CLASSES, TRAINED, noise
 from bench.sampling import Judge, Sampling, accelerated
 from harmonica_rt.train import models
 
 MODEL = "dit-fashion"
-MODELS = [name for name, reference in REFERENCES.items() if reference.trained]
 ALL = tuple(range(len(CLASSES)))
 TARGETS = {"full": "the full run", "converged": "the converged solution"}
 NAMES = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
@@ -92,8 +92,8 @@ def measure(
         raise ValueError(f"--frechet: expected 0 or more images than the classifier's {WIDTH} features, got {frechet}")
     if target not in TARGETS:
         raise ValueError(f"--target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    if model not in MODELS:
-        raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if model not in TRAINED:
+        raise ValueError(f"--model: expected one of {', '.join(TRAINED)}, got {model!r}")
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"--guidance: expected a finite number, got {guidance}")
     if model != MODEL and (frechet or classes is not None):
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--schedule", action="append", help="as run_latency's; may be repeated")
     parser.add_argument("--target", choices=TARGETS, default="full", help="what PSNR is taken to")
-    parser.add_argument("--model", choices=MODELS, default=MODEL)
+    parser.add_argument("--model", choices=TRAINED, default=MODEL)
     parser.add_argument("--sampler", choices=models.SAMPLERS, help="unless given, the model's own")
     parser.add_argument("--guidance", type=float, help="1 turns guidance off; unless given, the model's own")
     parser.add_argument("--classes", type=_classes, metavar="I,J,...", help="labels to sample in turn; default: all")
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     console = Console(width=160)
     if arguments.peers is not None:
-        return _peers(arguments, console)
+        return _peers(arguments, sys.argv[1:] if argv is None else argv, console)
     with console.status("") as status:
         try:
             result = measure(
@@ -265,7 +265,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _peers(arguments: argparse.Namespace, console: Console) -> int:
+def _results(folder: Path, model: str, quick: bool) -> Path:
+    return folder / f"peers-{model}{'-quick' if quick else ''}.jsonl"
+
+
+def _peers(arguments: argparse.Namespace, argv: list[str], console: Console) -> int:
     """Ours and peers on the model; the rows in a file, the page beside it."""
     names = list(PEERS) if arguments.peers == "all" else arguments.peers.split(",")
     job = {"count": arguments.count, "frechet": arguments.frechet, "steps": arguments.steps}
@@ -273,7 +277,7 @@ def _peers(arguments: argparse.Namespace, console: Console) -> int:
         job |= {"count": 8, "frechet": 0, "rounds": 3}
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"peers-{arguments.model}{'-quick' if arguments.quick else ''}.jsonl"
+    file = _results(out, arguments.model, arguments.quick)
     with console.status("") as status:
         try:
             if unknown := sorted(set(names) - set(PEERS)):
@@ -284,8 +288,8 @@ def _peers(arguments: argparse.Namespace, console: Console) -> int:
         except ValueError as error:
             console.print(f"[red]error:[/red] {error}", soft_wrap=True)
             return 2
-    files = sorted(out.glob("peers-*-quick.jsonl" if arguments.quick else "peers-*[!k].jsonl"))
-    results.write(files, out / "RESULTS.md", "python bench/run_quality.py --peers all --model " + arguments.model)
+    files = [path for name in TRAINED if (path := _results(out, name, arguments.quick)).exists()]
+    results.write(files, out / "RESULTS.md", f"python bench/run_quality.py {shlex.join(argv)}")
     console.print(results.table(rows), highlight=False, markup=False, soft_wrap=True)
     console.print(results.failures(rows), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written to {out}/: {file.name}, RESULTS.md and its plots")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
+from ..module_reuse import MODULES
 from ..pipelines import PixelPipeline
 
 
@@ -50,9 +51,11 @@ def with_denoiser(pipeline: PixelPipeline, denoiser: nn.Module) -> PixelPipeline
     return pipeline
 
 
-def branch_modules(model: nn.Module) -> list[str]:
-    """Names of a block's branch modules, as patterns that match a module's whole name."""
-    kinds = (
-        ["attn1", "attn2", "ff"] if getattr(model.transformer_blocks[0], "attn2", None) is not None else ["attn1", "ff"]
-    )
-    return [rf"transformer_blocks\.\d+\.{kind}" for kind in kinds]
+def branch_names(model: nn.Module) -> list[str]:
+    """Names of a block's branch modules."""
+    return list(MODULES[type(model).__name__].values())
+
+
+def branch_patterns(model: nn.Module) -> list[str]:
+    """Patterns that match the whole name of every branch module."""
+    return [rf"transformer_blocks\.\d+\.{name}" for name in branch_names(model)]

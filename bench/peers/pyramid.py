@@ -6,7 +6,7 @@ from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from ..pipelines import PixelPipeline
-from .base import Peer
+from .base import Peer, branch_names
 from .hooked import Hooked, hooked
 
 
@@ -14,7 +14,7 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     every = int(setting.split()[1])
 
     def config(own: Hooked) -> PyramidAttentionBroadcastConfig:
-        cross = every if getattr(own.model.transformer_blocks[0], "attn2", None) is not None else None
+        cross = every if "attn2" in branch_names(own.model) else None
         return PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=every,
             cross_attention_block_skip_range=cross,

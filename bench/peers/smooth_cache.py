@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..pipelines import PixelPipeline
 from ..reference import noise
-from .base import Peer, with_denoiser
+from .base import Peer, branch_names, with_denoiser
 
 FURTHEST = 3  # steps that one value may serve
 
@@ -36,14 +36,10 @@ class Quiet(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def kinds(model: nn.Module) -> list[str]:
-    return [name for name in ("attn1", "attn2", "ff") if getattr(model.transformer_blocks[0], name, None) is not None]
-
-
 def changes(pipeline: PixelPipeline, steps: int) -> dict[str, Tensor]:
     """Relative L1 change of a kind's outputs between steps, mean over layers: [steps, steps]."""
     own = pipeline.around(copy.deepcopy(pipeline.transformer))
-    seen: dict[str, list[list[Tensor]]] = {kind: [] for kind in kinds(own.transformer)}
+    seen: dict[str, list[list[Tensor]]] = {kind: [] for kind in branch_names(own.transformer)}
     for block in own.transformer.transformer_blocks:
         for kind, layers in seen.items():
             layers.append([])
@@ -76,7 +72,7 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
             plan.append(int(not reuse))
         schedule[kind] = plan
     helper = smooth_cache_helper.SmoothCacheHelper(
-        pipeline.transformer, BasicTransformerBlock, kinds(pipeline.transformer), schedule
+        pipeline.transformer, BasicTransformerBlock, branch_names(pipeline.transformer), schedule
     )
     helper.enable()
     return with_denoiser(pipeline, Quiet(pipeline.transformer, helper, steps))

@@ -7,7 +7,7 @@ from diffusers import TaylorSeerCacheConfig
 from diffusers.hooks import apply_taylorseer_cache
 
 from ..pipelines import PixelPipeline
-from .base import Peer, branch_modules
+from .base import Peer, branch_patterns
 from .hooked import Hooked, hooked
 
 
@@ -20,7 +20,7 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
             disable_cache_before_step=2,  # its default, 3, is slower, and worse at interval 3
             max_order=order,
             taylor_factors_dtype=torch.float32,
-            cache_identifiers=branch_modules(own.model),
+            cache_identifiers=branch_patterns(own.model),
         )
 
     return hooked(pipeline, steps, apply_taylorseer_cache, config)
