@@ -5,25 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from .frechet import WIDTH
-from .measure import environment, interleave, pooled_psnr, psnr, ssim
+from .judges import JUDGES
+from .measure import Timing, environment, interleave, pooled_psnr, psnr, ssim
 from .peers import PEERS, Peer
 from .peers.base import branch_names
-from .pipelines import PixelPipeline
 from .reference import TRAINED, noise
-from .sampling import Judge, Sampling
+from .sampling import Sampling
 
+SHOWN = 8  # images of a row that picture sheets may show
 HELD_OUT = 500_000  # seed of the noises; training's are elsewhere
 
 
@@ -33,14 +34,14 @@ class Job:
 
     Attributes:
         count: noises that PSNR is taken on.
-        frechet: images of the Fréchet distance; 0 for none.
+        judged: images that are judged as a set (`bench.judges`); 0 for none.
         batch, rounds: of the timings: images a call, interleaved with diffusers' own.
     """
 
     model: str
     steps: int = 20
     count: int = 64
-    frechet: int = 0
+    judged: int = 0
     batch: int = 4
     rounds: int = 7
     threads: int = 1
@@ -48,10 +49,9 @@ class Job:
     def __post_init__(self) -> None:
         if self.model not in TRAINED:
             raise ValueError(f"--model: expected one of {', '.join(TRAINED)}, got {self.model!r}")
-        if self.frechet and (self.frechet <= WIDTH or self.model != "dit-fashion"):
+        if self.judged and self.judged <= WIDTH:
             raise ValueError(
-                f"--frechet: expected more than {WIDTH} images of dit-fashion, which has a classifier, or 0, got "
-                f"{self.frechet} of {self.model}"
+                f"--judged: expected 0, or more images than the {WIDTH} features they are judged by, got {self.judged}"
             )
 
 
@@ -62,9 +62,9 @@ class Store:
         ValueError: the file holds another job's rows.
     """
 
-    def __init__(self, path: Path, job: Job) -> None:
+    def __init__(self, path: Path, job: Job, command: str = "") -> None:
         self.path, self.rows = path, []
-        head = {"job": asdict(job), "environment": environment()}
+        head = {"job": asdict(job), "command": command, "environment": environment()}
         if path.exists():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             if not lines or lines[0].get("job") != asdict(job):
@@ -78,6 +78,14 @@ class Store:
         return any((row["peer"], row["setting"]) == key for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Write a row; its images, if any, become a strip in a folder beside the file."""
+        row = dict(row)
+        if (images := row.pop("images", None)) is not None:
+            folder = self.path.with_suffix("")
+            folder.mkdir(exist_ok=True)
+            strip = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
+            row["strip"] = f"{len(self.rows):03}.png"
+            Image.fromarray(strip.squeeze(-1).numpy()).save(folder / row["strip"])
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -105,9 +113,9 @@ class Bench:
         progress(f"{job.model}: the converged solution")
         self.converged = self.sampling.converged(self.start)
         self.judge = None
-        if job.frechet:
-            progress(f"{job.model}: {job.frechet} images of the full run")
-            self.judge = Judge.prepare(self.sampling, job.steps, job.frechet, HELD_OUT)
+        if job.judged:
+            progress(f"{job.model}: {job.judged} images of the full run")
+            self.judge = JUDGES[job.model].prepare(self.sampling, job.steps, job.judged, HELD_OUT)
 
     def row(self, peer: Peer, setting: str) -> dict[str, Any]:
         """Everything about one point; `error` holds the peer's own words where it did not come to one."""
@@ -116,35 +124,40 @@ class Bench:
             return row | {"error": peer.missing}
         began = time.perf_counter()
         try:
-            own = self._own()
-            evaluations = _Evaluations(own.transformer)
-            own = peer.prepare(own, setting, self.job.steps)
-            row |= self._measured(own, evaluations)
+            row |= self._measured(peer, setting)
         except Exception as error:  # a peer's own failure is a result
             return row | {
                 "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             }
         return row | {"seconds": round(time.perf_counter() - began, 1)}
 
-    def _own(self) -> PixelPipeline:
-        return self.sampling.pipeline.around(copy.deepcopy(self.sampling.pipeline.transformer))
-
-    def _measured(self, own: PixelPipeline, evaluations: _Evaluations) -> dict[str, Any]:
-        job, steps = self.job, own.steps or self.job.steps
-        sampling = Sampling(own, self.sampling.guidance)
+    def _measured(self, peer: Peer, setting: str) -> dict[str, Any]:
+        job, pipeline = self.job, self.sampling.pipeline
+        own = pipeline.around(copy.deepcopy(pipeline.transformer))
+        evaluations = _Evaluations(own.transformer)
+        own = peer.prepare(own, setting, job.steps)
+        sampling, steps = Sampling(own, self.sampling.guidance), own.steps or job.steps
         some = self.start[: job.batch]
-        schedule = getattr(own.transformer, "schedule", None)  # ours says what it skips, and runs no hooks
-        whole = isinstance(own.transformer, torch._dynamo.OptimizedModule)  # computes all; hooks would compile it twice
-        with nullcontext([0]) if whole or schedule is not None else evaluations.counted() as counted:
-            first = sampling(some, steps)
-        images = sampling(self.start, steps)
+        if (schedule := getattr(own.transformer, "schedule", None)) is None:
+            with evaluations.counted() as counted:
+                sampling(some, steps)
+            samples = len(some) * (1 + (sampling.guidance > 1))
+            cur = 1 - counted[0] / (job.steps * evaluations.of_a_forward * samples)
+        else:
+            cur = schedule.cur  # ours says what it skips, and calls no module
+        if peer.compile is not None:
+            torch._dynamo.reset()  # or peers share one recompile limit
+            peer.compile(own)
+        first = sampling(some, steps)
+        candidates = {"eager": lambda: self.sampling(some, job.steps), "own": lambda: sampling(some, steps)}
+        timings = interleave(candidates, job.rounds)  # before other batches: a second shape makes code slower
+        ratios = Timing(tuple(b / a for a, b in zip(timings["eager"].seconds, timings["own"].seconds)))
+        images, again = sampling(self.start, steps, job.batch), sampling(some, steps)
         if not torch.isfinite(images).all():
             raise FloatingPointError("the images are not finite")
-        again = sampling(some, steps)
-        full = job.steps * evaluations.of_a_forward
         values = psnr(images, self.full)
         row = {
-            "cur": schedule.cur if schedule is not None else 0.0 if whole else 1 - counted[0] / full,
+            "cur": cur,
             "drift": (again - first).abs().max().item(),  # between two runs from the same noise
             "psnr": values.mean().item(),
             "psnr_pooled": pooled_psnr(images, self.full),
@@ -152,26 +165,14 @@ class Bench:
             "psnr_converged": psnr(images, self.converged).mean().item(),
             "ssim": ssim(images, self.full).mean().item(),
             "max_error": (images - self.full).abs().max().item(),
+            "images": images[:SHOWN],
         }
         if self.judge is not None:
-            judge = Judge(
-                sampling, *(getattr(self.judge, name) for name in ("start", "count", "classifier", "real", "full"))
-            )
-            row |= judge(steps)
-        reference = self.sampling
-        timings = interleave(
-            {"eager": lambda: reference(some, job.steps), "own": lambda: sampling(some, steps)}, job.rounds
-        )
-        ratios = [b / a for a, b in zip(timings["eager"].seconds, timings["own"].seconds)]
-        low, middle, high = (
-            statistics.quantiles(ratios, n=5)[0],
-            statistics.median(ratios),
-            statistics.quantiles(ratios, n=5)[3],
-        )
+            row |= self.judge(sampling, steps)
         return row | {
-            "latency": middle,  # of diffusers' own full run
-            "latency_p20": low,
-            "latency_p80": high,
+            "latency": ratios.median,  # of diffusers' own full run
+            "latency_p20": ratios.percentile(20),
+            "latency_p80": ratios.percentile(80),
             "ms_per_image": 1e3 * timings["own"].median / job.batch,
             "ms_per_image_eager": 1e3 * timings["eager"].median / job.batch,
         }
@@ -187,11 +188,15 @@ class _Evaluations:
 
     @contextmanager
     def counted(self) -> Iterator[list[int]]:
-        """Counts the projections that every evaluation runs, which a cache around the module leaves out."""
+        """Samples whose projections run, one a branch: a cache around the module leaves them out, or half the batch."""
         count, handles = [0], []
+
+        def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            count[0] += len(output)
+
         for module in self.modules:
             inner = module.to_out[0] if hasattr(module, "to_out") else module.net[2]
-            handles.append(inner.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1)))
+            handles.append(inner.register_forward_hook(add))
         try:
             yield count
         finally:
@@ -204,6 +209,7 @@ def compare(
     path: Path,
     peers: dict[str, Peer] | None = None,
     settings: int | None = None,
+    command: str = "",
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
     """Measure every point that `path` does not hold yet; all rows.
@@ -211,8 +217,9 @@ def compare(
     Args:
         peers: of `PEERS`; all of them unless given.
         settings: at most so many of each peer's sweep.
+        command: what a person gave to get here, for the page.
     """
-    store, bench = Store(path, job), None
+    store, bench = Store(path, job, command), None
     points = [
         (peer, setting)
         for peer in (PEERS if peers is None else peers).values()

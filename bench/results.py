@@ -6,10 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
-OURS = "harmonica_rt, learned"
-COLOURS = {OURS: "#1f4e79", "harmonica_rt, uniform": "#5b8db8", "fewer steps": "#c0392b"}
+OURS, FEWER = "harmonica_rt", "fewer steps"  # what their peers' names begin with
+COLOURS = {
+    "harmonica_rt, learned": "#1f4e79",
+    "harmonica_rt, learned, to converged": "#3a9188",
+    "harmonica_rt, uniform": "#5b8db8",
+    "fewer steps": "#c0392b",
+}
+PLOTS = {  # columns: a plot's name and what it shows
+    "psnr": ("psnr", "PSNR to the full run, dB"),
+    "psnr_converged": ("converged", "PSNR to the converged solution, dB"),
+    "frechet_full": ("frechet", "Fréchet distance to the full run's images"),
+}
+LOWER = ("frechet_full",)  # is better
+SPEEDUPS = (1.5, 2.0, 3.0, 4.0)  # realised, that the page compares at
 COLUMNS = [
     ("latency", "latency", "{:.2f}"),
     ("latency_p20", "p20", "{:.2f}"),
@@ -23,6 +37,7 @@ COLUMNS = [
     ("frechet_full", "Fréchet (full run)", "{:.2f}"),
     ("frechet_real", "Fréchet (real)", "{:.2f}"),
     ("class_accuracy", "class acc.", "{:.1%}"),
+    ("glyph_accuracy", "glyph acc.", "{:.1%}"),
 ]
 
 
@@ -36,13 +51,49 @@ def whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["error"] is None]
 
 
+def _is_ours(row: dict[str, Any]) -> bool:
+    return row["peer"].startswith(OURS)
+
+
+def _better(ours: float, theirs: float, quality: str) -> bool:
+    """Or as good."""
+    return ours <= theirs if quality in LOWER else ours >= theirs
+
+
 def outside(rows: list[dict[str, Any]], quality: str = "psnr") -> list[dict[str, Any]]:
     """Peers' points that no point of ours is as fast and as good as, among those faster than the full run."""
-    ours = [row for row in whole(rows) if row["peer"].startswith("harmonica_rt")]
-    theirs = [row for row in whole(rows) if row not in ours and row["latency"] < 0.98]
+    ours = [row for row in whole(rows) if _is_ours(row)]
+    theirs = [row for row in whole(rows) if not _is_ours(row) and row["latency"] < 0.98]
     return [
-        row for row in theirs if not any(o["latency"] <= row["latency"] and o[quality] >= row[quality] for o in ours)
+        row
+        for row in theirs
+        if not any(o["latency"] <= row["latency"] and _better(o[quality], row[quality], quality) for o in ours)
     ]
+
+
+def at_speedup(rows: list[dict[str, Any]], speedup: float) -> dict[str, dict[str, Any] | None]:
+    """The best PSNR of ours, of a peer and of fewer steps (compiled ones too) that is at least so much faster."""
+    fast = [row for row in whole(rows) if row["latency"] <= 1.005 / speedup]  # 3.98x counts as 4x
+    groups = {
+        "ours": [row for row in fast if _is_ours(row)],
+        "best peer": [row for row in fast if not _is_ours(row) and not row["peer"].startswith(FEWER)],
+        "fewer steps": [row for row in fast if row["peer"].startswith(FEWER)],
+    }
+    return {name: max(group, key=lambda row: row["psnr"], default=None) for name, group in groups.items()}
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """Markdown: who is best at each of `SPEEDUPS`."""
+    lines = ["| at least | ours | best peer | fewer steps |", "| --- | --- | --- | --- |"]
+    for speedup in SPEEDUPS:
+        cells = ["" if row is None else _named(row) for row in at_speedup(rows, speedup).values()]
+        lines.append(f"| {speedup:g}x | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _named(row: dict[str, Any]) -> str:
+    psnr = "exact" if row["psnr"] > 100 else f"{row['psnr']:.1f} dB"
+    return f"{psnr}, {1 / row['latency']:.2f}x ({_point(row)})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -52,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("| --- " * (len(columns) + 2) + "|")
     for row in sorted(whole(rows), key=lambda r: (r["peer"] != "diffusers, eager", r["latency"])):
         cells = [form.format(row[key]) if row.get(key) is not None else "" for key, _, form in columns]
-        name = f"**{row['peer']}**" if row["peer"].startswith("harmonica_rt") else row["peer"]
+        name = f"**{row['peer']}**" if _is_ours(row) else row["peer"]
         lines.append(f"| {name} | {row['setting']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -85,47 +136,92 @@ def pareto(rows: list[dict[str, Any]], quality: str, label: str, title: str, pat
     figure.savefig(path, dpi=130)
 
 
-def write(files: list[Path], out: Path, command: str) -> None:
+def sheet(rows: list[dict[str, Any]], strips: Path, title: str, path: Path) -> None:
+    """Pictures at equal latency: the full run's, then at each of `SPEEDUPS` what `at_speedup` found, and how far off.
+
+    Args:
+        strips: folder of the rows' images.
+    """
+    full = next(row for row in whole(rows) if row["peer"] == "diffusers, eager")
+    shown = [("the full run", full)] + [
+        (f"{speedup:g}x, {name}", row)
+        for speedup in SPEEDUPS[1:]
+        for name, row in at_speedup(rows, speedup).items()
+        if row is not None
+    ]
+    figure = Figure(figsize=(13, 0.95 * len(shown) + 0.6), layout="constrained")
+    wanted = _strip(strips, full)
+    for pair, (label, row) in zip(figure.subplots(len(shown), 2, squeeze=False), shown):
+        images = _strip(strips, row)
+        for axes, picture in zip(pair, (images, np.clip(8 * np.abs(images - wanted), 0, 255))):
+            axes.imshow(picture.astype(np.uint8), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_axis_off()
+        pair[0].set_title(label if row is full else f"{label}: {_named(row)}", fontsize=8, loc="left")
+    figure.suptitle(f"{title}; right: 8 x the difference to the full run", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _strip(strips: Path, row: dict[str, Any]) -> np.ndarray:
+    return np.array(Image.open(strips / row["strip"])).astype(float)
+
+
+def _plots(file: Path, rows: list[dict[str, Any]], model: str, title: str, out: Path) -> list[str]:
+    """Draw a section's pictures into the folder `out`; Markdown that shows them."""
+    stem, drawn = f"results-{file.stem.removeprefix('peers-')}", []
+    for quality, (kind, label) in PLOTS.items():
+        if any(row.get(quality) is not None for row in rows):
+            pareto(rows, quality, label, title, out / f"{stem}-{kind}.png")
+            drawn.append(kind)
+    if any(row["peer"] == "diffusers, eager" and "strip" in row for row in whole(rows)):
+        sheet(rows, file.with_suffix(""), title, out / f"{stem}-sheet.png")
+        drawn.append("sheet")
+    return [f"![{model}, {kind}]({stem}-{kind}.png)" for kind in drawn]
+
+
+def section(file: Path, out: Path) -> list[str]:
+    """A results file as Markdown, its plots drawn into the folder `out`."""
+    head, rows = read(file)
+    job, env = head["job"], head["environment"]
+    model, threads = job["model"], job["threads"]
+    title = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+    parts = [
+        f"## {title}",
+        f"`{head['command']}`: {job['steps']} steps, {job['count']} noises held out, timed at batch {job['batch']} "
+        f"with guidance over {job['rounds']} rounds, interleaved with diffusers' own full run. {env['cpu']}, torch "
+        f"{env['torch']}, diffusers {env['diffusers']}, commit {env['commit']}.",
+        comparison(rows),
+        *_plots(file, rows, model, f"{title}, {job['count']} noises", out),
+        table(rows),
+    ]
+    for quality, (_, label) in PLOTS.items():
+        if any(row.get(quality) is not None for row in rows):
+            beyond = outside(rows, quality)
+            named = ", ".join(f"{_point(row)} ({row['latency']:.2f}, {row[quality]:.2f})" for row in beyond)
+            parts.append(f"Points of peers outside our curve by {label}: {named or 'none'}.")
+    drifting = [f"{_point(row)} ({row['drift']:.2g})" for row in whole(rows) if row["drift"] > 1e-4]
+    parts.append(f"Two runs from the same noise differ: {', '.join(drifting) or 'none'}.")
+    return [*parts, "Where a peer does not run, in its own words:", failures(rows)]
+
+
+def _point(row: dict[str, Any]) -> str:
+    return f"{row['peer']}: {row['setting']}"
+
+
+INTRODUCTION = """\
+# Results
+
+Written by `bench/run_quality.py`, nothing by hand. *Latency*: share of the time of diffusers' own full run, measured in
+the same rounds (median, p20, p80). *CUR*: share of branch evaluations left out. *PSNR* in dB to the full run without
+reuse, mean over noises, *worst* of them; *to converged*: to the solution that the sampler approximates. *Fréchet*:
+distance of features of a set of images to other images of the full run, or to real ones. *Class*, *glyph acc.*: images
+that show what they were asked for. A peer's curve is its own settings; ours are the shipped schedules."""
+
+
+def write(files: list[Path], out: Path) -> None:
     """The page `out`, its plots beside it.
 
     Args:
-        files: as `comparison.compare` wrote them, one a model.
-        command: that makes them again.
+        files: as `comparison.compare` wrote them, one a model and number of threads.
     """
-    parts = ["# Results", "", f"Made by `{command}`; nothing here is written by hand."]
-    for file in files:
-        head, rows = read(file)
-        job, env = head["job"], head["environment"]
-        model, where = job["model"], f"{env['cpu']}, {job['threads']} thread(s), torch {env['torch']}"
-        parts += ["", f"## {model}", ""]
-        parts.append(
-            f"{job['steps']} steps, {job['count']} noises held out, timed at batch {job['batch']} with guidance over "
-            f"{job['rounds']} rounds interleaved with diffusers' own full run; {where}, diffusers {env['diffusers']}, "
-            f"commit {env['commit']}. PSNR in dB to the full run without reuse; *to converged*: to the solution that "
-            "the sampler approximates."
-        )
-        stem = out.parent / f"results-{model}"
-        where = f"{model}: {job['count']} noises"
-        pareto(rows, "psnr", "PSNR to the full run, dB", where, stem.with_name(f"{stem.name}-psnr.png"))
-        pareto(
-            rows,
-            "psnr_converged",
-            "PSNR to the converged solution, dB",
-            where,
-            stem.with_name(f"{stem.name}-converged.png"),
-        )
-        kinds = ["psnr", "converged"]
-        if any(row.get("frechet_full") is not None for row in rows):
-            label = "Fréchet distance to the full run's images"
-            pareto(rows, "frechet_full", label, where, stem.with_name(f"{stem.name}-frechet.png"))
-            kinds.append("frechet")
-        parts += ["", *(f"![{kind}]({stem.name}-{kind}.png)" for kind in kinds), "", table(rows)]
-        for quality, what in (("psnr", "PSNR to the full run"), ("psnr_converged", "PSNR to the converged solution")):
-            beyond = outside(rows, quality)
-            named = ", ".join(f"{r['peer']} {r['setting']} ({r['latency']:.2f}, {r[quality]:.1f} dB)" for r in beyond)
-            parts += ["", f"Points of peers outside our curve by {what}: {named or 'none'}."]
-        drifting = [r for r in whole(rows) if r["drift"] > 1e-4]
-        named = ", ".join(f"{r['peer']} {r['setting']} ({r['drift']:.2g})" for r in drifting)
-        parts += ["", f"Two runs from the same noise differ: {named or 'none'}."]
-        parts += ["", "Where a peer does not run, in its own words:", "", failures(rows)]
-    out.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    parts = [INTRODUCTION, *(part for file in files for part in section(file, out.parent))]
+    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -30,11 +30,12 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench import comparison, results, run_latency
 from bench.frechet import WIDTH
+from bench.judges import Frechet
 from bench.measure import environment, pooled_psnr, psnr
 from bench.peers import PEERS
 from bench.pipelines import PixelPipeline
 from bench.reference import CLASSES, TRAINED, noise
-from bench.sampling import Judge, Sampling, accelerated
+from bench.sampling import Sampling, accelerated
 from harmonica_rt.train import models
 
 MODEL = "dit-fashion"
@@ -43,6 +44,7 @@ TARGETS = {"full": "the full run", "converged": "the converged solution"}
 NAMES = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
+JUDGED = {"dit-fashion": 500, "pixart-emoji": 128}  # images: of the Fréchet distance, of the nearest glyph
 FULL, PSNR = "full run", ("mean", "pooled", "worst")
 
 
@@ -116,8 +118,8 @@ def measure(
     if frechet:
         progress(f"full run, {steps} steps, {2 * frechet} images")
         with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, steps)):
-            judge = Judge.prepare(sampling, steps, frechet, seed)
-            rows[0] |= judge(steps)
+            judge = Frechet.prepare(sampling, steps, frechet, seed)
+            rows[0] |= judge(sampling, steps)
 
     def measured(name: str, schedule: hrt.Schedule) -> dict[str, Any]:
         progress(name)
@@ -130,7 +132,7 @@ def measure(
                 wanted,
                 seeds,
             )
-            return row | (judge(steps) if judge else {})
+            return row | (judge(sampling, steps) if judge else {})
 
     for name, schedule in plans:
         rows.append(row := measured(name, schedule))
@@ -142,7 +144,7 @@ def measure(
         row = _row(f"{less} steps", 1 - less / steps, steps / less, sampling(start, less), wanted, seeds)
         if judge:
             with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, less)):
-                row |= judge(less)
+                row |= judge(sampling, less)
         rows.append(row)
     run = {"model": model, "steps": steps, "count": count, "frechet": frechet, "seed": seed, "seeds": seeds}
     sampled = {"sampler": type(pipeline.scheduler).__name__, "guidance": sampling.guidance}
@@ -230,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=run_latency.positive, default=1)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--peers", metavar="A,B,...", help=f"compare with peers instead: all, or of {', '.join(PEERS)}")
+    parser.add_argument("--judged", type=int, metavar="N", help="peers: images a row to judge as a set; 0: none")
     parser.add_argument("--quick", action="store_true", help="peers: 3 minutes, few noises and one setting each")
     parser.add_argument("--out", type=Path, default=Path("out"), help="peers: folder of their results; a run goes on")
     arguments = parser.parse_args(argv)
@@ -265,31 +268,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _results(folder: Path, model: str, quick: bool) -> Path:
-    return folder / f"peers-{model}{'-quick' if quick else ''}.jsonl"
-
-
 def _peers(arguments: argparse.Namespace, argv: list[str], console: Console) -> int:
     """Ours and peers on the model; the rows in a file, the page beside it."""
-    names = list(PEERS) if arguments.peers == "all" else arguments.peers.split(",")
-    job = {"count": arguments.count, "frechet": arguments.frechet, "steps": arguments.steps}
+    every = [name for name in PEERS if not (arguments.quick and name.endswith("compiled"))]  # compiling takes minutes
+    names = every if arguments.peers == "all" else arguments.peers.split(",")
     if arguments.quick:
-        job |= {"count": 8, "frechet": 0, "rounds": 3}
-    out = arguments.out
+        job = {"count": 8, "rounds": 3}
+    else:
+        judged = JUDGED[arguments.model] if arguments.judged is None else arguments.judged
+        job = {"count": arguments.count, "judged": judged}
+    out, quick, threads = arguments.out, "-quick" if arguments.quick else "", arguments.threads
     out.mkdir(parents=True, exist_ok=True)
-    file = _results(out, arguments.model, arguments.quick)
+    file = out / f"peers-{arguments.model}{f'-{threads}threads' if threads > 1 else ''}{quick}.jsonl"
+    command = f"python bench/run_quality.py {shlex.join(argv)}"
     with console.status("") as status:
         try:
             if unknown := sorted(set(names) - set(PEERS)):
                 raise ValueError(f"--peers: expected all or some of {', '.join(PEERS)}, got {', '.join(unknown)}")
-            job = comparison.Job(arguments.model, threads=arguments.threads, **job)
+            job = comparison.Job(arguments.model, arguments.steps, threads=threads, **job)
             chosen = {name: PEERS[name] for name in names}
-            rows = comparison.compare(job, file, chosen, 1 if arguments.quick else None, status.update)
+            rows = comparison.compare(job, file, chosen, 1 if arguments.quick else None, command, status.update)
         except ValueError as error:
             console.print(f"[red]error:[/red] {error}", soft_wrap=True)
             return 2
-    files = [path for name in TRAINED if (path := _results(out, name, arguments.quick)).exists()]
-    results.write(files, out / "RESULTS.md", f"python bench/run_quality.py {shlex.join(argv)}")
+    files = sorted(path for path in out.glob("peers-*.jsonl") if bool(quick) == path.stem.endswith("-quick"))
+    results.write(files, out / "RESULTS.md")
     console.print(results.table(rows), highlight=False, markup=False, soft_wrap=True)
     console.print(results.failures(rows), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written to {out}/: {file.name}, RESULTS.md and its plots")

@@ -1,4 +1,4 @@
-"""How a reference model's images are made, and how sets of them are judged."""
+"""How a reference model's images are made."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ from torch import Tensor
 import harmonica_rt as hrt
 from harmonica_rt.train import models
 
-from .frechet import Classifier, Statistics, class_accuracy, features, frechet_distance
 from .pipelines import PixelPipeline
-from .reference import REFERENCES, load_pipeline, noise
-
-BATCH = 32  # of the Fréchet distance's images; the noises are a multiple of it, so that one plan serves all
-APART = 1_000_000  # between the seeds of the PSNR's noises, the Fréchet distance's and those of its reference
+from .reference import REFERENCES, load_pipeline
 
 
 @dataclass(frozen=True)
@@ -73,33 +69,3 @@ def accelerated(pipeline: PixelPipeline, schedule: hrt.Schedule) -> Iterator[Non
         yield
     finally:
         hrt.uncompile(pipeline)
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Compares sets of `count` images, all sampled from the same noises, with two references."""
-
-    sampling: Sampling
-    start: Tensor  # noises, padded to whole batches
-    count: int
-    classifier: Classifier
-    real: Statistics
-    full: Statistics  # of the full run from other noises
-
-    @classmethod
-    def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> Judge:
-        """Sample the reference images: `sampling` makes the full run."""
-        classifier, padded, pipeline = Classifier.load(), -(-count // BATCH) * BATCH, sampling.pipeline
-        images = sampling(noise(pipeline, padded, seed + 2 * APART), steps, BATCH)[:count]
-        full = Statistics.of(features(images, classifier))
-        return cls(sampling, noise(pipeline, padded, seed + APART), count, classifier, Statistics.load(), full)
-
-    def __call__(self, steps: int) -> dict[str, float]:
-        """Columns for a row: the pipeline, as it is, sampled in `steps`."""
-        seen = features(self.sampling(self.start, steps, BATCH)[: self.count], self.classifier)
-        mine = Statistics.of(seen)
-        return {
-            "frechet_real": frechet_distance(mine, self.real),
-            "frechet_full": frechet_distance(mine, self.full),
-            "class_accuracy": class_accuracy(seen, self.sampling.labels(self.count), self.classifier),
-        }

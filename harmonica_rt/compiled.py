@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .backends import OPS
 from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
 from .executor import Plan, Shape
-from .inspection import addresses, check_model, read_timestep, refuse_gradient, shape_of
+from .inspection import Snapshot, check_model, read_timestep, refuse_gradient, shape_of
 from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph, copied, loop_key, trajectory
 from .lowering import lower
@@ -153,7 +153,8 @@ class CompiledTransformer(nn.Module):
         self._tracker = RunTracker(schedule.steps, schedule.timesteps)
         self._timesteps: Tensor | None = None  # of the pipeline's scheduler, as last seen
         self._warned: set[str] = set()
-        self._weights: tuple[Any, ...] | None = None
+        self._seen: Snapshot | None = None  # the model that was checked and bound
+        self._kind: tuple[torch.dtype, torch.device] | None = None
         self._bound: tuple[Adapter, list[Branch], Norm] | None = None
         self._plans: OrderedDict[tuple[Shape, int], Plan] = OrderedDict()
         self._run: _Run | None = None
@@ -224,9 +225,9 @@ class CompiledTransformer(nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledTransformer:
-        before = addresses(self.model)
+        before = Snapshot.of(self.model).places
         self.model._apply(fn, recurse)
-        if addresses(self.model) != before:
+        if Snapshot.of(self.model).places != before:
             self._tracker.abandon()
         return self
 
@@ -414,19 +415,23 @@ class CompiledTransformer(nn.Module):
 
     def _start_run(self, inputs: Inputs, start: int) -> _Run:
         """A run on the plan of this shape and entry step. Looks at the model anew: weights may have moved."""
-        adapter = adapt(self.model)
-        dtype, device = check_model(self.model)
+        seen = Snapshot.of(self.model)
+        if seen == self._seen:
+            adapter, kind = self._adapter, self._kind
+        else:
+            adapter, kind = adapt(self.model), check_model(self.model)
         shape = shape_of(adapter, inputs)
-        if (shape.dtype, shape.device) != (dtype, device):
+        if (shape.dtype, shape.device) != kind:
             raise ValueError(
-                f"expected a sample of the model's dtype and device, {dtype} on {device}, "
+                f"expected a sample of the model's dtype and device, {kind[0]} on {kind[1]}, "
                 f"got {shape.dtype} on {shape.device}"
             )
         adapter.tokens(shape.height, shape.width)
-        if self._bound is None or addresses(self.model) != self._weights:
+        if self._seen is None or seen.places != self._seen.places:
             self._free_plans()
             self._bound = (adapter, *adapter.bind())
-            self._weights = addresses(self.model)
+            seen = Snapshot.of(self.model)  # binding may join tensors
+        self._seen, self._kind = seen, kind
         if (shape, start) not in self._plans:
             self._plans[shape, start] = self._make_plan(shape, start)
         self._plans.move_to_end((shape, start))

@@ -91,13 +91,14 @@ class StepGraphs:
             self.release()
             where = "; ".join(getattr(error, "__notes__", ())) or f"at step {step}"
             raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
+        self.of_step = [self.graphs[step] for step in plan.program.steps]  # hashing a step takes longer than a replay
 
     def _launch(self, step: int) -> Callable[[], Tensor]:
         return lambda: self.plan.launch(step, self.sample)
 
     def run(self, step: int, sample: Tensor) -> Tensor:
         """The model's output at `step`, a new tensor: the next replay does not touch it."""
-        graph, output = self.graphs[self.plan.program.steps[step]]
+        graph, output = self.of_step[step]
         self.plan.select(step)
         self.sample.copy_(sample)
         graph.replay()
@@ -123,4 +124,5 @@ class StepGraphs:
         for graph, _ in self.graphs.values():
             graph.reset()
         self.graphs.clear()
+        self.of_step = []
         self.plan.graphs = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 
 from .executor import Shape
 from .models import Adapter
@@ -37,13 +40,55 @@ def shape_of(adapter: Adapter, inputs: Inputs) -> Shape:
     return Shape(batch, height, width, inputs.sample.dtype, inputs.sample.device, context)
 
 
-def addresses(model: nn.Module) -> tuple[Any, ...]:
-    """Where each tensor of `model` lies: another answer later means that plans point at old weights."""
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What checks of a model and bindings to it rest on, taken in one walk: at the start of every run.
 
-    def place(t: Tensor) -> tuple[Any, ...]:
-        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.device
+    Attributes:
+        objects: classes, attributes, hooks and tensors of all its modules; compared by identity.
+        places: where each tensor lies. Another answer later means that plans point at old weights.
+    """
 
-    return tuple(map(place, itertools.chain(model.parameters(), model.buffers())))
+    objects: tuple[Any, ...]
+    places: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        objects: list[Any] = [*_hooks(everywhere)]
+        places: list[Any] = []
+        todo, seen = [model], {id(model)}
+        while todo:
+            module = todo.pop()
+            own = vars(module)
+            objects += (type(module), *own.values(), *own["_forward_hooks"].values())
+            objects += own["_forward_pre_hooks"].values()
+            for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+                if tensor is not None:
+                    objects.append(tensor)
+                    places.append(_place(tensor))
+            for child in own["_modules"].values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    todo.append(child)
+        return cls(tuple(objects), tuple(places))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Snapshot)
+            and self.places == other.places
+            and len(self.objects) == len(other.objects)
+            and all(map(operator.is_, self.objects, other.objects))
+        )
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.device
+
+
+def _hooks(registry: Any) -> Iterator[Any]:
+    """Hooks on all modules."""
+    yield from registry._global_forward_hooks.values()
+    yield from registry._global_forward_pre_hooks.values()
 
 
 def check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -274,3 +274,33 @@ def test_uncompile_gives_the_model_back(dit: torch.nn.Module) -> None:
     assert hrt.uncompile(dit) is dit
     again = hrt.compile(fast, random_schedule(2))
     assert again.model is dit
+
+
+def test_an_unchanged_model_is_checked_once(dit: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at a whole model takes longer than a step: a run looks only whether it is still the one that was seen."""
+    from harmonica_rt import compiled
+
+    fast = hrt.compile(dit, random_schedule(0), backend="eager")
+    calls, looked = Calls(6), []
+    calls.run(fast)
+    for name in ("adapt", "check_model"):
+        check = getattr(compiled, name)
+        monkeypatch.setattr(compiled, name, lambda model, check=check: looked.append(1) or check(model))
+    calls.run(fast)
+    assert not looked
+    block = dit.transformer_blocks[1]
+    block.ff.net[2].weight.data = block.ff.net[2].weight.data * 2
+    again = calls.run(fast)
+    assert len(looked) == 2
+    assert_close(again, calls.run(hrt.compile(dit, random_schedule(0), backend="eager")), 1e-6)
+    for change in (
+        lambda: block.attn1.register_forward_hook(lambda *_: None),
+        lambda: torch.nn.modules.module.register_module_forward_hook(lambda *_: None),
+    ):
+        handle = change()
+        with pytest.raises(hrt.UnsupportedModelError, match="expected no forward hooks"):
+            calls.call(fast, 0)
+        handle.remove()
+    dit.transformer_blocks[0].norm3 = torch.nn.Identity()
+    with pytest.raises(hrt.UnsupportedModelError, match=r"transformer_blocks.0.norm3: expected a plain LayerNorm"):
+        calls.call(fast, 0)

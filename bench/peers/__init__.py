@@ -22,11 +22,13 @@ from .base import Peer
 PEERS: dict[str, Peer] = {
     "eager": eager.PEER,
     "learned": ours.LEARNED,
+    "converged": ours.CONVERGED,
     "uniform": ours.UNIFORM,
     "output": ours.OUTPUT,
     "fewer": fewer_steps.PEER,
     "samplers": samplers.PEER,
-    "compile": compiled.PEER,
+    "compile": compiled.WHOLE,
+    "compile-blocks": compiled.BLOCKS,
     "taylorseer": taylorseer.PEER,
     "first-block": first_block.PEER,
     "mag-cache": mag_cache.PEER,
@@ -35,6 +37,21 @@ PEERS: dict[str, Peer] = {
     "faster-cache": faster_cache.PEER,
     "cache-dit": cache_dit.PEER,
     "smooth-cache": smooth_cache.PEER,
+}
+PEERS |= {
+    f"{name}-compiled": compiled.under_compile(PEERS[name], *settings)
+    for name, settings in {
+        "fewer": (),
+        "samplers": ("dpmsolver++ 10", "unipc 10"),
+        "taylorseer": ("order 1, interval 2", "order 1, interval 3"),
+        "first-block": ("0.05",),
+        "mag-cache": ("0.12",),
+        "sea-cache": ("0.25",),
+        "pyramid": ("every 2",),
+        "faster-cache": ("every 2",),
+        "cache-dit": ("DBCache 0.05", "mask, TaylorSeer, every 2"),
+        "smooth-cache": ("0.2",),
+    }.items()
 }
 
 __all__ = ["PEERS", "Peer"]

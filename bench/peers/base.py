@@ -21,6 +21,7 @@ class Peer:
         settings: what to sweep, from cautious to fast.
         prepare: (a pipeline whose transformer is the peer's own to change, a setting, denoiser calls of a full run) ->
             the pipeline to sample with. It raises, in the peer's own words, where the peer does not run on the model.
+        compile: compiles what `prepare` returned, in place. Branch evaluations were counted before: no hook is traced.
         package: what it needs besides diffusers, by the name it is imported by; "" for nothing.
         install: how to get that.
         applies: (model, setting) -> whether that point exists; all do unless given.
@@ -29,6 +30,7 @@ class Peer:
     name: str
     settings: tuple[str, ...]
     prepare: Callable[[PixelPipeline, str, int], PixelPipeline]
+    compile: Callable[[PixelPipeline], None] | None = None
     package: str = ""
     install: str = "pip install -e '.[peers]'"
     applies: Callable[[str, str], bool] | None = None

@@ -1,6 +1,8 @@
-"""torch.compile of the whole model, and diffusers' own way of compiling its repeated blocks."""
+"""torch.compile: of the whole model, as diffusers compiles repeated blocks, and on top of other peers."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -8,11 +10,24 @@ from ..pipelines import PixelPipeline
 from .base import Peer, with_denoiser
 
 
-def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
-    if setting == "repeated blocks":
-        pipeline.transformer.compile_repeated_blocks()
-        return pipeline
-    return with_denoiser(pipeline, torch.compile(pipeline.transformer))
+def whole(pipeline: PixelPipeline) -> None:
+    """The transformer, or what is inside a peer's wrapper around it."""
+    denoiser = pipeline.transformer
+    if hasattr(denoiser, "model"):
+        denoiser.model = torch.compile(denoiser.model)
+    else:
+        with_denoiser(pipeline, torch.compile(denoiser))
 
 
-PEER = Peer("torch.compile", ("full model", "repeated blocks"), prepare)
+def blocks(pipeline: PixelPipeline) -> None:
+    """diffusers' own way."""
+    getattr(pipeline.transformer, "model", pipeline.transformer).compile_repeated_blocks()
+
+
+def under_compile(peer: Peer, *settings: str) -> Peer:
+    """`peer` with its model compiled as a whole, hooks and all, at some of its settings."""
+    return replace(peer, name=f"{peer.name}, torch.compile", settings=settings or peer.settings, compile=whole)
+
+
+WHOLE = Peer("torch.compile, full model", ("full",), lambda pipeline, setting, steps: pipeline, whole)
+BLOCKS = Peer("torch.compile, repeated blocks", ("full",), lambda pipeline, setting, steps: pipeline, blocks)

@@ -5,47 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 
 import harmonica_rt as hrt
+from harmonica_rt.train import models
 
 from ..pipelines import PixelPipeline
 from .base import Peer
 
 SHIPPED = Path(__file__).parent.parent / "schedules"
+SAMPLERS = {"dit-fashion": "ddim", "pixart-emoji": "dpmsolver++"}  # their own
 
 
-def shipped(model: str, value: str) -> Path:
-    sampler = "ddim20" if model == "dit-fashion" else "dpmsolver++20"
-    return SHIPPED / f"{model}-{sampler}-{value}.json"
+def shipped(model: str, setting: str) -> Path:
+    """The file of ``learned [SAMPLER] NAME``."""
+    sampler, name = [SAMPLERS[model], *setting.split()[1:]][-2:]
+    return SHIPPED / f"{model}-{sampler}20-{name}.json"
+
+
+def exists(model: str, setting: str) -> bool:
+    return not setting.startswith("learned") or shipped(model, setting).is_file()
 
 
 def schedule(pipeline: PixelPipeline, setting: str, steps: int) -> hrt.Schedule:
-    """``uniform N``, ``output N`` (the output reused but every Nth step), or a shipped file: ``learned SPEED-UP``, and
-    ``learned-output N``, the output reused with weights learned by the same trainer."""
-    kind, value = setting.split()
-    if kind.startswith("learned"):
-        model = "dit-fashion" if pipeline.context is None else "pixart-emoji"
-        return hrt.Schedule.load(shipped(model, f"output{value}" if kind == "learned-output" else value))
+    """``uniform N``, ``output N`` (the output reused but every Nth step), or ``learned [SAMPLER] NAME``, a file."""
+    if setting.startswith("learned"):
+        return hrt.Schedule.load(shipped("dit-fashion" if pipeline.context is None else "pixart-emoji", setting))
+    kind, every = setting.split()
     pipeline.scheduler.set_timesteps(steps)
     known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": pipeline.scheduler.timesteps}
-    uniform = hrt.Schedule.uniform(pipeline.transformer, steps, int(value), **known)
+    uniform = hrt.Schedule.uniform(pipeline.transformer, steps, int(every), **known)
     return uniform if kind == "uniform" else uniform.replace(output=~uniform.compute.any((1, 2)))
 
 
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    if len(words := setting.split()) == 3:
+        pipeline.scheduler = models.scheduler(words[1], pipeline.scheduler.config)
     return hrt.compile(pipeline, schedule(pipeline, setting, steps))
 
 
-UNIFORM = Peer("harmonica_rt, uniform", ("uniform 2", "uniform 3", "uniform 4"), prepare)
+UNIFORM = Peer("harmonica_rt, uniform", ("uniform 1", "uniform 2", "uniform 3", "uniform 4"), prepare)
 LEARNED = Peer(
     "harmonica_rt, learned",
-    tuple(f"learned {value}" for value in ("1.5x", "2x", "2.9x", "3x", "4x")),
+    ("learned 1.5x", "learned 2x", "learned 2.9x", "learned 3x", "learned 4x"),
     prepare,
-    applies=lambda model, setting: shipped(model, setting.split()[1]).is_file(),
+    applies=exists,
+)
+CONVERGED = Peer(
+    "harmonica_rt, learned, to converged",
+    ("learned 2x-converged", "learned 2.9x-converged", "learned 4x-converged", "learned dpmsolver++ 2x-converged"),
+    prepare,
+    applies=exists,
 )
 OUTPUT = Peer(
-    "output reuse",
-    ("output 2", "output 3", "output 4", "learned-output 2", "learned-output 3"),
+    "output reuse (this engine)",
+    ("output 2", "output 3", "output 4", "learned output2", "learned output3"),
     prepare,
-    applies=lambda model, setting: (
-        setting.startswith("output") or shipped(model, f"output{setting.split()[1]}").is_file()
-    ),
+    applies=exists,
 )

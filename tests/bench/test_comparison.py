@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import comparison, results, run_quality
 from bench.comparison import Bench, Job, Store, compare
@@ -44,7 +45,13 @@ def refuse(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
 
 @pytest.mark.parametrize(
     ("name", "cur", "faithful"),
-    [("eager", 0.0, True), ("fewer", None, False), ("taylorseer", 0.25, False), ("pyramid", 0.25, False)],
+    [
+        ("eager", 0.0, True),
+        ("fewer", None, False),
+        ("taylorseer", 0.25, False),
+        ("pyramid", 0.25, False),
+        ("faster-cache", 0.375, False),  # every second step half the batch, and no attention
+    ],
 )
 def test_a_peers_point(bench: Bench, name: str, cur: float | None, faithful: bool) -> None:
     peer = PEERS[name]
@@ -92,25 +99,56 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         Store(path, Job("dit-fashion", steps=4, count=3, batch=1, rounds=2))
 
 
-def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
+def row(peer: str, setting: str, latency: float, psnr: float, **more: object) -> dict:
     known = {"drift": 0.0, "cur": 0.5, "ssim": 0.9, "max_error": 0.1, "psnr_worst": 20.0, "psnr_converged": 30.0}
-    known |= {"latency_p20": 0.4, "latency_p80": 0.6, "error": None}
+    known |= {"latency_p20": latency - 0.01, "latency_p80": latency + 0.01, "error": None}
+    return {"peer": peer, "setting": setting, "latency": latency, "psnr": psnr} | known | more
+
+
+def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
     rows = [
-        {"peer": results.OURS, "setting": "2x", "latency": 0.45, "psnr": 50.0, **known},
-        {"peer": "fewer steps", "setting": "10", "latency": 0.5, "psnr": 34.0, **known},
-        {"peer": "another", "setting": "fast", "latency": 0.3, "psnr": 20.0, **known},
+        row("diffusers, eager", "full", 1.0, 206.0, images=torch.zeros(2, 1, 28, 28)),
+        row("harmonica_rt, learned", "2x", 0.45, 50.0, images=torch.ones(2, 1, 28, 28)),
+        row("fewer steps", "10", 0.5, 34.0, images=torch.full((2, 1, 28, 28), -1.5)),
+        row("another", "fast", 0.3, 20.0, images=torch.rand(2, 1, 28, 28)),
         {"peer": "absent", "setting": "x", "error": "package absent is not installed"},
     ]
     assert [row["peer"] for row in results.outside(rows)] == ["another"]
-    store = Store(tmp_path / "peers-dit-fashion.jsonl", JOB)
-    for row in rows:
-        store.add(row)
-    results.write([store.path], tmp_path / "RESULTS.md", "a command")
+    best = results.at_speedup(rows, 2.0)
+    assert {name: row["setting"] for name, row in best.items()} == {
+        "ours": "2x",
+        "best peer": "fast",
+        "fewer steps": "10",
+    }
+    assert results.at_speedup(rows, 3.0)["ours"] is None
+    store = Store(tmp_path / "peers-dit-fashion.jsonl", JOB, "a command")
+    for each in rows:
+        store.add(each)
+    strip = Image.open(tmp_path / "peers-dit-fashion" / store.rows[2]["strip"])
+    assert strip.size == (56, 28) and strip.getextrema() == (0, 0) and "images" not in store.rows[2]
+    results.write([store.path], tmp_path / "RESULTS.md")
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| fewer steps | 10 | 0.50 |" in page and "* absent, x: package absent is not installed" in page
-    assert "outside our curve by PSNR to the full run: another fast (0.30, 20.0 dB)." in page
-    assert "Made by `a command`" in page and "Fréchet" not in page
-    assert (tmp_path / "results-dit-fashion-psnr.png").stat().st_size > 10_000
+    assert "outside our curve by PSNR to the full run, dB: another: fast (0.30, 20.00)." in page
+    assert "`a command`: 4 steps, 2 noises" in page and "Fréchet distance to the full run's images" not in page
+    assert "| 2x | 50.0 dB, 2.22x (harmonica_rt, learned: 2x) | 20.0 dB, 3.33x (another: fast) | 34.0 dB" in page
+    for kind in ("psnr", "converged", "sheet"):
+        assert f"results-dit-fashion-{kind}.png)" in page
+        assert (tmp_path / f"results-dit-fashion-{kind}.png").stat().st_size > 10_000
+
+
+def test_lower_is_better_for_a_distance() -> None:
+    ours = row("harmonica_rt, learned", "2x", 0.4, 50.0, frechet_full=0.11)
+    near, far = row("p", "a", 0.5, 40.0, frechet_full=0.10), row("p", "b", 0.5, 40.0, frechet_full=0.2)
+    assert [r["setting"] for r in results.outside([ours, near, far], "frechet_full")] == ["a"]
+
+
+def test_compiled_twins_of_peers() -> None:
+    for name, peer in PEERS.items():
+        if name.endswith("-compiled"):
+            plain = PEERS[name.removesuffix("-compiled")]
+            assert peer.name == f"{plain.name}, torch.compile" and peer.compile is not None
+            assert set(peer.settings) <= set(plain.settings) and plain.compile is None
 
 
 def test_unknown_names_list_the_known(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -119,8 +157,8 @@ def test_unknown_names_list_the_known(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "got best" in said
     with pytest.raises(ValueError, match="--model: expected one of dit-fashion, pixart-emoji, got 'dit-xl-2'"):
         Job("dit-xl-2")
-    with pytest.raises(ValueError, match="--frechet: expected more than 64 images of dit-fashion"):
-        Job("pixart-emoji", frechet=2000)
+    with pytest.raises(ValueError, match=r"--judged: expected 0, or more images than the 64 features .*, got 64"):
+        Job("pixart-emoji", judged=64)
 
 
 def test_ssim() -> None:
