@@ -288,9 +288,12 @@ def _peers(arguments: argparse.Namespace, argv: list[str], console: Console) -> 
             job = comparison.Job(arguments.model, arguments.steps, threads=threads, **job)
             chosen = {name: PEERS[name] for name in names}
             rows = comparison.compare(job, file, chosen, 1 if arguments.quick else None, command, status.update)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a full disk too
             console.print(f"[red]error:[/red] {error}", soft_wrap=True)
             return 2
+        except KeyboardInterrupt:
+            console.print(f"stopped; every finished row is in {file}, and the same command goes on", soft_wrap=True)
+            return 130
     files = sorted(path for path in out.glob("peers-*.jsonl") if bool(quick) == path.stem.endswith("-quick"))
     results.write(files, out / "RESULTS.md")
     console.print(results.table(rows), highlight=False, markup=False, soft_wrap=True)

@@ -315,11 +315,12 @@ class CompiledTransformer(nn.Module):
         return Report(repr(self.schedule), self._fallback, tuple(describe_plan(p) for p in self._plans.values()))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if (hook := getattr(self, "_hf_hook", None)) is not None:  # a pipeline offloads the model between its calls
+        if (hook := vars(self).get("_hf_hook")) is not None:  # a pipeline offloads the model between its calls
             args, kwargs = hook.pre_forward(self, *args, **kwargs)
         arguments = self._signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
+        if torch.is_grad_enabled():
+            refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._watch_scheduler()
             inputs = self._read_inputs(arguments.arguments)

@@ -8,7 +8,7 @@ import pytest
 
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
-from bench.reference import GUIDANCE, load_pipeline, noise, timesteps
+from bench.reference import REFERENCES, load_pipeline, noise, timesteps
 
 from .conftest import inductor
 
@@ -17,7 +17,7 @@ IMAGES, STEPS = 4, 20
 
 def sample(pipeline: PixelPipeline) -> Any:
     call = {"num_inference_steps": STEPS, "latents": noise(pipeline, IMAGES), "output_type": "latent"}
-    return pipeline(pipeline.examples(IMAGES), GUIDANCE, **call).images
+    return pipeline(pipeline.examples(IMAGES), REFERENCES["dit-fashion"].guidance, **call).images
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,26 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         Store(path, Job("dit-fashion", steps=4, count=3, batch=1, rounds=2))
 
 
+@pytest.mark.parametrize(
+    ("stop", "said", "code"),
+    [
+        (KeyboardInterrupt(), "stopped; every finished row is in", 130),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device", 2),
+    ],
+)
+def test_a_stop_says_that_the_run_can_go_on(
+    stop: BaseException, said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
+) -> None:
+    def fail(self: Store, row: dict) -> None:
+        raise stop
+
+    monkeypatch.setattr(comparison, "Bench", lambda job, progress: type("B", (), {"row": lambda *_: {}})())
+    monkeypatch.setattr(Store, "add", fail)
+    assert run_quality.main(["--peers", "eager", "--judged", "0", "--out", str(tmp_path)]) == code
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "peers-dit-fashion.jsonl").read_text().count("\n") == 1
+
+
 def row(peer: str, setting: str, latency: float, psnr: float, **more: object) -> dict:
     known = {"drift": 0.0, "cur": 0.5, "ssim": 0.9, "max_error": 0.1, "psnr_worst": 20.0, "psnr_converged": 30.0}
     known |= {"latency_p20": latency - 0.01, "latency_p80": latency + 0.01, "error": None}

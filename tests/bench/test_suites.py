@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,8 @@ from bench.suites import bench_branches, bench_lowering, bench_step
 
 from ..conftest import needs_compiler, relative_error
 
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path for path in (ROOT / "bench").rglob("*.py") if "models" not in path.parts)
 BRANCHES = [(size, branch, "eager") for size, branch in bench_branches.BRANCHES]
 BRANCHES += [pytest.param("dit-s-2", "mlp", "inductor", marks=needs_compiler)]
 
@@ -35,3 +40,8 @@ def test_sizes_are_the_published_ones() -> None:
     plans = [bench_lowering.schedule(size, 20, "uniform:2") for size in bench_lowering.SIZES]
     assert [plan.compute.shape for plan in plans] == [(20, 28, 2), (20, 28, 3)]
     assert bench_lowering.schedule("dit-xl-2", 50, "random:50").cur == pytest.approx(0.49, abs=0.02)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_bench_can_be_imported(path: Path) -> None:
+    import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
