@@ -17,9 +17,9 @@ help:  ## This list
 demo: .venv/ready  ## Sample the reference model in full and accelerated: pictures, table, figures in out/
 	$(BIN)/python bench/demo.py --out $(OUT)
 
-test: .venv/ready lint  ## Lint and the whole test suite
+test: .venv/ready lint  ## Lint and the whole test suite, in two processes of one thread
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready  ## ruff, check only
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ setup(
         "test": [
             "pytest>=8,<10",
             "pytest-benchmark>=5,<6",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "transformers>=5,<6",  # diffusers' text-to-image pipelines

@@ -44,7 +44,7 @@ TARGETS = {"full": "the full run", "converged": "the converged solution"}
 NAMES = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
-JUDGED = {"dit-fashion": 500, "pixart-emoji": 128}  # images: of the Fréchet distance, of the nearest glyph
+JUDGED = {"dit-fashion": 400, "pixart-emoji": 128}  # images: of the Fréchet distance, of the nearest glyph
 FULL, PSNR = "full run", ("mean", "pooled", "worst")
 
 
