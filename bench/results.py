@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,21 +166,21 @@ def _strip(strips: Path, row: dict[str, Any]) -> np.ndarray:
     return np.array(Image.open(strips / row["strip"])).astype(float)
 
 
-def _plots(file: Path, rows: list[dict[str, Any]], model: str, title: str, out: Path) -> list[str]:
-    """Draw a section's pictures into the folder `out`; Markdown that shows them."""
-    stem, drawn = f"results-{file.stem.removeprefix('peers-')}", []
+def _pictures(file: Path, rows: list[dict[str, Any]], title: str) -> dict[str, Path]:
+    """Draw a section's pictures beside its file; what each shows and where it is."""
+    stem, drawn = file.with_suffix(""), {}
     for quality, (kind, label) in PLOTS.items():
         if any(row.get(quality) is not None for row in rows):
-            pareto(rows, quality, label, title, out / f"{stem}-{kind}.png")
-            drawn.append(kind)
+            drawn[label] = stem.with_name(f"{stem.name}-{kind}.png")
+            pareto(rows, quality, label, title, drawn[label])
     if any(row["peer"] == "diffusers, eager" and "strip" in row for row in whole(rows)):
-        sheet(rows, file.with_suffix(""), title, out / f"{stem}-sheet.png")
-        drawn.append("sheet")
-    return [f"![{model}, {kind}]({stem}-{kind}.png)" for kind in drawn]
+        drawn["pictures at equal latency"] = stem.with_name(f"{stem.name}-sheet.png")
+        sheet(rows, stem, title, drawn["pictures at equal latency"])
+    return drawn
 
 
-def section(file: Path, out: Path) -> list[str]:
-    """A results file as Markdown, its plots drawn into the folder `out`."""
+def section(file: Path, page: Path) -> list[str]:
+    """A results file as Markdown for `page`, its pictures drawn."""
     head, rows = read(file)
     job, env = head["job"], head["environment"]
     model, threads = job["model"], job["threads"]
@@ -190,7 +191,10 @@ def section(file: Path, out: Path) -> list[str]:
         f"with guidance over {job['rounds']} rounds, interleaved with diffusers' own full run. {env['cpu']}, torch "
         f"{env['torch']}, diffusers {env['diffusers']}, commit {env['commit']}.",
         comparison(rows),
-        *_plots(file, rows, model, f"{title}, {job['count']} noises", out),
+        *(
+            f"![{model}, {what}]({os.path.relpath(picture, page.parent)})"
+            for what, picture in _pictures(file, rows, f"{title}, {job['count']} noises").items()
+        ),
         table(rows),
     ]
     for quality, (_, label) in PLOTS.items():
@@ -217,11 +221,11 @@ distance of features of a set of images to other images of the full run, or to r
 that show what they were asked for. A peer's curve is its own settings; ours are the shipped schedules."""
 
 
-def write(files: list[Path], out: Path) -> None:
-    """The page `out`, its plots beside it.
+def write(files: list[Path], page: Path) -> None:
+    """The page; its pictures beside the files.
 
     Args:
         files: as `comparison.compare` wrote them, one a model and number of threads.
     """
-    parts = [INTRODUCTION, *(part for file in files for part in section(file, out.parent))]
-    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts = [INTRODUCTION, *(part for file in files for part in section(file, page))]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

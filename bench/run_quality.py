@@ -235,6 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judged", type=int, metavar="N", help="peers: images a row to judge as a set; 0: none")
     parser.add_argument("--quick", action="store_true", help="peers: 3 minutes, few noises and one setting each")
     parser.add_argument("--out", type=Path, default=Path("out"), help="peers: folder of their results; a run goes on")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="peers: the page to write; OUT/RESULTS.md unless given"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console = Console(width=160)
@@ -295,10 +298,11 @@ def _peers(arguments: argparse.Namespace, argv: list[str], console: Console) -> 
             console.print(f"stopped; every finished row is in {file}, and the same command goes on", soft_wrap=True)
             return 130
     files = sorted(path for path in out.glob("peers-*.jsonl") if bool(quick) == path.stem.endswith("-quick"))
-    results.write(files, out / "RESULTS.md")
+    page = out / "RESULTS.md" if arguments.page is None else arguments.page
+    results.write(files, page)
     console.print(results.table(rows), highlight=False, markup=False, soft_wrap=True)
     console.print(results.failures(rows), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written to {out}/: {file.name}, RESULTS.md and its plots")
+    console.print(f"written: {file}, its pictures beside it, and {page}", soft_wrap=True)
     return 0
 
 

@@ -146,15 +146,16 @@ def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
         store.add(each)
     strip = Image.open(tmp_path / "peers-dit-fashion" / store.rows[2]["strip"])
     assert strip.size == (56, 28) and strip.getextrema() == (0, 0) and "images" not in store.rows[2]
-    results.write([store.path], tmp_path / "RESULTS.md")
-    page = (tmp_path / "RESULTS.md").read_text()
+    (tmp_path / "pages").mkdir()
+    results.write([store.path], tmp_path / "pages" / "RESULTS.md")
+    page = (tmp_path / "pages" / "RESULTS.md").read_text()
     assert "| fewer steps | 10 | 0.50 |" in page and "* absent, x: package absent is not installed" in page
     assert "outside our curve by PSNR to the full run, dB: another: fast (0.30, 20.00)." in page
     assert "`a command`: 4 steps, 2 noises" in page and "Fréchet distance to the full run's images" not in page
     assert "| 2x | 50.0 dB, 2.22x (harmonica_rt, learned: 2x) | 20.0 dB, 3.33x (another: fast) | 34.0 dB" in page
     for kind in ("psnr", "converged", "sheet"):
-        assert f"results-dit-fashion-{kind}.png)" in page
-        assert (tmp_path / f"results-dit-fashion-{kind}.png").stat().st_size > 10_000
+        assert f"](../peers-dit-fashion-{kind}.png)" in page
+        assert (tmp_path / f"peers-dit-fashion-{kind}.png").stat().st_size > 10_000
 
 
 def test_lower_is_better_for_a_distance() -> None:
