@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import operator
 import threading
 import time
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from .backends import OPS
 from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
 from .executor import Plan, Shape
-from .inspection import Snapshot, check_model, read_timestep, refuse_gradient, shape_of
+from .inspection import ForwardSignature, Snapshot, check_model, read_timestep, refuse_gradient, shape_of
 from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph, copied, loop_key, trajectory
 from .lowering import lower
@@ -149,7 +148,7 @@ class CompiledTransformer(nn.Module):
         keep("backend", backend)
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else _nothing
         self._capacity, self._strict = plans, strict
-        self._signature = inspect.signature(model.forward)
+        self._signature = ForwardSignature(model)
         self._tracker = RunTracker(schedule.steps, schedule.timesteps)
         self._timesteps: Tensor | None = None  # of the pipeline's scheduler, as last seen
         self._warned: set[str] = set()
@@ -283,9 +282,7 @@ class CompiledTransformer(nn.Module):
 
         def inputs(step: int, sample: Tensor) -> Inputs:
             now = timestep.narrow(0, step, 1).expand(samples)
-            arguments = self._signature.bind(sample, timestep=now, **conditioning)
-            arguments.apply_defaults()
-            return self._read_inputs(arguments.arguments)
+            return self._read_inputs(self._signature.bind((sample,), {"timestep": now, **conditioning}))
 
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._follow(scheduler)
@@ -317,13 +314,12 @@ class CompiledTransformer(nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if (hook := vars(self).get("_hf_hook")) is not None:  # a pipeline offloads the model between its calls
             args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        arguments = self._signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
+        arguments = self._signature.bind(args, kwargs)
         if torch.is_grad_enabled():
-            refuse_gradient(*(value for value in arguments.args if isinstance(value, Tensor)))
+            refuse_gradient(*(value for value in arguments.values() if isinstance(value, Tensor)))
         with self._exclusive(), torch.inference_mode(False), torch.no_grad():
             self._watch_scheduler()
-            inputs = self._read_inputs(arguments.arguments)
+            inputs = self._read_inputs(arguments)
             output = self._step(inputs)
         return self._adapter.output(output) if inputs.return_dict else (output,)
 

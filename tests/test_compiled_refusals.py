@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
+import re
 import threading
 import weakref
 
@@ -231,3 +233,22 @@ def test_parameters_of_inference_mode_and_the_meta_device_are_refused() -> None:
     for model, match in ((inference, "under torch.inference_mode"), (make_dit().to("meta"), "meta device")):
         with pytest.raises(ValueError, match=match):
             hrt.compile(model, random_schedule(1))
+
+
+def test_arguments_are_read_as_by_the_forward_itself(dit: torch.nn.Module) -> None:
+    fast, calls = hrt.compile(dit, random_schedule(0), backend="eager"), Calls(6)
+    sample, labels, t = calls.samples[0], calls.labels, torch.full((len(calls.labels),), calls.timesteps[0])
+    one = fast(sample, t, labels, return_dict=False)[0]
+    two = fast(class_labels=labels, hidden_states=sample, timestep=t).sample
+    assert torch.equal(one, two)
+    for args, kwargs in [
+        ((), {"timestep": t}),
+        ((sample, t), {"timestep": t}),
+        ((sample,), {"timesteps": t}),
+        ((sample, t, labels, None, True, 6), {}),
+        ((sample, t), {"hidden_states": sample}),
+    ]:
+        with pytest.raises(TypeError) as theirs:
+            inspect.signature(dit.forward).bind(*args, **kwargs)
+        with pytest.raises(TypeError, match=re.escape(str(theirs.value))):
+            fast(*args, **kwargs)
