@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class Store:
             if not lines or lines[0].get("job") != asdict(job):
                 got = lines[0].get("job") if lines else "none"
                 raise ValueError(f"{path}: expected the results of {asdict(job)}, got those of {got}")
-            self.rows = lines[1:]
+            self.rows = [row for row in lines[1:] if row["error"] is None]  # what failed is tried again
             head = lines[0]
         self._write([head, *self.rows])  # a line cut short is gone
 
@@ -84,7 +85,7 @@ class Store:
             folder = self.path.with_suffix("")
             folder.mkdir(exist_ok=True)
             strip = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-            row["strip"] = f"{len(self.rows):03}.png"
+            row["strip"] = re.sub(r"[^a-z0-9.]+", "-", f"{row['peer']} {row['setting']}".lower()) + ".png"
             Image.fromarray(strip.squeeze(-1).numpy()).save(folder / row["strip"])
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:

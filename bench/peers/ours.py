@@ -37,7 +37,7 @@ def schedule(pipeline: PixelPipeline, setting: str, steps: int) -> hrt.Schedule:
 
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     if len(words := setting.split()) == 3:
-        pipeline.scheduler = models.scheduler(words[1], pipeline.scheduler.config)
+        pipeline.scheduler = models.scheduler(words[1], models.LINEAR)  # by its own timesteps
     return hrt.compile(pipeline, schedule(pipeline, setting, steps))
 
 

@@ -91,10 +91,16 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         compare(JOB, path, peers)
     with path.open("a") as file:
         file.write('{"peer": "p", "sett')  # a line cut short
-    Counting.row = lambda self, peer, setting: measured.append(setting) or {"peer": "p", "setting": setting}
+    Counting.row = lambda self, peer, setting: (
+        measured.append(setting) or {"peer": "p", "setting": setting, "error": None}
+    )
     rows = compare(JOB, path, peers)
     assert measured == ["a", "b", "c", "c"] and [row["setting"] for row in rows] == ["a", "b", "c"]
     assert [json.loads(line).get("setting") for line in path.read_text().splitlines()] == [None, "a", "b", "c"]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2].replace("null", '"crashed"') + lines[3])
+    rows = compare(JOB, path, peers)
+    assert measured[4:] == ["b"] and [row["setting"] for row in rows] == ["a", "c", "b"], "what failed is tried again"
     with pytest.raises(ValueError, match=r"expected the results of \{.*'count': 3.*, got those of \{.*'count': 2"):
         Store(path, Job("dit-fashion", steps=4, count=3, batch=1, rounds=2))
 
