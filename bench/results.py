@@ -22,8 +22,9 @@ PLOTS = {  # columns: a plot's name and what it shows
     "psnr": ("psnr", "PSNR to the full run, dB"),
     "psnr_converged": ("converged", "PSNR to the converged solution, dB"),
     "frechet_full": ("frechet", "Fréchet distance to the full run's images"),
+    "frechet_real": ("frechet-real", "Fréchet distance to real images"),
 }
-LOWER = ("frechet_full",)  # is better
+LOWER = ("frechet_full", "frechet_real")  # is better
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)  # realised, that the page compares at
 COLUMNS = [
     ("latency", "latency", "{:.2f}"),
@@ -74,7 +75,7 @@ def outside(rows: list[dict[str, Any]], quality: str = "psnr") -> list[dict[str,
 
 def at_speedup(rows: list[dict[str, Any]], speedup: float) -> dict[str, dict[str, Any] | None]:
     """The best PSNR of ours, of a peer and of fewer steps (compiled ones too) that is at least so much faster."""
-    fast = [row for row in whole(rows) if row["latency"] <= 1.005 / speedup]  # 3.98x counts as 4x
+    fast = [row for row in whole(rows) if row["latency"] <= 1.02 / speedup]  # 1.97x counts as 2x
     groups = {
         "ours": [row for row in fast if _is_ours(row)],
         "best peer": [row for row in fast if not _is_ours(row) and not row["peer"].startswith(FEWER)],

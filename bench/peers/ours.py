@@ -41,10 +41,10 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     return hrt.compile(pipeline, schedule(pipeline, setting, steps))
 
 
-UNIFORM = Peer("harmonica_rt, uniform", ("uniform 1", "uniform 2", "uniform 3", "uniform 4"), prepare)
+UNIFORM = Peer("harmonica_rt, uniform", ("uniform 1", "uniform 2", "uniform 3", "uniform 4", "uniform 5"), prepare)
 LEARNED = Peer(
     "harmonica_rt, learned",
-    ("learned 1.5x", "learned 2x", "learned 2.9x", "learned 3x", "learned 4x"),
+    ("learned 1.5x", "learned 2x", "learned 2.9x", "learned 3x", "learned 4x", "learned 5x"),
     prepare,
     applies=exists,
 )
