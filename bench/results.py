@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-OURS, FEWER = "harmonica_rt", "fewer steps"  # what their peers' names begin with
+FULL, OURS, FEWER = "diffusers, eager", "harmonica_rt", "fewer steps"  # what their peers' names begin with
 COLOURS = {
     "harmonica_rt, learned": "#1f4e79",
     "harmonica_rt, learned, to converged": "#3a9188",
@@ -57,20 +57,19 @@ def _is_ours(row: dict[str, Any]) -> bool:
     return row["peer"].startswith(OURS)
 
 
-def _better(ours: float, theirs: float, quality: str) -> bool:
-    """Or as good."""
-    return ours <= theirs if quality in LOWER else ours >= theirs
-
-
 def outside(rows: list[dict[str, Any]], quality: str = "psnr") -> list[dict[str, Any]]:
-    """Peers' points that no point of ours is as fast and as good as, among those faster than the full run."""
-    ours = [row for row in whole(rows) if _is_ours(row)]
-    theirs = [row for row in whole(rows) if not _is_ours(row) and row["latency"] < 0.98]
-    return [
-        row
-        for row in theirs
-        if not any(o["latency"] <= row["latency"] and _better(o[quality], row[quality], quality) for o in ours)
-    ]
+    """Peers' points beyond our curve, among those faster than the full run.
+
+    The curve joins our best points by straight lines: schedules are learned for any speed-up. It ends at our fastest.
+    """
+    sign = -1 if quality in LOWER else 1
+    front: list[tuple[float, float]] = []
+    for row in sorted((row for row in whole(rows) if _is_ours(row)), key=lambda row: row["latency"]):
+        if not front or sign * row[quality] > front[-1][1]:
+            front.append((row["latency"], sign * row[quality]))
+    latencies, best = zip(*front) if front else ((np.inf,), (-np.inf,))
+    theirs = [row for row in whole(rows) if not _is_ours(row) and row["peer"] != FULL and row["latency"] < 0.98]
+    return [row for row in theirs if sign * row[quality] > np.interp(row["latency"], latencies, best, left=-np.inf)]
 
 
 def at_speedup(rows: list[dict[str, Any]], speedup: float) -> dict[str, dict[str, Any] | None]:
@@ -103,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = [c for c in COLUMNS if any(row.get(c[0]) is not None for row in rows)]
     lines = ["| | setting | " + " | ".join(title for _, title, _ in columns) + " |"]
     lines.append("| --- " * (len(columns) + 2) + "|")
-    for row in sorted(whole(rows), key=lambda r: (r["peer"] != "diffusers, eager", r["latency"])):
+    for row in sorted(whole(rows), key=lambda r: (r["peer"] != FULL, r["latency"])):
         cells = [form.format(row[key]) if row.get(key) is not None else "" for key, _, form in columns]
         name = f"**{row['peer']}**" if _is_ours(row) else row["peer"]
         lines.append(f"| {name} | {row['setting']} | " + " | ".join(cells) + " |")
@@ -119,7 +118,7 @@ def pareto(rows: list[dict[str, Any]], quality: str, label: str, title: str, pat
     """Every point, named: latency across, `quality` up."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots()
-    points = [row for row in whole(rows) if row.get(quality) is not None and row["peer"] != "diffusers, eager"]
+    points = [row for row in whole(rows) if row.get(quality) is not None and row["peer"] != FULL]
     points = [row for row in points if row[quality] < 100]  # a run without reuse equals the full one
     for peer in dict.fromkeys(row["peer"] for row in points):
         own = sorted((row for row in points if row["peer"] == peer), key=lambda r: r["latency"])
@@ -144,7 +143,7 @@ def sheet(rows: list[dict[str, Any]], strips: Path, title: str, path: Path) -> N
     Args:
         strips: folder of the rows' images.
     """
-    full = next(row for row in whole(rows) if row["peer"] == "diffusers, eager")
+    full = next(row for row in whole(rows) if row["peer"] == FULL)
     shown = [("the full run", full)] + [
         (f"{speedup:g}x, {name}", row)
         for speedup in SPEEDUPS[1:]
@@ -174,7 +173,7 @@ def _pictures(file: Path, rows: list[dict[str, Any]], title: str) -> dict[str, P
         if any(row.get(quality) is not None for row in rows):
             drawn[label] = stem.with_name(f"{stem.name}-{kind}.png")
             pareto(rows, quality, label, title, drawn[label])
-    if any(row["peer"] == "diffusers, eager" and "strip" in row for row in whole(rows)):
+    if any(row["peer"] == FULL and "strip" in row for row in whole(rows)):
         drawn["pictures at equal latency"] = stem.with_name(f"{stem.name}-sheet.png")
         sheet(rows, stem, title, drawn["pictures at equal latency"])
     return drawn
@@ -219,7 +218,8 @@ Written by `bench/run_quality.py`, nothing by hand. *Latency*: share of the time
 the same rounds (median, p20, p80). *CUR*: share of branch evaluations left out. *PSNR* in dB to the full run without
 reuse, mean over noises, *worst* of them; *to converged*: to the solution that the sampler approximates. *Fréchet*:
 distance of features of a set of images to other images of the full run, or to real ones. *Class*, *glyph acc.*: images
-that show what they were asked for. A peer's curve is its own settings; ours are the shipped schedules."""
+that show what they were asked for. A peer's points are its own settings; our
+curve joins the best of the shipped schedules and the uniform ones by straight lines."""
 
 
 def write(files: list[Path], page: Path) -> None:

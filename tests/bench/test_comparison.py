@@ -164,6 +164,14 @@ def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
         assert (tmp_path / f"peers-dit-fashion-{kind}.png").stat().st_size > 10_000
 
 
+def test_our_curve_is_drawn_between_our_points() -> None:
+    ours = [row("harmonica_rt, learned", f"{x}", x, y) for x, y in ((0.2, 30.0), (0.4, 50.0), (0.7, 45.0))]
+    theirs = [row("p", name, x, y) for name, x, y in (("in", 0.3, 39.0), ("out", 0.3, 41.0), ("slow", 0.9, 49.0))]
+    theirs += [row("p", "fast", 0.19, 10.0), row("diffusers, eager", "full", 0.97, 206.0), row("p", "1", 0.99, 60.0)]
+    assert [r["setting"] for r in results.outside(ours + theirs)] == ["out", "fast"]
+    assert len(results.outside(theirs)) == 4, "all, where there is nothing of ours"
+
+
 def test_lower_is_better_for_a_distance() -> None:
     ours = row("harmonica_rt, learned", "2x", 0.4, 50.0, frechet_full=0.11)
     near, far = row("p", "a", 0.5, 40.0, frechet_full=0.10), row("p", "b", 0.5, 40.0, frechet_full=0.2)
