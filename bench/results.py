@@ -173,10 +173,10 @@ def _pictures(file: Path, rows: list[dict[str, Any]], title: str) -> dict[str, P
         if any(row.get(quality) is not None for row in rows):
             drawn[label] = stem.with_name(f"{stem.name}-{kind}.png")
             pareto(rows, quality, label, title, drawn[label])
-    if any(row["peer"] == FULL and "strip" in row for row in whole(rows)):
-        drawn["pictures at equal latency"] = stem.with_name(f"{stem.name}-sheet.png")
-        sheet(rows, stem, title, drawn["pictures at equal latency"])
-    return drawn
+    pictures = stem.with_name(f"{stem.name}-sheet.png")
+    if stem.is_dir() and any(row["peer"] == FULL for row in whole(rows)):
+        sheet(rows, stem, title, pictures)
+    return drawn | ({"pictures at equal latency": pictures} if pictures.exists() else {})
 
 
 def section(file: Path, page: Path) -> list[str]:
