@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -25,6 +27,7 @@ PLOTS = {  # columns: a plot's name and what it shows
     "frechet_real": ("frechet-real", "Fréchet distance to real images"),
 }
 LOWER = ("frechet_full", "frechet_real")  # is better
+COMPILED = ", torch.compile"  # what names of peers under it end with
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)  # realised, that the page compares at
 COLUMNS = [
     ("latency", "latency", "{:.2f}"),
@@ -80,7 +83,11 @@ def at_speedup(rows: list[dict[str, Any]], speedup: float) -> dict[str, dict[str
         "best peer": [row for row in fast if not _is_ours(row) and not row["peer"].startswith(FEWER)],
         "fewer steps": [row for row in fast if row["peer"].startswith(FEWER)],
     }
-    return {name: max(group, key=lambda row: row["psnr"], default=None) for name, group in groups.items()}
+    best = {
+        name: max(group, key=lambda row: (round(row["psnr"], 1), -row["latency"]), default=None)
+        for name, group in groups.items()
+    }
+    return best
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
@@ -115,25 +122,38 @@ def failures(rows: list[dict[str, Any]]) -> str:
 
 
 def pareto(rows: list[dict[str, Any]], quality: str, label: str, title: str, path: Path) -> None:
-    """Every point, named: latency across, `quality` up."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    """Every point, named: latency across, `quality` up. A line joins settings of one kind; dashed: torch.compile."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots()
     points = [row for row in whole(rows) if row.get(quality) is not None and row["peer"] != FULL]
     points = [row for row in points if row[quality] < 100]  # a run without reuse equals the full one
-    for peer in dict.fromkeys(row["peer"] for row in points):
-        own = sorted((row for row in points if row["peer"] == peer), key=lambda r: r["latency"])
-        x, y = [r["latency"] for r in own], [r[quality] for r in own]
-        emphasis = {"linewidth": 2.2, "zorder": 3} if peer in COLOURS else {"linewidth": 0.8, "alpha": 0.8}
-        axes.plot(x, y, marker="o", markersize=4, label=peer, color=COLOURS.get(peer), **emphasis)
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in points:
+        kinds.setdefault((row["peer"], re.sub(r"[\d.]+[a-z-]*$", "", row["setting"])), []).append(row)
+    peers = dict.fromkeys(peer.removesuffix(COMPILED) for peer, _ in kinds)
+    palette = iter(colormaps["tab20"].colors)
+    colours = {peer: COLOURS.get(peer) or next(palette) for peer in peers}
+    named: set[str] = set()
+    for (peer, _), own in kinds.items():
+        own, plain = sorted(own, key=lambda row: row["latency"]), peer.removesuffix(COMPILED)
+        style = {"linewidth": 2.2, "zorder": 3} if plain in COLOURS else {"linewidth": 0.9, "alpha": 0.9}
+        if plain != peer:
+            style |= {"linestyle": "--", "markerfacecolor": "white", "linewidth": 0.9}
+        known = plain if plain not in named else None
+        named.add(plain)
+        x, y = [row["latency"] for row in own], [row[quality] for row in own]
+        axes.plot(x, y, marker="o", markersize=4, label=known, color=colours[plain], **style)
         for row in own:
             short = row["setting"].replace("TaylorSeer", "TS").replace("interval", "every")
             at, away = (row["latency"], row[quality]), (4, 3)
             axes.annotate(short, at, xytext=away, textcoords="offset points", fontsize=6, color="#333333")
+    if quality in LOWER:
+        axes.set_yscale("log")
     axes.set_xlabel("latency / diffusers' full run (median of interleaved rounds)")
-    axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10)
+    axes.set_ylabel(f"{label} ({'lower' if quality in LOWER else 'higher'} is better)")
+    axes.set_title(f"{title}; dashed: under torch.compile", fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, loc="best")
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import operator
-import threading
 import time
 import warnings
 import weakref
@@ -20,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .backends import OPS
+from .calling import Exclusive, Forward, ForwardSignature, without_gradients
 from .cuda_graphs import CaptureFailed, CudaRecorder, Recorder, StepGraphs
 from .executor import Plan, Shape
-from .inspection import ForwardSignature, Snapshot, check_model, read_timestep, refuse_gradient, shape_of
+from .inspection import Snapshot, check_model, read_timestep, refuse_gradient, shape_of
 from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph, copied, loop_key, trajectory
 from .lowering import lower
@@ -158,7 +157,7 @@ class CompiledTransformer(nn.Module):
         self._plans: OrderedDict[tuple[Shape, int], Plan] = OrderedDict()
         self._run: _Run | None = None
         self._fallback: str | None = None
-        self._busy = threading.Lock()
+        self._exclusive = Exclusive()
         keep("training", False)
         keep("__module__", type(model).__module__)  # where a pipeline looks up what it saves
 
@@ -167,12 +166,7 @@ class CompiledTransformer(nn.Module):
     @property
     def forward(self) -> Callable[..., Any]:
         """Same signature as the model's."""
-
-        @functools.wraps(self.model.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        return forward
+        return Forward(self)
 
     @property
     def __class__(self) -> type:
@@ -241,7 +235,7 @@ class CompiledTransformer(nn.Module):
 
     def uncompile(self) -> nn.Module:
         """The original model; a pipeline this was compiled for gets it back. Frees all plans."""
-        with self._exclusive():
+        with self._exclusive:
             pipeline = self._pipeline()
             if pipeline is not None and pipeline.transformer is self:
                 _put(pipeline, self.model)
@@ -284,7 +278,7 @@ class CompiledTransformer(nn.Module):
             now = timestep.narrow(0, step, 1).expand(samples)
             return self._read_inputs(self._signature.bind((sample,), {"timestep": now, **conditioning}))
 
-        with self._exclusive(), torch.inference_mode(False), torch.no_grad():
+        with self._exclusive, without_gradients():
             self._follow(scheduler)
             try:
                 first = inputs(0, torch.cat([noise, noise]) if guidance_scale > 1 else noise)
@@ -304,7 +298,7 @@ class CompiledTransformer(nn.Module):
 
     def reset(self) -> None:
         """The next call starts a new run."""
-        with self._exclusive():
+        with self._exclusive:
             self._end_run()
 
     def report(self) -> Report:
@@ -317,7 +311,7 @@ class CompiledTransformer(nn.Module):
         arguments = self._signature.bind(args, kwargs)
         if torch.is_grad_enabled():
             refuse_gradient(*(value for value in arguments.values() if isinstance(value, Tensor)))
-        with self._exclusive(), torch.inference_mode(False), torch.no_grad():
+        with self._exclusive, without_gradients():
             self._watch_scheduler()
             inputs = self._read_inputs(arguments)
             output = self._step(inputs)
@@ -364,21 +358,6 @@ class CompiledTransformer(nn.Module):
     def _end_run(self) -> None:
         self._tracker.reset()
         self._run = None
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        acquired = False
-        try:
-            acquired = self._busy.acquire(blocking=False)
-            if not acquired:
-                raise RuntimeError(
-                    "concurrent use: this compiled transformer is already running in another thread, and its cached "
-                    "values belong to that run; compile one for each thread"
-                )
-            yield
-        finally:
-            if acquired:
-                self._busy.release()
 
     def _watch_scheduler(self) -> None:
         """A pipeline's scheduler makes new timesteps for each run: check them against the schedule, once a run."""

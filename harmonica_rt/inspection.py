@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,23 +14,6 @@ from torch.nn.modules import module as everywhere
 from .executor import Shape
 from .models import Adapter
 from .models.base import Inputs
-
-
-class ForwardSignature:
-    """`inspect.Signature.bind` for a model's forward, at every call: that one takes as long as the rest of our host."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.signature = inspect.signature(model.forward)
-        self.parameters = self.signature.parameters
-        self.defaults = {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments by name. Raises TypeError as a call of the forward would."""
-        given = dict(zip(self.parameters, args))
-        arguments = {**self.defaults, **given, **kwargs}
-        if len(given) < len(args) or given.keys() & kwargs.keys() or arguments.keys() != self.parameters.keys():
-            self.signature.bind(*args, **kwargs)  # raises: it says what is wrong
-        return arguments
 
 
 def refuse_gradient(*tensors: Tensor) -> None:

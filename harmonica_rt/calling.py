@@ -1,0 +1,76 @@
+"""What surrounds every call of a compiled model. Each part is cheap: on a small model, or a GPU, a step has no time."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Forward:
+    """A compiled model's ``forward``: a call, with the signature of the model's own."""
+
+    __slots__ = ("compiled",)
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled._forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.compiled.model.forward)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "compiled":  # not set yet: somebody makes a copy
+            raise AttributeError(name)
+        return getattr(self.compiled.model.forward, name)
+
+
+class ForwardSignature:
+    """`inspect.Signature.bind` for a model's forward, at every call: that one takes as long as the rest of our host."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.signature = inspect.signature(model.forward)
+        self.parameters = self.signature.parameters
+        self.defaults = {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name. Raises TypeError as a call of the forward would."""
+        given = dict(zip(self.parameters, args))
+        arguments = {**self.defaults, **given, **kwargs}
+        if len(given) < len(args) or given.keys() & kwargs.keys() or arguments.keys() != self.parameters.keys():
+            self.signature.bind(*args, **kwargs)  # raises: it says what is wrong
+        return arguments
+
+
+class Exclusive:
+    """A compiled model serves one call at a time: a second one is refused, not queued."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError(
+                "concurrent use: this compiled transformer is already running in another thread, and its cached "
+                "values belong to that run; compile one for each thread"
+            )
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+def without_gradients() -> contextlib.AbstractContextManager[Any]:
+    """Neither gradients nor inference mode; nothing to do in a pipeline, which calls under `torch.no_grad`."""
+    if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+        return contextlib.nullcontext()
+    modes = contextlib.ExitStack()
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.no_grad())
+    return modes
