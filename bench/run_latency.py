@@ -48,7 +48,7 @@ class WrongResult(RuntimeError):
 def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule:
     """A schedule file, or for the pipeline ``full``, ``uniform:N[:ORDER]``, ``random:PERCENT[:ORDER[:SEED]]``.
 
-    Random: every entry is reused with that probability, the hardest kind for a runtime, no two steps alike.
+    Random: that share of all entries is reused, the hardest kind for a runtime, no two steps alike.
     """
     known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": timesteps(pipeline, steps)}
     name, *numbers = text.split(":")
@@ -60,8 +60,12 @@ def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedu
     if name == "random" and 1 <= len(numbers) <= 3 and all(n.isdigit() for n in numbers):
         percent, order, seed = [*map(int, numbers), *(1, 0)[len(numbers) - 1 :]]
         like = hrt.Schedule.full(pipeline.transformer, steps, order=order, **known)
-        compute = np.random.default_rng(seed).random(like.compute.shape) >= percent / 100
-        compute[0] = True
+        compute, rng = like.compute.copy(), np.random.default_rng(seed)
+        later, reused = compute[1:].size, round(percent / 100 * compute.size)
+        if reused > later:
+            most = 100 * later // compute.size
+            raise ValueError(f"--schedule: expected at most {most} % reused in {steps} steps, got {text!r}")
+        compute[1:].reshape(-1)[rng.permutation(later)[:reused]] = False
         return like.replace(compute=compute, note=f"random, {percent} % reused, order {order}, seed {seed}")
     if not Path(text).is_file():
         expected = "full, uniform:N[:ORDER], random:PERCENT[:ORDER[:SEED]] or a schedule file"
