@@ -80,6 +80,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
     ("arguments", "match"),
     [
         (["--schedule", "uniform"], "random:PERCENT[:ORDER[:SEED]] or a schedule file, got 'uniform'"),
+        (["--schedule", "random:70"], "expected at most 66 % reused in 3 steps, got 'random:70'"),
         (["--schedule", "uniform:2:9"], "order: expected one of (0, 1, 2), got 9"),
         (["--schedule", "no-such-file.json"], "got 'no-such-file.json'"),
         (["--backend", "fast"], "backend: expected one of"),
@@ -89,6 +90,12 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_bad_arguments_are_one_line(arguments: list[str], match: str, capsys: pytest.CaptureFixture) -> None:
     assert run_latency.main([*SMALL, "--no-compile", *arguments]) == 2
     assert match in capsys.readouterr().out
+
+
+def test_random_schedules_reuse_what_was_asked_for() -> None:
+    pipeline = load_pipeline("dit-fashion")
+    one, other = (run_latency.parse_schedule(f"random:75:1:{seed}", pipeline, 20) for seed in (0, 1))
+    assert one.cur == other.cur == 0.75 and one.compute[0].all() and (one.compute != other.compute).any()
 
 
 def test_a_schedule_file_is_benchmarked(tmp_path: Path) -> None:
