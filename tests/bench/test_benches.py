@@ -80,7 +80,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
     ("arguments", "match"),
     [
         (["--schedule", "uniform"], "random:PERCENT[:ORDER[:SEED]] or a schedule file, got 'uniform'"),
-        (["--schedule", "random:70"], "expected at most 66 % reused in 3 steps, got 'random:70'"),
+        (["--schedule", "random:90"], "expected at most 66 % reused in 3 steps, got 'random:90'"),
         (["--schedule", "uniform:2:9"], "order: expected one of (0, 1, 2), got 9"),
         (["--schedule", "no-such-file.json"], "got 'no-such-file.json'"),
         (["--backend", "fast"], "backend: expected one of"),
