@@ -66,6 +66,7 @@ class Store:
     def __init__(self, path: Path, job: Job, command: str = "") -> None:
         self.path, self.rows = path, []
         head = {"job": asdict(job), "command": command, "environment": environment()}
+        self.commit = head["environment"]["commit"]  # a run that goes on may be at a later one
         if path.exists():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             if not lines or lines[0].get("job") != asdict(job):
@@ -80,7 +81,7 @@ class Store:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row; its images, if any, become a strip in a folder beside the file."""
-        row = dict(row)
+        row = row | {"commit": self.commit}
         if (images := row.pop("images", None)) is not None:
             folder = self.path.with_suffix("")
             folder.mkdir(exist_ok=True)

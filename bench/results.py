@@ -204,12 +204,13 @@ def section(file: Path, page: Path) -> list[str]:
     head, rows = read(file)
     job, env = head["job"], head["environment"]
     model, threads = job["model"], job["threads"]
+    commits = dict.fromkeys([env["commit"], *(row["commit"] for row in rows if "commit" in row)])
     title = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
     parts = [
         f"## {title}",
         f"`{head['command']}`: {job['steps']} steps, {job['count']} noises held out, timed at batch {job['batch']} "
         f"with guidance over {job['rounds']} rounds, interleaved with diffusers' own full run. {env['cpu']}, torch "
-        f"{env['torch']}, diffusers {env['diffusers']}, commit {env['commit']}.",
+        f"{env['torch']}, diffusers {env['diffusers']}, commit {', '.join(commits)}.",
         comparison(rows),
         *(
             f"![{model}, {what}]({os.path.relpath(picture, page.parent)})"

@@ -157,6 +157,7 @@ def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
     page = (tmp_path / "pages" / "RESULTS.md").read_text()
     assert "| fewer steps | 10 | 0.50 |" in page and "* absent, x: package absent is not installed" in page
     assert "outside our curve by PSNR to the full run, dB: another: fast (0.30, 20.00)." in page
+    assert f"commit {store.commit}." in page and all(row["commit"] == store.commit for row in store.rows)
     assert "`a command`: 4 steps, 2 noises" in page and "Fréchet distance to the full run's images" not in page
     assert "| 2x | 50.0 dB, 2.22x (harmonica_rt, learned: 2x) | 20.0 dB, 3.33x (another: fast) | 34.0 dB" in page
     for kind in ("psnr", "converged", "sheet"):
