@@ -25,7 +25,7 @@ lint: .venv/ready  ## ruff, check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready  ## The figures of README.md, the suites, and peers in short (about an hour on two cores)
+bench: .venv/ready  ## The figures of README.md, the suites, and peers in short (about an hour and a half on two cores)
 	$(BIN)/python bench/targets.py
 	$(BIN)/pytest bench/suites --benchmark-only
 	$(BIN)/python bench/run_quality.py --peers all --quick --out $(OUT)

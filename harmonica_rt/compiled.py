@@ -306,7 +306,8 @@ class CompiledTransformer(nn.Module):
         return Report(repr(self.schedule), self._fallback, tuple(describe_plan(p) for p in self._plans.values()))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if (hook := vars(self).get("_hf_hook")) is not None:  # a pipeline offloads the model between its calls
+        # A pipeline offloads the model between its calls; the hook is on the model where that came first
+        if (hook := vars(self).get("_hf_hook") or vars(self.model).get("_hf_hook")) is not None:
             args, kwargs = hook.pre_forward(self, *args, **kwargs)
         arguments = self._signature.bind(args, kwargs)
         if torch.is_grad_enabled():
