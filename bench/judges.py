@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +22,29 @@ APART = 1_000_000  # between the seeds of the PSNR's noises, a judge's and those
 
 
 @dataclass(frozen=True)
-class Judge:
+class Judge(ABC):
     """Judges sets of `count` images, all sampled from the same noises."""
 
     start: Tensor  # noises, padded to whole batches
     count: int
 
     @classmethod
+    @abstractmethod
     def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> Judge:
         """For what `sampling` samples; it makes the full run."""
-        return cls(noise(sampling.pipeline, -(-count // BATCH) * BATCH, seed + APART), count)
 
     def __call__(self, sampling: Sampling, steps: int) -> dict[str, float]:
         """Columns for a row: `sampling`, as its pipeline is, in `steps`."""
         images = sampling(self.start, steps, BATCH)[: self.count]
         return self.columns(images, sampling.labels(len(self.start))[: self.count])
 
+    @abstractmethod
     def columns(self, images: Tensor, labels: list[Any]) -> dict[str, float]:
-        raise NotImplementedError
+        """What `images`, [count, channels, height, width], that were to show `labels` are worth."""
+
+
+def _noises(sampling: Sampling, count: int, seed: int) -> Tensor:
+    return noise(sampling.pipeline, -(-count // BATCH) * BATCH, seed)
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,10 @@ class Frechet(Judge):
     def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> Frechet:
         if count <= WIDTH:
             raise ValueError(f"expected more images than the classifier's {WIDTH} features, got {count}")
-        mine, classifier = Judge.prepare(sampling, steps, count, seed), Classifier.load()
-        images = sampling(noise(sampling.pipeline, len(mine.start), seed + 2 * APART), steps, BATCH)[:count]
+        classifier = Classifier.load()
+        images = sampling(_noises(sampling, count, seed + 2 * APART), steps, BATCH)[:count]
         full = Statistics.of(features(images, classifier))
-        return cls(mine.start, count, classifier, Statistics.load(), full)
+        return cls(_noises(sampling, count, seed + APART), count, classifier, Statistics.load(), full)
 
     def columns(self, images: Tensor, labels: list[Any]) -> dict[str, float]:
         seen = features(images, self.classifier)
@@ -77,11 +83,11 @@ class NearestGlyph(Judge):
 
     @classmethod
     def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> NearestGlyph:
-        mine, names = Judge.prepare(sampling, steps, count, seed), sampling.pipeline.prompts.names
+        names = sampling.pipeline.prompts.names
         sheet = torch.from_numpy(np.array(Image.open(EMOJI / "glyphs.png").convert("RGB")))
         tiles = sheet.unflatten(0, (-1, SIDE)).unflatten(2, (-1, SIDE))  # rows, height, columns, width, channels
         glyphs = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1)[: len(names)] / 127.5 - 1
-        return cls(mine.start, count, names, glyphs)
+        return cls(_noises(sampling, count, seed + APART), count, names, glyphs)
 
     def columns(self, images: Tensor, labels: list[Any]) -> dict[str, float]:
         seen = images.float().clamp(-1, 1).flatten(1)

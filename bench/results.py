@@ -194,7 +194,8 @@ def _pictures(file: Path, rows: list[dict[str, Any]], title: str) -> dict[str, P
             drawn[label] = stem.with_name(f"{stem.name}-{kind}.png")
             pareto(rows, quality, label, title, drawn[label])
     pictures = stem.with_name(f"{stem.name}-sheet.png")
-    if stem.is_dir() and any(row["peer"] == FULL for row in whole(rows)):
+    strips = [stem / row.get("strip", "") for row in whole(rows)]  # not in git: a clone keeps its picture
+    if any(row["peer"] == FULL for row in whole(rows)) and all(strip.is_file() for strip in strips):
         sheet(rows, stem, title, pictures)
     return drawn | ({"pictures at equal latency": pictures} if pictures.exists() else {})
 
@@ -239,8 +240,8 @@ Written by `bench/run_quality.py`, nothing by hand. *Latency*: share of the time
 the same rounds (median, p20, p80). *CUR*: share of branch evaluations left out. *PSNR* in dB to the full run without
 reuse, mean over noises, *worst* of them; *to converged*: to the solution that the sampler approximates. *Fréchet*:
 distance of features of a set of images to other images of the full run, or to real ones. *Class*, *glyph acc.*: images
-that show what they were asked for. A peer's points are its own settings; our
-curve joins the best of the shipped schedules and the uniform ones by straight lines."""
+that show what they were asked for. A peer's points are its own settings; our curve joins the best of the shipped
+schedules and the uniform ones by straight lines."""
 
 
 def write(files: list[Path], page: Path) -> None:

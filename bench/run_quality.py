@@ -286,6 +286,8 @@ def _peers(arguments: argparse.Namespace, argv: list[str], console: Console) -> 
     command = f"python bench/run_quality.py {shlex.join(argv)}"
     with console.status("") as status:
         try:
+            if arguments.frechet:
+                raise ValueError(f"--frechet: with --peers expected --judged instead, got {arguments.frechet}")
             if unknown := sorted(set(names) - set(PEERS)):
                 raise ValueError(f"--peers: expected all or some of {', '.join(PEERS)}, got {', '.join(unknown)}")
             job = comparison.Job(arguments.model, arguments.steps, threads=threads, **job)

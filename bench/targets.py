@@ -107,8 +107,9 @@ def _replayed(pipeline: PixelPipeline, schedule: hrt.Schedule) -> float:
     """Seconds of a call whose replay takes none: a captured step on the tests' emulator, less its two copies."""
     from tests.emulator import Emulator
 
-    fast, sample, labels = hrt.compile(pipeline.transformer, schedule, backend="cudagraph"), noise(pipeline, 8), None
-    fast._recorder, labels = Emulator, torch.arange(8)
+    fast = hrt.compile(pipeline.transformer, schedule, backend="cudagraph")
+    fast._recorder = Emulator
+    sample, labels = noise(pipeline, 8), torch.arange(8)
     calls = [torch.full((8,), t) for t in schedule.timesteps]
     for t in calls:
         fast(sample, timestep=t, class_labels=labels)
