@@ -1,6 +1,7 @@
 """harmonica_rt: diffusion transformers on a static compute-or-reuse schedule, as compiled programs."""
 
-from .compiled import CompiledTransformer, compile, uncompile
+from .compiled import CompiledTransformer
+from .compiling import compile, uncompile
 from .models import UnsupportedModelError
 from .schedule import Schedule
 

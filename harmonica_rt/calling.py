@@ -26,6 +26,10 @@ class Forward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.compiled.model.forward)
 
+    @property
+    def _torchdynamo_orig_callable(self) -> Any:
+        return self.compiled._torchdynamo_orig_callable
+
     def __getattr__(self, name: str) -> Any:
         if name == "compiled":  # not set yet: somebody makes a copy
             raise AttributeError(name)
@@ -39,14 +43,57 @@ class ForwardSignature:
         self.signature = inspect.signature(model.forward)
         self.parameters = self.signature.parameters
         self.defaults = {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
+        self.open = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in self.parameters.values())
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name. Raises TypeError as a call of the forward would."""
+        if self.open:
+            return self._bind_open(args, kwargs)
         given = dict(zip(self.parameters, args))
         arguments = {**self.defaults, **given, **kwargs}
         if len(given) < len(args) or given.keys() & kwargs.keys() or arguments.keys() != self.parameters.keys():
             self.signature.bind(*args, **kwargs)  # raises: it says what is wrong
         return arguments
+
+    def _bind_open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those of a forward that takes any: by name or number."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                arguments |= {f"{name}[{i}]": each for i, each in enumerate(value)}
+            else:
+                arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        return arguments
+
+
+class Seen:
+    """Tensors of a call, to know them again: equal to the same ones, unchanged since, or to others of equal values.
+
+    Values on a device are not looked at, since that would make the host wait for it: only the same tensors are equal.
+    """
+
+    __slots__ = ("tensors", "versions")
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.tensors = tensors
+        self.versions = [None if t.is_inference() else t._version for t in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Seen) or len(self.tensors) != len(other.tensors):
+            return False
+        return all(
+            (a is b and v == w) or (a is not b and a.device.type == b.device.type == "cpu" and _equal(a, b))
+            for a, v, b, w in zip(self.tensors, self.versions, other.tensors, other.versions)
+        )
+
+    __hash__ = None
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 class Exclusive:

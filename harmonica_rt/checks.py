@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .forecast import FORECASTS, history
+from .forecast import FORECASTS, history, over_entries
+from .layout import Group, shape_of_entries
 
 
 def positive(name: str, value: Any) -> int:
@@ -28,17 +30,21 @@ def finite(name: str, value: Any) -> float:
     return number
 
 
-def check_compute(compute: Any, branches: int) -> np.ndarray:
+def check_compute(compute: Any, groups: Sequence[Group]) -> np.ndarray:
     compute = np.asarray(compute)
     if compute.dtype != np.bool_:
         raise TypeError(f"compute: expected dtype bool, got {compute.dtype}")
-    if compute.ndim != 3 or compute.shape[2] != branches or 0 in compute.shape:
-        raise ValueError(f"compute: expected shape [steps, layers, {branches} branches], got {list(compute.shape)}")
+    shape = shape_of_entries(groups)
+    if compute.shape[1:] != shape or not len(compute):
+        expected = f"[steps, {shape[0]} entries]"
+        if len(groups) == 1:
+            same = compute.ndim == 3 and compute.shape[2] == shape[1] and 0 not in compute.shape
+            expected = f"[steps, {f'{shape[0]} layers' if same else 'layers'}, {shape[1]} branches]"
+        raise ValueError(f"compute: expected shape {expected}, got {list(compute.shape)}")
     if not compute[0].all():
-        layer, branch = np.argwhere(~compute[0])[0]
+        where = ", ".join(f"{name} {i}" for name, i in zip(_axes(compute), np.argwhere(~compute[0])[0]))
         raise ValueError(
-            f"compute: step 0 must compute every branch, but layer {layer}, branch {branch} is reused there "
-            "(nothing is cached yet)"
+            f"compute: step 0 must compute every branch, but {where} is reused there (nothing is cached yet)"
         )
     return compute
 
@@ -49,7 +55,7 @@ def check_output(output: Any, compute: np.ndarray) -> np.ndarray:
         raise ValueError(f"output: expected bool [{len(compute)}], got {output.dtype} {list(output.shape)}")
     if output[0]:
         raise ValueError("output: step 0 must compute, but its output is reused (nothing is cached yet)")
-    if (bad := output & compute.any((1, 2))).any():
+    if (bad := output & compute.reshape(len(compute), -1).any(1)).any():
         step = int(np.argmax(bad))
         raise ValueError(
             f"output: step {step} reuses the output: expected no branch computed there, got {compute[step].sum()}"
@@ -59,7 +65,7 @@ def check_output(output: Any, compute: np.ndarray) -> np.ndarray:
 
 def check_output_weights(weights: Any, output: np.ndarray, order: int) -> np.ndarray:
     weights = check_numbers("output_weights", weights, (len(output), order + 1))
-    allowed = output[:, None] & (history(~output[:, None, None], order)[:, 0, 0] >= 0)
+    allowed = output[:, None] & (history(~output, order) >= 0)
     if (bad := (weights != 0) & ~allowed).any():
         step, value = np.argwhere(bad)[0]
         why = "that output does not exist yet" if output[step] else "that step does not reuse its output"
@@ -80,33 +86,55 @@ def check_numbers(name: str, weights: Any, expected: tuple[int, ...]) -> np.ndar
     weights = weights.astype(np.float64) + 0.0
     if not (finite := np.abs(weights) <= np.finfo(np.float32).max).all():
         where = np.argwhere(~finite)[0]
-        raise ValueError(f"{name}: expected finite numbers, got {weights[tuple(where)]} at {_place(where)}")
+        raise ValueError(f"{name}: expected finite numbers, got {weights[tuple(where)]} at {_place(where[:-1])}")
     return weights
 
 
 def check_weights(weights: Any, compute: np.ndarray, output: np.ndarray, order: int) -> np.ndarray:
     weights = check_numbers("weights", weights, (*compute.shape, order + 1))
-    if (bad := (weights != 0) & output[:, None, None, None]).any():
-        where = np.argwhere(bad)[0]
-        raise ValueError(
-            f"weights: expected 0 where the output is reused, got {weights[tuple(where)]} at {_place(where)}"
-        )
-    if (bad := (weights != 0) & compute[..., None]).any():
-        where = np.argwhere(bad)[0]
-        raise ValueError(
-            f"weights: expected 0 where a branch is computed, got {weights[tuple(where)]} at {_place(where)}"
-        )
+    _check_reused("weights", weights, compute, output)
     if (bad := (weights != 0) & (history(compute, order) < 0)).any():
         where = np.argwhere(bad)[0]
         raise ValueError(
-            f"weights: value {where[3]} (0 = newest) does not exist yet at {_place(where)}: "
+            f"weights: value {where[-1]} (0 = newest) does not exist yet at {_place(where[:-1])}: "
             f"expected 0, got {weights[tuple(where)]}"
         )
     return weights
 
 
+def check_carry(carry: Any, compute: np.ndarray, output: np.ndarray, level: str) -> np.ndarray:
+    carry = np.asarray(carry)
+    if not np.issubdtype(carry.dtype, np.floating) or carry.shape != compute.shape:
+        raise ValueError(f"carry: expected floats {list(compute.shape)}, got {carry.dtype} {list(carry.shape)}")
+    carry = carry.astype(np.float64) + 0.0
+    if not np.isfinite(carry).all():
+        raise ValueError(f"carry: expected finite numbers, got {carry[~np.isfinite(carry)][0]}")
+    if level != "blocks" and carry.any():
+        raise ValueError(f"carry: expected 0 at level {level}, got {carry[carry != 0][0]:g}")
+    _check_reused("carry", carry[..., None], compute, output)
+    return carry
+
+
+def _check_reused(name: str, numbers: np.ndarray, compute: np.ndarray, output: np.ndarray) -> None:
+    """0 where nothing is reused; `numbers` are [..., any]."""
+    if (bad := (numbers != 0) & over_entries(output, compute)[..., None]).any():
+        where = np.argwhere(bad)[0]
+        raise ValueError(
+            f"{name}: expected 0 where the output is reused, got {numbers[tuple(where)]} at {_place(where[:-1])}"
+        )
+    if (bad := (numbers != 0) & compute[..., None]).any():
+        where = np.argwhere(bad)[0]
+        raise ValueError(
+            f"{name}: expected 0 where a branch is computed, got {numbers[tuple(where)]} at {_place(where[:-1])}"
+        )
+
+
+def _axes(compute: np.ndarray) -> tuple[str, ...]:
+    return ("layer", "branch") if compute.ndim == 3 else ("entry",)
+
+
 def _place(where: np.ndarray) -> str:
-    names = ("step", "layer", "branch") if len(where) > 2 else ("step",)
+    names = {1: ("step",), 2: ("step", "entry")}.get(len(where), ("step", "layer", "branch"))
     return ", ".join(f"{name} {i}" for name, i in zip(names, where))
 
 

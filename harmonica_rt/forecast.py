@@ -14,10 +14,10 @@ def history(compute: np.ndarray, order: int) -> np.ndarray:
     """Steps at which the last `order + 1` values of every entry were computed, newest first, before each step.
 
     Args:
-        compute: bool [T, L, B].
+        compute: bool [T, ...].
 
     Returns:
-        int [T, L, B, order + 1]; -1 where no such value exists yet.
+        int [T, ..., order + 1]; -1 where no such value exists yet.
     """
     last = np.full((*compute.shape[1:], order + 1), -1)
     out = np.empty((*compute.shape, order + 1), dtype=last.dtype)
@@ -71,13 +71,13 @@ def forecast(compute: np.ndarray, order: int, positions: np.ndarray | None = Non
     Order 1 is o = c1 + w (c1 - c2), w = (i - i1) / (i1 - i2); with fewer values than the order needs, the order drops.
 
     Args:
-        compute: bool [T, L, B].
+        compute: bool [T, ...].
         positions: as in `basis`.
 
     Returns:
-        float64 [T, L, B, order + 1], 0 where computed and for values that do not exist yet.
+        float64 [T, ..., order + 1], 0 where computed and for values that do not exist yet.
     """
-    weights = basis(np.arange(len(compute)).reshape(-1, 1, 1), history(compute, order), positions)
+    weights = basis(over_entries(np.arange(len(compute)), compute), history(compute, order), positions)
     return np.where(compute[..., None], 0.0, weights) + 0.0  # no negative zeros
 
 
@@ -88,12 +88,12 @@ def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray, positions: np
     tells it. Where the values are the same the weights are too.
 
     Args:
-        weights: float [T, L, B, order + 1], for `was`.
-        was, now: what is computed, bool [T, L, B].
+        weights: float [T, ..., order + 1], for `was`.
+        was, now: what is computed, bool [T, ...].
         positions: as in `basis`.
 
     Returns:
-        float64 [T, L, B, order + 1], 0 where `now` computes and for values that do not exist then.
+        float64 [T, ..., order + 1], 0 where `now` computes and for values that do not exist then.
     """
     order = weights.shape[-1] - 1
     nodes, new = history(was, order), history(now, order)
@@ -108,12 +108,17 @@ def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray, positions: np
 def unlearned(
     compute: np.ndarray, output: np.ndarray, order: int, positions: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The forecast's weights of branches [T, L, B, order + 1] and of outputs [T, order + 1], 0 where neither is reused.
+    """The forecast's weights of entries [T, ..., order + 1] and of outputs [T, order + 1], 0 where neither is reused.
 
     Args:
-        compute: bool [T, L, B].
-        output: bool [T]; such steps leave the branches alone.
+        compute: bool [T, ...].
+        output: bool [T]; such steps leave the entries alone.
         positions: as in `basis`.
     """
-    branches = np.where(output[:, None, None, None], 0.0, forecast(compute, order, positions))
-    return branches, forecast(~output[:, None, None], order, positions)[:, 0, 0]
+    entries = np.where(over_entries(output, compute)[..., None], 0.0, forecast(compute, order, positions))
+    return entries, forecast(~output, order, positions)
+
+
+def over_entries(steps: np.ndarray, compute: np.ndarray) -> np.ndarray:
+    """[T] as [T, 1, ...], to stand beside `compute`."""
+    return steps.reshape(-1, *(1,) * (compute.ndim - 1))

@@ -24,14 +24,14 @@ def refuse_gradient(*tensors: Tensor) -> None:
         )
 
 
-def read_timestep(timestep: Tensor) -> float | None:
-    """The timestep of a call, or None where reading it would make the host wait for a device."""
-    if timestep.device.type != "cpu":
-        return None
-    values = set(timestep.tolist())
-    if len(values) != 1:
-        raise ValueError(f"timestep: expected the same for all samples, got {sorted(values)[:4]}")
-    return float(values.pop())
+def read_timestep(timestep: Tensor | float | None) -> float | None:
+    """The timestep of a call, or None where there is none or reading it would make the host wait for a device.
+
+    Where samples or tokens have timesteps of their own, it is the largest.
+    """
+    if not isinstance(timestep, Tensor):
+        return None if timestep is None else float(timestep)
+    return float(timestep.max()) if timestep.device.type == "cpu" and timestep.numel() else None
 
 
 def shape_of(adapter: Adapter, inputs: Inputs) -> Shape:

@@ -1,15 +1,19 @@
-"""Schedule -> Program: which values every step adds up, and which slot each of them lives in. Pure Python."""
+"""Schedule -> Program: which values every step adds up, and which slot each of them lives in. No torch."""
 
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
-from .program import Compute, Gap, Program, ReuseOutput, Step, Term
+import numpy as np
+
+from .forecast import forecast
+from .program import Combine, Compute, ForwardProgram, ForwardStep, Gap, Keep, Program, ReuseOutput, Step, Term
 from .schedule import Schedule
 
 Value = tuple[int, int]  # (entry, step that computed it)
 # Before slots are known: [(entry to compute, [(value, weight), ...] to add first), ...]; the head is entry L B
-Draft = list[list[tuple[int, list[tuple[Value, float]]]]]
+Draft = list[list[tuple[int, list[tuple[Value, Any]]]]]
 
 
 def lower(schedule: Schedule) -> Program:
@@ -36,6 +40,57 @@ def lower(schedule: Schedule) -> Program:
         body = tuple((gap, Compute(gap.norm, slots[gap.norm, i])) for gap in gaps[:-1])
         steps.append(Step(body, gaps[-1], keep=kept.get((0, i))))
     return Program(tuple(steps), entries, count, kept_count)
+
+
+def lower_forward(schedule: Schedule) -> ForwardProgram:
+    """Lower a `schedule` of level blocks or output to what steers the model's own forward.
+
+    Values of an entry have slots of their own, since streams differ in shape; given out as in `lower`.
+    """
+    steps, order = schedule.steps, schedule.order
+    flat = schedule.compute.reshape(steps, -1)
+    weights = schedule.weights.reshape(steps, -1, order + 1)
+    unlearned = forecast(schedule.compute, order, schedule.positions).reshape(weights.shape)
+    carry = schedule.carry.reshape(steps, -1)
+    columns, counts = [], []
+    for entry in range(flat.shape[1]):
+        column, count = _lower_entry(flat[:, entry], weights[:, entry], unlearned[:, entry], carry[:, entry], order)
+        columns.append(column)
+        counts.append(count)
+    outputs = _draft_outputs(schedule)
+    kept, kept_count = _allocate(outputs)
+    lowered: list[ForwardStep | ReuseOutput] = []
+    for i in range(steps):
+        if schedule.output[i]:
+            ((_, terms),) = outputs[i]
+            lowered.append(ReuseOutput(tuple((kept[value], weight) for value, weight in terms)))
+        else:
+            lowered.append(ForwardStep(tuple(column[i] for column in columns), keep=kept.get((0, i))))
+    return ForwardProgram(tuple(lowered), tuple(counts), tuple(map(bool, carry.any(0))), kept_count)
+
+
+def _lower_entry(
+    computed: np.ndarray, weights: np.ndarray, unlearned: np.ndarray, carry: np.ndarray, order: int
+) -> tuple[list[Keep | Combine], int]:
+    """The instructions of one entry, a step each, and how many slots its values need."""
+    draft: Draft = []
+    cached: list[Value] = []
+    for i in range(len(computed)):
+        terms = zip(cached, weights[i].tolist(), unlearned[i].tolist())
+        read = [(value, a, w) for value, a, w in terms if a != 0.0 or carry[i] * w != 0.0]
+        draft.append([(0, [] if computed[i] else [(value, (a, w)) for value, a, w in read])])
+        if computed[i]:
+            cached = [(0, i), *cached[:order]]
+    slots, count = _allocate(draft)
+    column: list[Keep | Combine] = []
+    for i, ((_, terms),) in enumerate(draft):
+        if computed[i]:
+            column.append(Keep(slots.get((0, i))))
+            continue
+        kept = tuple((slots[value], a) for value, (a, _) in terms if a != 0.0)
+        inputs = tuple((slots[value], w) for value, (_, w) in terms if w != 0.0) if carry[i] else ()
+        column.append(Combine(kept, float(carry[i]), inputs))
+    return column, count
 
 
 def _draft(schedule: Schedule) -> Draft:

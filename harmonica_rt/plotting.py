@@ -12,6 +12,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .layout import Panel, panels
+
 if TYPE_CHECKING:
     from .schedule import Schedule
 
@@ -23,27 +25,31 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
 
     Learned weights have a second row: how far the newest value's weight is from the forecast's.
     """
-    panels, rows = len(schedule.branches), 2 if schedule.learned else 1
-    figure = Figure(figsize=(1.4 + 3.4 * panels, 0.6 + 2.8 * rows), layout="constrained")
-    grid = figure.subplots(rows, panels, sharey=True, squeeze=False)
-    for axes, (b, name) in zip(grid[0], enumerate(schedule.branches)):
-        values = schedule.compute[..., b].T - 1.0 * schedule.output
+    computed = schedule.compute.reshape(schedule.steps, -1) if schedule.groups else ~schedule.output[:, None]
+    columns = list(panels(schedule.groups)) or [Panel("output", np.zeros(1, dtype=int))]
+    cur = schedule.cur_by_branch or {"output": schedule.cur}
+    learned = schedule.learned and bool(schedule.groups)
+    rows = 2 if learned else 1
+    figure = Figure(figsize=(1.4 + 3.4 * len(columns), 0.6 + 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(columns), sharey=len(schedule.groups) == 1, squeeze=False)
+    for axes, panel in zip(grid[0], columns):
+        values = computed[:, panel.entries].T - 1.0 * schedule.output
         _heatmap(axes, values, ListedColormap([OUTPUT, REUSE, COMPUTE]), 1)
-        axes.set_title(f"{name}: CUR {100 * schedule.cur_by_branch[name]:.0f} %", fontsize=10)
-    if schedule.learned:
+        axes.set_title(f"{panel.title}: CUR {100 * cur[panel.title]:.0f} %", fontsize=10)
+    if learned:
         unlearned = schedule.replace(weights=None, output_weights=None)
-        change = (schedule.weights - unlearned.weights)[..., 0]
-        reused = ~schedule.compute & ~schedule.output[:, None, None]
+        change = (schedule.weights - unlearned.weights)[..., 0].reshape(schedule.steps, -1)
+        reused = ~computed & ~schedule.output[:, None]
         limit = float(np.quantile(np.abs(change[reused]), 0.98)) if reused.any() else 1.0
-        for axes, (b, name) in zip(grid[1], enumerate(schedule.branches)):
-            values = np.ma.masked_where(~reused[..., b], change[..., b]).T
+        for axes, panel in zip(grid[1], columns):
+            values = np.ma.masked_where(~reused[:, panel.entries], change[:, panel.entries]).T
             mesh = _heatmap(axes, values, "RdBu_r", max(limit, 1e-6))
-            axes.set_title(f"{name}: newest value's weight - forecast's", fontsize=10)
+            axes.set_title(f"{panel.title}: newest value's weight - forecast's", fontsize=10)
         figure.colorbar(mesh, ax=grid[1], shrink=0.9)
     for axes in grid[-1]:
         axes.set_xlabel("step")
     for axes in grid[:, 0]:
-        axes.set_ylabel("layer")
+        axes.set_ylabel("layer" if schedule.level == "branches" else "group")
     figure.suptitle(
         f"{schedule.model}, {schedule.steps} steps, order {schedule.order}: CUR {100 * schedule.cur:.0f} % "
         f"(dark: computed, light: reused{', white: output reused' if schedule.output.any() else ''})",

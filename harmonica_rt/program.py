@@ -1,4 +1,8 @@
-"""The instructions a schedule is lowered to. Plain data: no tensors, no model."""
+"""The instructions a schedule is lowered to. Plain data: no tensors, no model.
+
+A `Program` runs branches one by one (level branches); a `ForwardProgram` steers the model's own forward (levels blocks
+and output).
+"""
 
 from __future__ import annotations
 
@@ -78,4 +82,61 @@ class Program:
     @property
     def distinct_steps(self) -> int:
         """Steps that differ in instructions or slots: as many graphs as a capture of the run needs."""
+        return len(set(self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The entry is computed; its value goes to `slot`, if anything reuses it."""
+
+    slot: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """The entry is reused: the sum of weight * value over `terms`, plus carry * (x - the same over `inputs`).
+
+    x is the stream before the entry, and `inputs` are the streams before it that are kept beside its values.
+    """
+
+    terms: tuple[tuple[int, float], ...]
+    carry: float = 0.0
+    inputs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardStep:
+    """One call of the model's own forward.
+
+    Attributes:
+        entries: what becomes of each group of blocks.
+        keep: where the model's output goes for later steps to reuse; None if none does.
+    """
+
+    entries: tuple[Keep | Combine, ...]
+    keep: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardProgram:
+    """A lowered schedule of level blocks or output.
+
+    Attributes:
+        slots: values held of each entry.
+        carries: whether the stream before each entry is held beside each value.
+        outputs: slots for the model's outputs.
+    """
+
+    steps: tuple[ForwardStep | ReuseOutput, ...]
+    slots: tuple[int, ...]
+    carries: tuple[bool, ...]
+    outputs: int = 0
+
+    @property
+    def computed(self) -> int:
+        return sum(isinstance(e, Keep) for step in self.steps if isinstance(step, ForwardStep) for e in step.entries)
+
+    @property
+    def distinct_steps(self) -> int:
+        """Steps that differ in instructions or slots."""
         return len(set(self.steps))

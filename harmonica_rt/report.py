@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from .executor import Plan
-from .program import ReuseOutput, Step
+from .forward_plan import ForwardPlan
+from .program import ForwardStep, ReuseOutput, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +18,15 @@ class PlanReport:
     Attributes:
         shape: batch, resolution, dtype and device.
         backend: the one that runs it.
-        steps, computed, reused: denoiser calls of a run; branch evaluations made and spared.
+        level: of its schedule.
+        context: which of the calls within a step it serves: a name, or a number in their order.
+        steps, computed, reused: denoiser calls of a run; entries computed and reused (at level output, outputs).
         slots, slot_bytes: values held between steps.
         modulation_bytes: modulation rows held for the steps ahead.
         model_bytes: the model's weights, for comparison.
-        launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart.
-        macs, full_macs: multiply-accumulates of a run, with the schedule and without.
+        launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart. None where
+            the model's own forward runs.
+        macs, full_macs: multiply-accumulates of a run, with the schedule and without; None where they were not counted.
         seconds: time it took to make the plan, compilation and capture included.
         graphs: captured graphs, or 0.
         graph_seconds, launch_seconds: a run replayed and launched plainly, where ``"auto"`` measured both; else None.
@@ -28,6 +34,8 @@ class PlanReport:
 
     shape: str
     backend: str
+    level: str
+    context: Hashable
     steps: int
     computed: int
     reused: int
@@ -35,33 +43,37 @@ class PlanReport:
     slot_bytes: int
     modulation_bytes: int
     model_bytes: int
-    launches: tuple[int, ...]
-    macs: int
-    full_macs: int
+    launches: tuple[int, ...] | None
+    macs: int | None
+    full_macs: int | None
     seconds: float
     graphs: int = 0
     graph_seconds: float | None = None
     launch_seconds: float | None = None
 
     def __str__(self) -> str:
-        share = 100 * self.slot_bytes / self.model_bytes
-        mean = sum(self.launches) / len(self.launches)
-        return (
-            f"{self.shape}, {self.backend}: {self.steps} steps, "
-            f"{self.computed} branches computed, {self.reused} reused\n"
-            f"  {self.slots} slots, {_mib(self.slot_bytes)} ({share:.1f} % of the model); "
-            f"modulation rows {_mib(self.modulation_bytes)}\n"
-            f"  launches a step: mean {mean:.1f}, {min(self.launches)} to {max(self.launches)}\n"
-            f"  {self.macs / 1e9:.2f} of {self.full_macs / 1e9:.2f} GMACs a run: "
-            f"theoretical {self.full_macs / self.macs:.2f}x\n"
-            f"  made in {self.seconds:.2f} s"
-            + (f", {self.graphs} graphs" if self.graphs else "")
-            + (
-                f"; a run takes {1e3 * self.graph_seconds:.2f} ms replayed, {1e3 * self.launch_seconds:.2f} ms launched"
-                if self.graph_seconds is not None
-                else ""
+        share = 100 * self.slot_bytes / self.model_bytes if self.model_bytes else 0.0
+        kind = {"branches": "branches", "blocks": "groups", "output": "outputs"}[self.level]
+        head = f"{self.shape}, {self.backend}" + ("" if self.context == 0 else f", context {self.context}")
+        lines = [
+            f"{head}: {self.steps} steps, {self.computed} {kind} computed, {self.reused} reused",
+            f"  {self.slots} slots, {_mib(self.slot_bytes)} ({share:.1f} % of the model)",
+        ]
+        if self.launches is not None:
+            mean = sum(self.launches) / len(self.launches)
+            lines[-1] += f"; modulation rows {_mib(self.modulation_bytes)}"
+            lines.append(f"  launches a step: mean {mean:.1f}, {min(self.launches)} to {max(self.launches)}")
+        if self.macs:
+            lines.append(
+                f"  {self.macs / 1e9:.2f} of {self.full_macs / 1e9:.2f} GMACs a run: "
+                f"theoretical {self.full_macs / self.macs:.2f}x"
             )
-        )
+        lines.append(f"  made in {self.seconds:.2f} s" + (f", {self.graphs} graphs" if self.graphs else ""))
+        if self.graph_seconds is not None:
+            lines[-1] += (
+                f"; a run takes {1e3 * self.graph_seconds:.2f} ms replayed, {1e3 * self.launch_seconds:.2f} ms launched"
+            )
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +91,35 @@ class Report:
         return "\n".join(lines + [str(plan) for plan in self.plans] if self.plans else [*lines, "no plan made yet"])
 
 
-def describe_plan(plan: Plan) -> PlanReport:
+def describe_plan(plan: Any, context: Hashable) -> PlanReport:
+    return _describe_forward(plan, context) if isinstance(plan, ForwardPlan) else _describe_branches(plan, context)
+
+
+def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
+    program = plan.program
+    calls = [step for step in program.steps if isinstance(step, ForwardStep)]
+    total = len(program.steps) * len(program.slots) if program.slots else len(program.steps)
+    computed = program.computed if program.slots else len(calls)
+    return PlanReport(
+        shape=str(plan.shape),
+        backend=plan.backend,
+        level="blocks" if program.slots else "output",
+        context=context,
+        steps=len(program.steps),
+        computed=computed,
+        reused=total - computed,
+        slots=sum(program.slots) + program.outputs,
+        slot_bytes=plan.slot_bytes,
+        modulation_bytes=0,
+        model_bytes=plan.model_bytes,
+        launches=None,
+        macs=None,
+        full_macs=None,
+        seconds=plan.seconds,
+    )
+
+
+def _describe_branches(plan: Plan, context: Hashable) -> PlanReport:
     shape, program, adapter = plan.shape, plan.program, plan.adapter
     macs = adapter.macs(shape.height, shape.width, shape.batch, shape.context or None)
     kinds = len(adapter.branches)
@@ -90,6 +130,8 @@ def describe_plan(plan: Plan) -> PlanReport:
     return PlanReport(
         shape=str(shape),
         backend=plan.backend,
+        level="branches",
+        context=context,
         steps=len(program.steps),
         computed=program.computed,
         reused=total - program.computed,

@@ -1,4 +1,4 @@
-"""The schedule: for every step, layer and branch of a diffusion transformer, compute or reuse. Static, immutable."""
+"""The schedule: for every step and entry of a denoiser, compute or reuse. Static, immutable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import (
+    check_carry,
     check_compute,
     check_output,
     check_output_weights,
@@ -17,7 +18,8 @@ from .checks import (
     finite,
     positive,
 )
-from .forecast import ORDERS, carried, history, unlearned
+from .forecast import ORDERS, carried, history, over_entries, unlearned
+from .layout import TRUNK, Group, Panel, check_branches, check_groups, panels, shape_of_entries
 
 if TYPE_CHECKING:
     import os
@@ -31,17 +33,27 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 
 class Schedule:
-    """Which branches a sampler computes at which step, and what stands in for those it reuses.
+    """Which entries a sampler computes at which step, and what stands in for those it reuses.
 
     Args:
-        compute: bool [T, L, B], True where the branch is computed. Step 0 (pure noise) must compute everything.
+        compute: bool, True where the entry is computed: [T, L, B] of one group, [T, entries] of several, group after
+            group, a layer's branches side by side. Step 0 (pure noise) must compute everything. May be left out at
+            level output, where there are no entries.
         model: class name of the model it was made for, e.g. ``"DiTTransformer2DModel"``.
-        branches: names of the B branches of a layer, in the order they run.
-        order: number of cached values a reused branch may stand on, minus one: 0, 1 or 2.
-        weights: reuse weights, float [T, L, B, order + 1], newest value first; 0 where computed and for values that
-            do not exist yet. The forecast's unless given.
+        branches: names of the B branches of a layer, in the order they run: short for one group of that many layers in
+            ``transformer_blocks``.
+        level: what an entry is: ``"branches"``, a residual function of a block; ``"blocks"``, the stream after a group
+            of consecutive blocks; ``"output"``, the model's output, which `output` decides about.
+        groups: (name, layers, branches) each, e.g. ``("transformer_blocks", 19, ("attn", "mlp"))``; at level blocks
+            ``("trunk", 1, ("blocks",))`` or, for a list split into 8, ``("transformer_blocks", 8, ("blocks",))``.
+        order: number of cached values a reused entry may stand on, minus one: 0, 1 or 2.
+        weights: reuse weights, float, shaped as `compute` with [order + 1] behind, newest value first; 0 where computed
+            and for values that do not exist yet. The forecast's unless given.
+        carry: at level blocks, float shaped as `compute`: a reused group is sum a_k h_k + carry (x - sum w_k x_k), with
+            x and h the stream before and after it, a its weights, w the forecast's. 0 keeps the stream, 1 the
+            residual. 0 where computed, and everywhere unless given.
         output: bool [T], True for steps that run nothing of the model and return a weighted sum of its last computed
-            outputs. None of their branches is computed. No step unless given.
+            outputs. None of their entries is computed. No step unless given.
         output_weights: float [T, order + 1], newest output first; 0 for other steps. The forecast's unless given.
         sampler: class name of the scheduler it was made for.
         timesteps: the T timesteps of that sampler in the order they run, e.g. ``scheduler.timesteps``. A pipeline tells
@@ -56,10 +68,12 @@ class Schedule:
     """
 
     __slots__ = (
-        "branches",
+        "carry",
         "compute",
         "forecast",
+        "groups",
         "guidance_scale",
+        "level",
         "log_snr",
         "model",
         "note",
@@ -73,11 +87,13 @@ class Schedule:
 
     compute: np.ndarray
     weights: np.ndarray
+    carry: np.ndarray
     output: np.ndarray
     output_weights: np.ndarray
     order: int
     model: str
-    branches: tuple[str, ...]
+    level: str
+    groups: tuple[Group, ...]
     sampler: str | None
     timesteps: tuple[float, ...] | None
     log_snr: tuple[float, ...] | None
@@ -87,12 +103,15 @@ class Schedule:
 
     def __init__(
         self,
-        compute: np.ndarray,
+        compute: np.ndarray | None = None,
         *,
         model: str,
-        branches: Sequence[str],
+        branches: Sequence[str] | None = None,
+        level: str = "branches",
+        groups: Sequence[tuple[str, int, Sequence[str]]] | None = None,
         order: int = 1,
         weights: np.ndarray | None = None,
+        carry: np.ndarray | None = None,
         output: np.ndarray | None = None,
         output_weights: np.ndarray | None = None,
         sampler: str | None = None,
@@ -105,14 +124,22 @@ class Schedule:
         for name, value in [("model", model), ("note", note), ("sampler", "" if sampler is None else sampler)]:
             if not isinstance(value, str):
                 raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-        named = isinstance(branches, Sequence) and not isinstance(branches, str)
-        if not named or not branches or not all(isinstance(b, str) and b for b in branches):
-            raise TypeError(f"branches: expected a sequence of names, got {branches!r}")
-        if len(set(branches)) != len(branches):
-            raise ValueError(f"branches: expected distinct names, got {tuple(branches)}")
+        if groups is None and level != "output":
+            groups = [
+                (
+                    "transformer_blocks",
+                    np.shape(compute)[1] or 1 if np.ndim(compute) > 1 else 1,
+                    check_branches(branches),
+                )
+            ]
+        elif branches is not None:
+            raise TypeError(f"branches: expected none beside groups or at level output, got {branches!r}")
         if not isinstance(order, (int, np.integer)) or isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
-        compute = check_compute(compute, len(branches))
+        if compute is None and level == "output" and output is not None:
+            compute = np.zeros((len(output), 0), dtype=bool)
+        level, groups = check_groups(level, () if groups is None else groups)
+        compute = check_compute(compute, groups)
         output = np.zeros(len(compute), dtype=bool) if output is None else check_output(output, compute)
         if timesteps is not None:
             timesteps = check_timesteps(timesteps, len(compute))
@@ -121,6 +148,7 @@ class Schedule:
         positions = check_positions(forecast, timesteps, log_snr)
         default, output_default = unlearned(compute, output, order, positions)
         weights = default if weights is None else check_weights(weights, compute, output, order)
+        carry = np.zeros(compute.shape) if carry is None else check_carry(carry, compute, output, level)
         if output_weights is None:
             output_weights = output_default
         else:
@@ -130,11 +158,13 @@ class Schedule:
         values = {
             "compute": _frozen(compute),
             "weights": _frozen(weights),
+            "carry": _frozen(carry),
             "output": _frozen(output),
             "output_weights": _frozen(output_weights),
             "order": int(order),
             "model": model,
-            "branches": tuple(branches),
+            "level": level,
+            "groups": groups,
             "sampler": sampler,
             "timesteps": timesteps,
             "log_snr": log_snr,
@@ -155,26 +185,48 @@ class Schedule:
 
     @classmethod
     def full(cls, model: nn.Module, steps: int, **fields: Any) -> Schedule:
-        """Every branch computed at every step. `fields` are further arguments of the constructor."""
+        """Everything computed at every step. `fields` are further arguments of `uniform`."""
         return cls.uniform(model, steps, every=1, **fields)
 
     @classmethod
-    def uniform(cls, model: nn.Module, steps: int, every: int = 2, order: int = 1, **fields: Any) -> Schedule:
+    def uniform(
+        cls,
+        model: nn.Module,
+        steps: int,
+        every: int = 2,
+        order: int = 1,
+        *,
+        level: str = "auto",
+        groups: int = 1,
+        carry: float | None = None,
+        **fields: Any,
+    ) -> Schedule:
         """Everything computed at steps 0, `every`, 2 `every`, ..., everything reused between (FORA; order 1 forecasts).
 
         Args:
-            model: the diffusers model (only its class, layers and branches are read).
+            model: the diffusers model (only its class, lists of blocks and branches are read).
             steps: number of denoiser calls of the sampler, T.
+            level: ``"branches"`` for models with an adapter, ``"blocks"`` for those with lists of blocks, ``"output"``
+                for any; ``"auto"`` is the first of these that the model can have.
+            groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
+            carry: at level blocks, of all reused groups; 0 for one group and 1 for more unless given.
             fields: further arguments of the constructor (sampler, timesteps, note, ...).
         """
-        from .models import adapt
+        from .models import layout_of
 
         steps, every = positive("steps", steps), positive("every", every)
-        adapter = adapt(model)
-        compute = np.zeros((steps, adapter.layers, len(adapter.branches)), dtype=bool)
+        layout = layout_of(model, level, positive("groups", groups))
+        compute = np.zeros((steps, *shape_of_entries(layout.groups)), dtype=bool)
         compute[::every] = True
+        if layout.level == "output":
+            fields["output"] = np.arange(steps) % every != 0
+        if layout.level == "blocks":
+            carry = float(layout.groups[0].name != TRUNK) if carry is None else finite("carry", carry)
+            fields["carry"] = np.where(compute, 0.0, carry)
+        elif carry is not None:
+            raise ValueError(f"carry: expected none at level {layout.level}, got {carry!r}")
         fields.setdefault("note", f"uniform, every {every}" if every > 1 else "full")
-        return cls(compute, model=adapter.model_class, branches=adapter.branches, order=order, **fields)
+        return cls(compute, order=order, **layout._asdict(), **fields)
 
     @classmethod
     def from_router(
@@ -222,11 +274,17 @@ class Schedule:
     def replace(self, **changes: Any) -> Schedule:
         """A changed copy, validated. Learned weights are kept only if what is computed and `order` stay."""
         known = {name: getattr(self, name) for name in self.__slots__}
-        if unknown := sorted(set(changes) - set(known)):
-            raise TypeError(f"replace: unknown field {unknown[0]!r}, expected one of {sorted(known)}")
+        if unknown := sorted(set(changes) - {*known, "branches"}):
+            raise TypeError(f"replace: unknown field {unknown[0]!r}, expected one of {sorted([*known, 'branches'])}")
+        if "branches" in changes:
+            known["groups"] = None
+        elif "groups" not in changes and len(self.groups) == 1 and np.ndim(changes.get("compute")) == 3:
+            known["groups"] = (self.groups[0]._replace(layers=np.shape(changes["compute"])[1]),)
         for name in ("weights", "output_weights"):
             if name not in changes and ({"compute", "output", "order", "forecast"} & set(changes) or not self.learned):
                 known[name] = None
+        if "carry" not in changes and "compute" in changes:
+            known["carry"] = None
         if "output" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
             known["output"] = None
         for name in ("timesteps", "log_snr"):
@@ -249,19 +307,20 @@ class Schedule:
         compute[0], output[0] = True, False
         timesteps = None if self.timesteps is None else self.timesteps[step:]
         snr = None if self.log_snr is None else self.log_snr[step:]
-        positions = self._positions
+        positions = self.positions
         left = None if positions is None else positions[step:]
         weights, output_weights = unlearned(compute, output, self.order, left)
         for new, old, was, now in (
             (weights, self.weights, self.compute, compute),
             (output_weights, self.output_weights, ~self.output, ~output),
         ):
-            before, after = (history(_entries(c), self.order).reshape(*c.shape, -1) for c in (was, now))
+            before, after = (history(c, self.order) for c in (was, now))
             same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
             new[same] = old[step:][same]
         return self.replace(
             compute=compute,
             weights=weights,
+            carry=np.where(compute, 0.0, self.carry[step:]),
             output=output,
             output_weights=output_weights,
             timesteps=timesteps,
@@ -269,19 +328,19 @@ class Schedule:
         )
 
     def with_compute(self, compute: np.ndarray) -> Schedule:
-        """The same plan computing other entries, bool [T, L, B]; none at steps that reuse the output.
+        """The same plan computing other entries, shaped as `compute`; none at steps that reuse the output.
 
         Weights are carried over: they stay where the values they stand on are the same, and elsewhere are the new
         forecast's, changed as they were from the old one's.
         """
-        compute = check_compute(compute, len(self.branches))
-        if compute.shape != self.compute.shape:
-            raise ValueError(f"compute: expected shape {list(self.compute.shape)}, got {list(compute.shape)}")
+        if np.shape(compute) != self.compute.shape:
+            raise ValueError(f"compute: expected shape {list(self.compute.shape)}, got {list(np.shape(compute))}")
+        compute = check_compute(compute, self.groups)
         check_output(self.output, compute)
-        weights = np.where(
-            self.output[:, None, None, None], 0.0, carried(self.weights, self.compute, compute, self._positions)
-        )
-        return self.replace(compute=compute, weights=weights, output=self.output, output_weights=self.output_weights)
+        reused = over_entries(self.output, compute)[..., None]
+        weights = np.where(reused, 0.0, carried(self.weights, self.compute, compute, self.positions))
+        kept = {"output": self.output, "output_weights": self.output_weights}
+        return self.replace(compute=compute, weights=weights, carry=np.where(compute, 0.0, self.carry), **kept)
 
     # ---- statistics
 
@@ -292,26 +351,44 @@ class Schedule:
 
     @property
     def layers(self) -> int:
-        return self.compute.shape[1]
+        """L, of all groups together."""
+        return sum(group.layers for group in self.groups)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches of all groups, each once."""
+        return tuple(dict.fromkeys(branch for group in self.groups for branch in group.branches))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """What is computed of group `name`: bool [T, layers, branches], a view."""
+        start = 0
+        for group in self.groups:
+            if group.name == name:
+                flat = self.compute.reshape(self.steps, -1)[:, start : start + group.entries]
+                return flat.reshape(self.steps, group.layers, len(group.branches))
+            start += group.entries
+        raise KeyError(f"{name!r}: expected one of {tuple(group.name for group in self.groups)}")
 
     @property
     def cur(self) -> float:
-        """Cache utilisation ratio: reused entries / (T L B), from 0 to 1."""
-        return float(1.0 - self.compute.mean())
+        """Cache utilisation ratio: reused entries / all entries of all steps, from 0 to 1; outputs at level output."""
+        return float(1.0 - self.compute.mean() if self.groups else self.output.mean())
 
     @property
     def cur_by_branch(self) -> dict[str, float]:
-        """Cache utilisation ratio of each branch name, from 0 to 1."""
-        return {name: float(1.0 - self.compute[..., b].mean()) for b, name in enumerate(self.branches)}
+        """Cache utilisation ratio of each branch of each group, from 0 to 1."""
+        flat = self.compute.reshape(self.steps, -1)
+        return {panel.title: float(1.0 - flat[:, panel.entries].mean()) for panel in panels(self.groups)}
 
     @property
     def learned(self) -> bool:
         """Whether the weights differ from the forecast's."""
-        branches, outputs = unlearned(self.compute, self.output, self.order, self._positions)
+        branches, outputs = unlearned(self.compute, self.output, self.order, self.positions)
         return not (np.array_equal(self.weights, branches) and np.array_equal(self.output_weights, outputs))
 
     @property
-    def _positions(self) -> np.ndarray | None:
+    def positions(self) -> np.ndarray | None:
+        """Where each step is for the forecast, float [T]; None for its number."""
         return check_positions(self.forecast, self.timesteps, self.log_snr)
 
     def speedup(
@@ -332,6 +409,11 @@ class Schedule:
         """
         from .models import adapt
 
+        if self.level != "branches":
+            raise ValueError(
+                "speedup: expected a schedule of level branches, whose MACs are known beforehand, got level "
+                f"{self.level}: report() of the compiled model has them once it was called"
+            )
         adapter = adapt(model)
         adapter.check_schedule(self)
         macs = adapter.macs(height, width, batch, context)
@@ -363,9 +445,9 @@ class Schedule:
     # ---- value semantics
 
     def _key(self) -> tuple[Any, ...]:
-        arrays = (self.compute.shape, self.compute.tobytes(), self.weights.tobytes())
+        arrays = (self.compute.shape, self.compute.tobytes(), self.weights.tobytes(), self.carry.tobytes())
         arrays += (self.output.tobytes(), self.output_weights.tobytes())
-        rest = (self.order, self.model, self.branches, self.sampler, self.timesteps)
+        rest = (self.order, self.model, self.level, self.groups, self.sampler, self.timesteps)
         rest += (self.log_snr, self.forecast, self.guidance_scale, self.note)
         return arrays + rest
 
@@ -379,29 +461,39 @@ class Schedule:
         return _rebuild, ({name: getattr(self, name) for name in self.__slots__},)
 
     def __repr__(self) -> str:
-        shape = f"{self.steps} steps x {self.layers} layers x {'/'.join(self.branches)}"
+        parts = [
+            f"{group.layers} groups of {group.name}"
+            if self.level == "blocks" and group.name != TRUNK
+            else group.name
+            if self.level == "blocks"
+            else f"{group.layers} {'layers' if len(self.groups) == 1 else group.name} x {'/'.join(group.branches)}"
+            for group in self.groups
+        ]
+        shape = f"{self.steps} steps x {' + '.join(parts) or 'output'}"
         kind = "learned weights" if self.learned else "forecast" if self.order else "plain reuse"
+        if self.level == "blocks" and self.cur:
+            carries = sorted({float(c) for c in self.carry[~self.compute]})
+            kind += f", carry {carries[0]:g}" if len(carries) == 1 else f", carry {carries[0]:.2g} to {carries[-1]:.2g}"
         reuse = "all computed" if self.cur == 0 else f"order {self.order} ({kind}), CUR {100 * self.cur:.1f} %"
         return f"<Schedule {self.model}: {shape}, {reuse}>"
 
     def __str__(self) -> str:
         head = [repr(self).strip("<>")]
-        head.append("CUR by branch: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in self.cur_by_branch.items()))
+        if self.level == "branches":
+            head.append("CUR by branch: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in self.cur_by_branch.items()))
         made = [self.sampler, None if self.guidance_scale is None else f"guidance {self.guidance_scale:g}", self.note]
         if any(made):
             head.append(", ".join(part for part in made if part))
-        widths = [max(self.layers, len(name)) for name in self.branches]
+        columns = list(panels(self.groups)) or [Panel("output", np.zeros(1, dtype=int))]
+        computed = self.compute.reshape(self.steps, -1) if self.groups else ~self.output[:, None]
+        widths = [max(len(panel.entries), len(panel.title)) for panel in columns]
         legend = "(# compute, . reuse, = output reused)" if self.output.any() else "(# compute, . reuse)"
-        head.append("step  " + "  ".join(n.ljust(w) for n, w in zip(self.branches, widths)) + "  " + legend)
-        for i, step in enumerate(np.where(self.output[:, None, None], "=", np.where(self.compute, "#", "."))):
-            head.append(f"{i:4}  " + "  ".join("".join(row).ljust(w) for row, w in zip(step.T, widths)).rstrip())
+        head.append("step  " + "  ".join(p.title.ljust(w) for p, w in zip(columns, widths)) + "  " + legend)
+        for i, marks in enumerate(np.where(self.output[:, None], "=", np.where(computed, "#", "."))):
+            row = "  ".join("".join(marks[p.entries]).ljust(w) for p, w in zip(columns, widths))
+            head.append(f"{i:4}  {row.rstrip()}")
         return "\n".join(head)
 
 
 def _rebuild(fields: dict[str, Any]) -> Schedule:
     return Schedule(fields.pop("compute"), **fields)
-
-
-def _entries(computed: np.ndarray) -> np.ndarray:
-    """bool [T] or [T, L, B] as [T, L, B]."""
-    return computed.reshape(len(computed), *(computed.shape[1:] or (1, 1)))

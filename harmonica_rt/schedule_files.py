@@ -10,39 +10,48 @@ from typing import Any
 
 import numpy as np
 
+from .layout import Group, check_groups, panels, reading_order
 from .schedule import Schedule
 
 FORMAT = "harmonica_rt.schedule"
-VERSION = 1
+VERSIONS = (1, 2)  # 1: one group at level branches
 MAX_BYTES = 16 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
-_REQUIRED = {"format", "version", "model", "layers", "branches", "steps", "order", "compute"}
+_REQUIRED = {"format", "version", "model", "steps", "order"}
 _OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights", "output", "output_weights"}
 _OPTIONAL |= {"forecast", "log_snr"}
+_LAYOUT = {1: {"layers", "branches", "compute"}, 2: {"level", "groups"}}  # further required fields of each version
 
 
 def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """Write `schedule`; the file is replaced only once it is complete.
 
-    ``compute``: one string a step, one group of 0/1 (1 = computed) a branch, one digit a layer. ``weights`` (only if
-    not the forecast's): one list a step, one [newest, ...] list for each 0 of that step's string, in reading order.
-    ``output`` (only if any is reused): one 0/1 a step, 1 where the output is reused; ``output_weights``: a list a step.
+    ``compute``: one string a step, one word of 0/1 (1 = computed) a branch of a group, one digit a layer. ``weights``
+    (only if not the forecast's): one list a step, one [newest, ...] list for each 0 of that step's string, in reading
+    order. ``carry`` (only if any is not 0): likewise, one number for each 0. ``output`` (only if any is reused): one
+    0/1 a step, 1 where the output is reused; ``output_weights``: a list a step.
     """
-    order_in_row = schedule.compute.transpose(0, 2, 1)
-    fields: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": schedule.model,
-        "layers": schedule.layers,
-        "branches": list(schedule.branches),
-        "steps": schedule.steps,
+    steps, order = schedule.steps, reading_order(schedule.groups)
+    computed = schedule.compute.reshape(steps, -1)[:, order]
+    plain = schedule.level == "branches" and len(schedule.groups) == 1
+    plain = plain and schedule.groups[0].name == "transformer_blocks"
+    fields: dict[str, Any] = {"format": FORMAT, "version": 1 if plain else 2, "model": schedule.model}
+    if plain:
+        fields |= {"layers": schedule.layers, "branches": list(schedule.branches)}
+    else:
+        fields |= {"level": schedule.level, "groups": [[g.name, g.layers, list(g.branches)] for g in schedule.groups]}
+    fields |= {
+        "steps": steps,
         "order": schedule.order,
         "sampler": schedule.sampler,
         "guidance_scale": schedule.guidance_scale,
         "note": schedule.note,
         "cur": round(schedule.cur, 6),
         "timesteps": None if schedule.timesteps is None else list(schedule.timesteps),
-        "compute": [" ".join("".join("01"[int(x)] for x in row) for row in step) for step in order_in_row],
     }
+    if schedule.groups:
+        ends = np.cumsum([len(panel.entries) for panel in panels(schedule.groups)])[:-1]
+        digits = computed.astype(int).astype(str)
+        fields["compute"] = [" ".join("".join(word) for word in np.split(row, ends)) for row in digits]
     if schedule.forecast != "index":
         fields["forecast"] = schedule.forecast
     if schedule.log_snr is not None:
@@ -52,11 +61,15 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     if schedule.learned:
         if schedule.output.any():
             fields["output_weights"] = schedule.output_weights.tolist()
-        by_row = schedule.weights.transpose(0, 2, 1, 3)
-        fields["weights"] = [by_row[i][~order_in_row[i]].tolist() for i in range(schedule.steps)]
+        if schedule.groups:
+            by_row = schedule.weights.reshape(steps, -1, schedule.order + 1)[:, order]
+            fields["weights"] = [row[~mask].tolist() for row, mask in zip(by_row, computed)]
+    if schedule.carry.any():
+        by_row = schedule.carry.reshape(steps, -1)[:, order]
+        fields["carry"] = [row[~mask].tolist() for row, mask in zip(by_row, computed)]
     lines = []
     for name, value in fields.items():
-        if name in ("compute", "weights", "output_weights"):
+        if name in ("compute", "weights", "carry", "output_weights"):
             text = "[\n    " + ",\n    ".join(json.dumps(row) for row in value) + "\n  ]"
         else:
             text = json.dumps(value)
@@ -111,31 +124,27 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _from_fields(fields: Any) -> Schedule:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f'not a schedule file: expected a JSON object with "format": "{FORMAT}"')
-    if (version := fields.get("version")) != VERSION or isinstance(version, bool):
-        raise ValueError(f"schema version: this harmonica_rt reads version {VERSION}, got {version!r}")
-    if missing := sorted(_REQUIRED - set(fields)):
+    if (version := fields.get("version")) not in VERSIONS or isinstance(version, bool):
+        raise ValueError(f"schema version: this harmonica_rt reads versions 1 and 2, got {version!r}")
+    if missing := sorted((_REQUIRED | _LAYOUT[version]) - set(fields)):
         raise ValueError(f"missing field {missing[0]!r}")
-    if unknown := sorted(set(fields) - _REQUIRED - _OPTIONAL):
+    known = _REQUIRED | _LAYOUT[version] | _OPTIONAL | ({"compute", "carry"} if version == 2 else set())
+    if unknown := sorted(set(fields) - known):
         raise ValueError(f"unknown field {unknown[0]!r}")
-    branches, steps, layers = fields["branches"], fields["steps"], fields["layers"]
-    if not isinstance(branches, list):
-        raise TypeError(f"branches: expected a list of names, got {type(branches).__name__}")
-    for name, value, least in [("steps", steps, 1), ("layers", layers, 1), ("order", fields["order"], 0)]:
+    steps = fields["steps"]
+    counts = [("steps", steps, 1), ("order", fields["order"], 0)]
+    for name, value, least in [*counts, *([("layers", fields["layers"], 1)] if version == 1 else [])]:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise TypeError(f"{name}: expected an integer from {least} on, got {value!r}")
-    rows = fields["compute"]
-    if not isinstance(rows, list) or len(rows) != steps:
-        raise ValueError(f"compute: expected a list of {steps} rows (one a step), got {_size(rows)}")
-    for i, row in enumerate(rows):  # lengths before patterns: the file's own counts are not to be trusted
-        groups = row.split(" ") if isinstance(row, str) else None
-        if groups is None or [len(group) for group in groups] != [layers] * len(branches) or set(row) - set("01 "):
-            raise ValueError(
-                f"compute, step {i}: expected {len(branches)} groups (one a branch) of {layers} digits 0 or 1 "
-                f"(one a layer), got {_short(row)}"
-            )
-    flat = np.array([[digit == "1" for digit in row.replace(" ", "")] for row in rows], dtype=bool)
-    by_row = flat.reshape(steps, len(branches), layers)
-    weights = None if fields.get("weights") is None else _read_weights(fields["weights"], by_row, fields["order"])
+    level, groups = _read_layout(fields)
+    by_row = _read_compute(fields.get("compute"), steps, groups) if groups else None
+    flat = np.argsort(reading_order(groups))
+    shape = (steps, groups[0].layers, len(groups[0].branches)) if len(groups) == 1 else (steps, len(flat))
+    weights = carry = None
+    if groups and fields.get("weights") is not None:
+        weights = _read_weights(fields["weights"], by_row, fields["order"])[:, flat].reshape(*shape, -1)
+    if groups and fields.get("carry") is not None:
+        carry = _read_carry(fields["carry"], by_row)[:, flat].reshape(shape)
     output = fields.get("output")
     if output is not None:
         if not isinstance(output, str) or len(output) != steps or set(output) - set("01"):
@@ -149,11 +158,13 @@ def _from_fields(fields: Any) -> Schedule:
             raise TypeError(f"{name}: expected a list, got {type(fields[name]).__name__}")
     meta = {name: fields.get(name) for name in ("sampler", "timesteps", "log_snr", "guidance_scale")}
     return Schedule(
-        by_row.transpose(0, 2, 1),
+        np.zeros((steps, 0), dtype=bool) if by_row is None else by_row[:, flat].reshape(shape),
         model=fields["model"],
-        branches=branches,
+        level=level,
+        groups=groups,
         order=fields["order"],
         weights=weights,
+        carry=carry,
         output=output,
         output_weights=output_weights,
         note=fields.get("note", ""),
@@ -162,7 +173,34 @@ def _from_fields(fields: Any) -> Schedule:
     )
 
 
+def _read_layout(fields: dict[str, Any]) -> tuple[str, tuple[Group, ...]]:
+    if fields["version"] == 1:
+        if not isinstance(fields["branches"], list):
+            raise TypeError(f"branches: expected a list of names, got {type(fields['branches']).__name__}")
+        return check_groups("branches", [("transformer_blocks", fields["layers"], fields["branches"])])
+    if not isinstance(fields["groups"], list):
+        raise TypeError(f"groups: expected a list of [name, layers, branches], got {type(fields['groups']).__name__}")
+    return check_groups(fields["level"], fields["groups"])
+
+
+def _read_compute(rows: Any, steps: int, groups: tuple[Group, ...]) -> np.ndarray:
+    """bool [steps, entries in reading order]."""
+    if not isinstance(rows, list) or len(rows) != steps:
+        raise ValueError(f"compute: expected a list of {steps} rows (one a step), got {_size(rows)}")
+    lengths = [group.layers for group in groups for _ in group.branches]
+    for i, row in enumerate(rows):  # lengths before patterns: the file's own counts are not to be trusted
+        words = row.split(" ") if isinstance(row, str) else None
+        if words is None or [len(word) for word in words] != lengths or set(row) - set("01 "):
+            each = f"{lengths[0]} digits" if len(set(lengths)) == 1 else f"{lengths} digits"
+            raise ValueError(
+                f"compute, step {i}: expected {len(lengths)} groups (one a branch) of {each} 0 or 1 "
+                f"(one a layer), got {_short(row)}"
+            )
+    return np.array([[digit == "1" for digit in row.replace(" ", "")] for row in rows], dtype=bool)
+
+
 def _read_weights(rows: Any, by_row: np.ndarray, order: int) -> np.ndarray:
+    """[steps, entries in reading order, order + 1]."""
     if not isinstance(rows, list) or len(rows) != len(by_row):
         raise ValueError(f"weights: expected a list of {len(by_row)} rows (one a step), got {_size(rows)}")
     if order > 2:
@@ -174,7 +212,22 @@ def _read_weights(rows: Any, by_row: np.ndarray, order: int) -> np.ndarray:
             raise ValueError(f"weights, step {i}: expected {reused} lists (one a reused branch), got {_size(row)}")
         if reused:
             weights[i][~computed] = _read_rows(row, reused, order, f"weights, step {i}")
-    return weights.transpose(0, 2, 1, 3)
+    return weights
+
+
+def _read_carry(rows: Any, by_row: np.ndarray) -> np.ndarray:
+    """[steps, entries in reading order]."""
+    if not isinstance(rows, list) or len(rows) != len(by_row):
+        raise ValueError(f"carry: expected a list of {len(by_row)} rows (one a step), got {_size(rows)}")
+    carry = np.zeros(by_row.shape)
+    for i, (row, computed) in enumerate(zip(rows, by_row)):
+        reused = int((~computed).sum())
+        if not isinstance(row, list) or len(row) != reused:
+            raise ValueError(f"carry, step {i}: expected {reused} numbers (one a reused group), got {_size(row)}")
+        if not all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in row):
+            raise TypeError(f"carry, step {i}: expected numbers, got {_short(row)}")
+        carry[i][~computed] = row
+    return carry
 
 
 def _read_rows(rows: Any, count: int, order: int, what: str) -> np.ndarray:

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a call is.
+
+    Attributes:
+        step: of the run.
+        start: step at which the run entered.
+        again: another call of the step under way, for another context.
+    """
+
+    step: int
+    start: int
+    again: bool = False
 
 
 class RunTracker:
-    """Follows a sampler through its run, call by call.
+    """Follows a sampler through its run, call by call; several denoisers of one sampler share one.
 
     `locate` decides without changing anything; `commit` moves on once the call has succeeded, so that a call that
     failed can be made again.
 
     Args:
-        steps: denoiser calls of a run, T.
+        steps: steps of a run, T.
         timesteps: the run's T timesteps if they are known beforehand.
+
+    Attributes:
+        called: contexts called in the step under way, in turn.
+        sample: what the first of them was called with.
     """
 
     def __init__(self, steps: int, timesteps: Sequence[float] | None = None) -> None:
@@ -26,7 +45,11 @@ class RunTracker:
         """The next call starts a run; at step `entry` if its timestep does not tell."""
         self.start: int | None = None  # step at which the run under way entered
         self.next = entry
+        self.called: list[Any] = []
+        self.sample: Any = None
         self._first = self._latest = None  # timesteps of the run under way
+        self._listed = True  # whether its timesteps are those of `timesteps`
+        self._short = 0  # runs in a row that a risen timestep ended at their first step
         self._abandoned: tuple[float | None, float | None] | None = None
 
     def abandon(self) -> None:
@@ -35,44 +58,73 @@ class RunTracker:
         self.reset()
         self._abandoned = broken
 
-    def locate(self, timestep: float | None) -> tuple[int, int]:
-        """Step of this call, and the step at which its run entered (the same two: a new run starts here).
+    def locate(self, timestep: float | None, *, again: bool = False, told: int | None = None) -> Place:
+        """Where this call is; where `step` is `start` and it is not `again`, a run starts.
 
         Args:
             timestep: its timestep, or None where reading it would mean waiting for a device.
+            again: it may be another call of the step under way: of a context not called there yet, on the same sample.
+            told: its step, as the pipeline's scheduler counts it; a timestep that is one of `timesteps` goes before it.
 
         Raises:
             RuntimeError: this call does not follow from the ones before.
         """
         fresh = self.start is None
+        if timestep is not None and self.timesteps is not None and (fresh or self._listed):
+            known = any(_close(timestep, t) for t in self.timesteps)
+            if known or told is None:
+                return self._by_list(timestep, fresh, again)
+        if told is not None:
+            return self._as_told(told, fresh)
         if timestep is None:
-            return self._by_count(fresh)
-        return self._by_list(timestep, fresh) if self.timesteps is not None else self._by_order(timestep, fresh)
+            return self._by_count(fresh, again)
+        return self._by_order(timestep, fresh, again)
 
-    def commit(self, step: int, start: int, timestep: float | None) -> None:
-        self._first = timestep if step == start else self._first
-        self._latest = timestep
+    def commit(self, place: Place, timestep: float | None, context: Any = None, sample: Any = None) -> None:
+        step, start, again = place
+        if not again:
+            self.called, self.sample = [], sample
+            rose = self.start is not None and step == start and None not in (timestep, self._latest)
+            rose = rose and self.next == 1 and timestep > self._latest
+            self._short = self._short + 1 if rose else self._short if step == start else 0
+        self.called.append(context)
+        if step == start and not again:
+            self._first = timestep
+            self._listed = timestep is None or any(_close(timestep, t) for t in self.timesteps or ())
+        if not again or not self._listed:
+            self._latest = timestep
         self.start, self.next, self._abandoned = start, step + 1, None
 
-    def _by_count(self, fresh: bool) -> tuple[int, int]:
+    def _as_told(self, told: int, fresh: bool) -> Place:
+        if told >= self.steps:
+            raise self._beyond("another call")
+        if fresh or told < self.next - 1:
+            return Place(told, told)
+        return Place(told, self.start, told == self.next - 1)
+
+    def _by_count(self, fresh: bool, again: bool) -> Place:
         if self._abandoned is not None:
             raise RuntimeError("the run was cut short by an error: call reset() to start a new one")
         if fresh:
-            return self.next, self.next
+            return Place(self.next, self.next)
+        if again:
+            return Place(self.next - 1, self.start, True)
         if self.next >= self.steps:
             raise self._beyond("another call")
-        return self.next, self.start
+        return Place(self.next, self.start)
 
-    def _by_list(self, timestep: float, fresh: bool) -> tuple[int, int]:
+    def _by_list(self, timestep: float, fresh: bool, again: bool) -> Place:
         expected = self.timesteps
+        if again and not fresh and _close(timestep, expected[self.next - 1]):
+            return Place(self.next - 1, self.start, True)
         if self.next < self.steps and _close(timestep, expected[self.next]):
-            return self.next, self.next if fresh else self.start
+            return Place(self.next, self.next if fresh else self.start)
         if _close(timestep, expected[0]):
-            return 0, 0
+            return Place(0, 0)
         if fresh:
             for step, t in enumerate(expected):
                 if _close(timestep, t):
-                    return step, step
+                    return Place(step, step)
             raise RuntimeError(
                 f"timestep {timestep:g} is not in the run: expected one of the {self.steps} timesteps "
                 f"{expected[0]:g} ... {expected[-1]:g}"
@@ -84,7 +136,7 @@ class RunTracker:
             f"{timestep:g}; call reset() to start a run midway"
         )
 
-    def _by_order(self, timestep: float, fresh: bool) -> tuple[int, int]:
+    def _by_order(self, timestep: float, fresh: bool, again: bool) -> Place:
         """Timesteps fall: one that rises, or the first one again, starts a new run."""
         if self._abandoned is not None:
             first, latest = self._abandoned
@@ -94,17 +146,24 @@ class RunTracker:
                     f"{timestep:g}; call reset() to take that as the first"
                 )
         if fresh:
-            return self.next, self.next
+            return Place(self.next, self.next)
+        if again and timestep == self._latest:
+            return Place(self.next - 1, self.start, True)
         if self._latest is None or timestep > self._latest or timestep == self._first:
-            return 0, 0
+            if self._short and self.next == 1 and self._latest is not None and timestep > self._latest:
+                raise RuntimeError(
+                    f"timesteps rise, {self._latest:g} to {timestep:g}: expected them to fall from step to step; for a "
+                    "sampler whose timesteps rise give the schedule its timesteps"
+                )
+            return Place(0, 0)
         if timestep == self._latest:
             raise RuntimeError(
-                f"timestep {timestep:g} came twice: expected one call a step, with guidance in one batch; for a "
-                "sampler that repeats timesteps give the schedule its timesteps"
+                f"timestep {timestep:g} came twice, on another sample: expected the same sample for all calls of a "
+                "step; for a sampler that repeats timesteps give the schedule its timesteps"
             )
         if self.next >= self.steps:
             raise self._beyond(f"timestep {timestep:g}")
-        return self.next, self.start
+        return Place(self.next, self.start)
 
     def _beyond(self, what: str) -> RuntimeError:
         first = "" if self.timesteps is None else f", {self.timesteps[0]:g}"

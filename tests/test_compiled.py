@@ -278,14 +278,14 @@ def test_uncompile_gives_the_model_back(dit: torch.nn.Module) -> None:
 
 def test_an_unchanged_model_is_checked_once(dit: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at a whole model takes longer than a step: a run looks only whether it is still the one that was seen."""
-    from harmonica_rt import compiled
+    from harmonica_rt import branch_engine
 
     fast = hrt.compile(dit, random_schedule(0), backend="eager")
     calls, looked = Calls(6), []
     calls.run(fast)
     for name in ("adapt", "check_model"):
-        check = getattr(compiled, name)
-        monkeypatch.setattr(compiled, name, lambda model, check=check: looked.append(1) or check(model))
+        check = getattr(branch_engine, name)
+        monkeypatch.setattr(branch_engine, name, lambda model, check=check: looked.append(1) or check(model))
     calls.run(fast)
     assert not looked
     block = dit.transformer_blocks[1]

@@ -27,7 +27,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def tiny(**changes: Any) -> Schedule:
-    return Schedule(**{"compute": COMPUTE, "model": "Tiny", "branches": ("a", "b"), **changes})
+    layout = {} if "groups" in changes else {"branches": ("a", "b")}
+    return Schedule(**{"compute": COMPUTE, "model": "Tiny", **layout, **changes})
 
 
 def column(computed_at: list[int], steps: int, order: int) -> np.ndarray:
@@ -149,7 +150,7 @@ CHANGES = {
     "weights": tiny().weights * 1.5,
     "order": 2,
     "model": "Other",
-    "branches": ("a", "c"),
+    "groups": [("transformer_blocks", 2, ("a", "c"))],
     "sampler": "DDIMScheduler",
     "timesteps": (3.0, 2.0, 1.0),
     "log_snr": (3.0, 2.0, 1.0),
@@ -159,7 +160,7 @@ CHANGES = {
 
 
 def test_equal_in_every_field_or_not_at_all() -> None:
-    assert set(CHANGES) == set(Schedule.__slots__) - {"output", "output_weights", "forecast"}
+    assert set(CHANGES) == set(Schedule.__slots__) - {"output", "output_weights", "forecast", "level", "carry"}
     schedules = [tiny(), *(tiny().replace(**{name: value}) for name, value in CHANGES.items())]
     again = [tiny(), *(tiny(**{name: value}) for name, value in CHANGES.items())]
     for i, schedule in enumerate(schedules):

@@ -95,7 +95,7 @@ def test_the_file_can_be_read_by_a_person(tmp_path: Path) -> None:
 
 
 def test_optional_fields_may_be_left_out(tmp_path: Path) -> None:
-    bare = {name: FIELDS[name] for name in schedule_files._REQUIRED}
+    bare = {name: FIELDS[name] for name in schedule_files._REQUIRED | schedule_files._LAYOUT[1]}
     assert load(tmp_path, json.dumps(bare)) == SMALL.replace(sampler=None, timesteps=None)
     assert load(tmp_path, json.dumps({**FIELDS, "weights": WEIGHTS})) == SMALL
 
@@ -166,9 +166,9 @@ def test_text_that_is_no_schedule_is_refused(tmp_path: Path, text: str | bytes, 
     ("changes", "message"),
     [
         ({"format": "other"}, "not a schedule file"),
-        ({"version": 2}, "reads version 1, got 2"),
-        ({"version": True}, "reads version 1, got True"),
-        ({"version": "1"}, "reads version 1, got '1'"),
+        ({"version": 3}, "reads versions 1 and 2, got 3"),
+        ({"version": True}, "reads versions 1 and 2, got True"),
+        ({"version": "1"}, "reads versions 1 and 2, got '1'"),
         ({"surprise": 1}, "unknown field 'surprise'"),
         ({"model": 3}, "model: expected a str, got int"),
         ({"note": None}, "note: expected a str, got NoneType"),
@@ -178,7 +178,7 @@ def test_text_that_is_no_schedule_is_refused(tmp_path: Path, text: str | bytes, 
         ({"branches": [1, 2]}, "branches: expected a sequence of names, got [1, 2]"),
         ({"branches": ["a", "a"]}, "branches: expected distinct names, got ('a', 'a')"),
         ({"branches": ["a"]}, "step 0: expected 1 groups (one a branch) of 2 digits 0 or 1 (one a layer), got '11 11'"),
-        ({"branches": [], "compute": [""] * 3}, "step 0: expected 0 groups"),
+        ({"branches": [], "compute": [""] * 3}, "branches: expected a sequence of names, got []"),
         ({"steps": True}, "steps: expected an integer from 1 on, got True"),
         ({"steps": 3.0}, "steps: expected an integer from 1 on, got 3.0"),
         ({"steps": 4}, "compute: expected a list of 4 rows (one a step), got 3"),

@@ -19,9 +19,9 @@ def follow(tracker: RunTracker, calls: list[float | None] | tuple[float | None, 
     """Locate and commit each call."""
     located = []
     for timestep in calls:
-        step, start = tracker.locate(timestep)
-        tracker.commit(step, start, timestep)
-        located.append((step, start))
+        place = tracker.locate(timestep)
+        tracker.commit(place, timestep)
+        located.append(place[:2])
     return located
 
 
@@ -194,20 +194,22 @@ def test_locating_changes_nothing_whether_it_fails_or_not(
             continue
         assert vars(tracker) == before
         assert tracker.locate(call) == first
-        step, start = first
+        step, start, again = first
         assert 0 <= start <= step < 4
+        assert not again
         assert step == start or (step, start) == (before["next"], before["start"]), "the next step, or a new run"
-        tracker.commit(step, start, call)
+        tracker.commit(first, call)
     tracker.reset()
     assert follow(tracker, TIMES if timesteps is None else timesteps) == run(0, 4)
 
 
 def test_an_unknown_timestep_that_comes_twice_is_refused() -> None:
-    """Two calls a step, as loops with guidance in two parts make them, would cache each other's values."""
+    """Unless it may be another context's call, on the same sample."""
     tracker = RunTracker(4)
     follow(tracker, [800, 500])
-    with pytest.raises(RuntimeError, match=r"timestep 500 came twice: expected one call a step"):
+    with pytest.raises(RuntimeError, match=r"timestep 500 came twice, on another sample: expected the same sample"):
         tracker.locate(500)
+    assert tracker.locate(500, again=True) == (1, 0, True)
     assert follow(tracker, [300]) == [(2, 0)]
 
 
@@ -216,3 +218,64 @@ def test_a_call_beyond_names_the_first_timestep_of_a_new_run() -> None:
     follow(tracker, TIMES)
     with pytest.raises(RuntimeError, match=r"starts with its first timestep, 990, or anywhere after reset\(\)"):
         tracker.locate(999)
+
+
+# ---- several calls a step
+
+
+@told
+def test_calls_on_the_same_sample_are_of_the_step_under_way(kind: str) -> None:
+    make, times = KINDS[kind]
+    tracker = make()
+    for step, t in enumerate(times):
+        for number in range(3):
+            place = tracker.locate(t, again=number > 0)
+            assert place == (step, 0, number > 0)
+            tracker.commit(place, t, number, "sample")
+        assert tracker.called == [0, 1, 2]
+
+
+def test_counted_calls_of_contexts_not_called_yet_are_of_the_step_under_way() -> None:
+    tracker = RunTracker(4)
+    located = []
+    for name in ("cond", "cond", "uncond", "cond", "uncond", "cond"):  # guidance is on at steps 1 and 2
+        place = tracker.locate(None, again=tracker.start is not None and name not in tracker.called)
+        tracker.commit(place, None, name)
+        located.append(place[:2])
+    assert located == [(0, 0), (1, 0), (1, 0), (2, 0), (2, 0), (3, 0)]
+
+
+def test_a_told_step_goes_before_a_timestep_in_other_units() -> None:
+    tracker = RunTracker(4, TIMES)
+    for told, t in enumerate(TIMES):
+        for number in range(2):
+            place = tracker.locate(t / 1000, told=told)
+            assert place == (told, 0, number > 0)
+            tracker.commit(place, t / 1000)
+    with pytest.raises(RuntimeError, match="got another call after them"):
+        tracker.locate(0.0, told=4)
+    assert tracker.locate(0.99, told=0) == (0, 0, False), "a new run"
+
+
+def test_a_timestep_of_the_run_goes_before_a_told_step() -> None:
+    tracker = RunTracker(4, TIMES)
+    assert tracker.locate(400, told=0) == (2, 2, False)
+
+
+def test_equal_timesteps_of_a_list_are_steps_unless_the_sample_is_the_same() -> None:
+    tracker = RunTracker(5, HEUN)
+    located = []
+    for t in HEUN:
+        for number in range(2):
+            place = tracker.locate(t, again=number == 1)
+            tracker.commit(place, t)
+            located.append(place[0])
+    assert located == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_timesteps_that_rise_are_refused_once_it_is_plain_that_they_do() -> None:
+    tracker = RunTracker(4)
+    assert follow(tracker, [0.0, 0.3]) == [(0, 0)] * 2
+    with pytest.raises(RuntimeError, match=r"timesteps rise, 0.3 to 0.6: expected them to fall .* give the schedule"):
+        tracker.locate(0.6)
+    assert follow(RunTracker(4, (0.0, 0.3, 0.6, 0.9)), [0.0, 0.3, 0.6, 0.9]) == run(0, 4)

@@ -1,20 +1,75 @@
-"""Supported models: one adapter file per diffusers class."""
+"""Models: an adapter file for each class that runs at level branches, and what blocks any other has."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..layout import BLOCKS, LEVELS, TRUNK, Group
 from .base import Adapter, UnsupportedModelError
+from .blocks import block_lists
 
 ADAPTERS = {
     "DiTTransformer2DModel": ("dit", "DiTAdapter"),
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
 }
 
-__all__ = ["ADAPTERS", "Adapter", "UnsupportedModelError", "adapt"]
+__all__ = ["ADAPTERS", "Adapter", "Layout", "UnsupportedModelError", "adapt", "layout_of"]
+
+
+class Layout(NamedTuple):
+    """What a schedule for a model decides about; fields of `Schedule`."""
+
+    model: str
+    level: str
+    groups: tuple[Group, ...]
+
+
+def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
+    """The entries `model` has at `level`, or at the finest level it can have.
+
+    Args:
+        groups: at level blocks, how many groups each list is split into; 1 is the whole trunk, across lists.
+
+    Raises:
+        UnsupportedModelError: it cannot have that level; the message says which it can.
+    """
+    if level not in ("auto", *LEVELS):
+        raise ValueError(f"level: expected one of {('auto', *LEVELS)}, got {level!r}")
+    model = own_model(model)
+    lists = block_lists(model)
+    if level == "auto":
+        level = "branches" if refusal(model) is None and groups == 1 else "blocks" if lists else "output"
+    if level != "blocks" and groups != 1:
+        raise ValueError(f"groups: expected 1 at level {level}, got {groups}")
+    name = type(model).__name__
+    if level == "output":
+        return Layout(name, level, ())
+    if level == "branches":
+        adapter = adapt(model)
+        return Layout(adapter.model_class, level, (Group("transformer_blocks", adapter.layers, adapter.branches),))
+    if not lists:
+        raise UnsupportedModelError(f"{name} has no lists of blocks: expected level 'output', got 'blocks'")
+    if groups == 1:
+        return Layout(name, level, (Group(TRUNK, 1, (BLOCKS,)),))
+    return Layout(name, level, tuple(Group(n, min(groups, len(b)), (BLOCKS,)) for n, b in lists.items()))
+
+
+def own_model(model: Any) -> Any:
+    """A `CompiledTransformer` stands for its model."""
+    return vars(model).get("model", model) if isinstance(model, nn.Module) else model
+
+
+def refusal(model: Any) -> str | None:
+    """Why `model` cannot have level branches, or None."""
+    try:
+        adapt(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
 
 
 def adapt(model: nn.Module) -> Adapter:
@@ -23,8 +78,7 @@ def adapt(model: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: naming the supported classes, or the part of the model that cannot be expressed.
     """
-    if isinstance(model, nn.Module):
-        model = vars(model).get("model", model)  # a CompiledTransformer stands for its model
+    model = own_model(model)
     for cls in type(model).__mro__:
         if cls.__module__.startswith("diffusers.") and cls.__name__ in ADAPTERS:
             module, name = ADAPTERS[cls.__name__]

@@ -87,6 +87,14 @@ class Inputs:
     conditioning: tuple[Tensor, ...]
     return_dict: bool
 
+    @property
+    def samples(self) -> tuple[Tensor, ...]:
+        return (self.sample,)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sample.device
+
 
 @dataclass(frozen=True, slots=True)
 class Macs:

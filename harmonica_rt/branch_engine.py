@@ -1,0 +1,173 @@
+"""Level branches: a schedule's Program on an adapter's description of the model."""
+
+from __future__ import annotations
+
+import operator
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cuda_graphs import CaptureFailed, Recorder, StepGraphs
+from .engine import Engine, Run
+from .executor import Plan, Shape
+from .inspection import Snapshot, check_model, shape_of
+from .kernels.inductor import CompilerMissing
+from .loop import LoopGraph, loop_key
+from .lowering import lower
+from .models import Adapter, UnsupportedModelError, adapt
+from .models.base import Branch, Inputs, Norm
+from .program import Program
+from .schedule import Schedule
+
+
+class BranchRun(Run):
+    """A run, and what its modulation rows and text were last filled for."""
+
+    def __init__(self, plan: Plan, start: int) -> None:
+        super().__init__(plan, start)
+        self.filled: dict[int, float | None] = {}
+        self.conditioning: tuple[Tensor, ...] = ()  # the caller's tensors
+        self.versions: tuple[int | None, ...] = ()
+        self.copies: tuple[Tensor, ...] = ()
+
+    def shape_of(self, call: Inputs) -> Shape:
+        return shape_of(self.plan.adapter, call)
+
+    def step(self, step: int, call: Inputs, timestep: float | None, known: tuple[float, ...] | None) -> Any:
+        self._condition(call, step, timestep, known)
+        output = self.plan.run(step - self.start, call.sample)
+        return self.plan.adapter.output(output) if call.return_dict else (output,)
+
+    def _condition(self, call: Inputs, step: int, timestep: float | None, known: tuple[float, ...] | None) -> None:
+        """Have filled what cross-attention reads, and the modulation rows of `step` and of those ahead, if known."""
+        current = call.conditioning
+        versions = tuple(None if t.is_inference() else t._version for t in current)
+        if timestep is not None:  # host tensors: look at the values
+            same = len(self.copies) == len(current) and all(map(torch.equal, self.copies, current))
+        else:
+            same = (
+                None not in versions
+                and versions == self.versions
+                and all(map(operator.is_, self.conditioning, current))
+            )
+        if not same:
+            self.plan.encode(current)
+        expected = timestep if timestep is not None or known is None else known[step]
+        if same and expected is not None and self.filled.get(step) == expected:
+            return
+        self.filled.clear()
+        index, window = step - self.start, self.plan.window
+        timesteps = call.timestep.narrow(0, 0, 1)
+        # Unread labels may be new at each call, and then steps ahead would be filled in vain
+        ahead = timestep is not None or same or not self.copies
+        if ahead and known is not None and known[step] == expected:
+            end = min(index - index % window + window, len(self.plan.program.steps)) + self.start
+            timesteps = torch.tensor(known[step:end], dtype=timesteps.dtype, device=timesteps.device)
+            self.filled.update(zip(range(step, end), known[step:end]))
+        self.plan.modulate(index, timesteps, current)
+        self.conditioning, self.versions, self.copies = current, versions, tuple(t.clone() for t in current)
+
+
+class BranchEngine(Engine):
+    """Plans on the weights where they lie; bound anew where they have moved."""
+
+    runs_forward = False
+
+    def __init__(
+        self, model: nn.Module, backend: str, capacity: int, recorder: Callable[[torch.device], Recorder]
+    ) -> None:
+        super().__init__(model, backend, capacity, recorder)
+        self._seen: Snapshot | None = None  # the model that was checked and bound
+        self._kind: tuple[torch.dtype, torch.device] | None = None
+        self._bound: tuple[Adapter, list[Branch], Norm] | None = None
+
+    def check(self, schedule: Schedule) -> None:
+        try:
+            adapter = adapt(self.model)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{error}. Levels 'blocks' and 'output' run such a model as it is: Schedule.uniform(model, ..., "
+                "level='blocks')"
+            ) from None
+        adapter.check_schedule(schedule)
+        check_model(self.model)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self._bound[0] if self._bound is not None else adapt(self.model)
+
+    def read(self, arguments: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        inputs = self.adapter.inputs(arguments)
+        if torch.is_autocast_enabled(inputs.device.type):
+            raise RuntimeError(
+                "autocast: expected it off, since a compiled program has one dtype; load the model in the dtype "
+                "you want (torch_dtype=...)"
+            )
+        if inputs.timestep.device.type == "cpu" and len(values := set(inputs.timestep.tolist())) != 1:
+            raise ValueError(f"timestep: expected the same for all samples, got {sorted(values)[:4]}")
+        if elsewhere := {t.device for t in (inputs.timestep, *inputs.conditioning)} - {inputs.device}:
+            raise ValueError(
+                f"expected timestep and conditioning on the sample's device, {inputs.device}, got {elsewhere.pop()}"
+            )
+        return inputs
+
+    def begin(self, call: Inputs, schedule: Schedule, start: int, context: Hashable) -> BranchRun:
+        seen = Snapshot.of(self.model)
+        if seen == self._seen:
+            adapter, kind = self.adapter, self._kind
+        else:
+            adapter, kind = adapt(self.model), check_model(self.model)
+        shape = shape_of(adapter, call)
+        if (shape.dtype, shape.device) != kind:
+            raise ValueError(
+                f"expected a sample of the model's dtype and device, {kind[0]} on {kind[1]}, "
+                f"got {shape.dtype} on {shape.device}"
+            )
+        adapter.tokens(shape.height, shape.width)
+        if self._seen is None or seen.places != self._seen.places:
+            self.free_plans()
+            self._bound = (adapter, *adapter.bind())
+            seen = Snapshot.of(self.model)  # binding may join tensors
+        self._seen, self._kind = seen, kind
+        plan = self.plan((context, shape, start), lambda: self._make_plan(lower(schedule.starting_at(start)), shape))
+        return BranchRun(plan, start)
+
+    def loop(
+        self, call: Inputs, schedule: Schedule, timesteps: Tensor, scheduler: Any, guidance_scale: float
+    ) -> LoopGraph | None:
+        plan = self.begin(call, schedule, 0, 0).plan
+        if plan.graphs is None or plan.window < len(timesteps):  # modulation rows for all steps, or none
+            return None
+        plan.encode(call.conditioning)
+        plan.modulate(0, timesteps, call.conditioning)
+        key, images = loop_key(scheduler, guidance_scale), len(call.sample) // (2 if guidance_scale > 1 else 1)
+        if key not in plan.loops:
+            plan.loops[key] = LoopGraph(plan, self.recorder(plan.shape.device), scheduler, guidance_scale, images)
+        return plan.loops[key]
+
+    def _make_plan(self, program: Program, shape: Shape) -> Plan:
+        if self.backend != "auto":
+            return self._plan(program, shape, self.backend)
+        first = "cudagraph" if shape.device.type == "cuda" else "inductor"
+        try:
+            plan = self._plan(program, shape, first)
+        except (CompilerMissing, CaptureFailed) as error:
+            if self.fallback is None:
+                warnings.warn(f"harmonica_rt runs its eager backend, not {first}: {error}", stacklevel=7)
+            self.fallback = str(error)
+            return self._plan(program, shape, "eager")
+        if plan.graphs is not None and not plan.graphs.measure():
+            plan.graphs.release()
+        return plan
+
+    def _plan(self, program: Program, shape: Shape, backend: str) -> Plan:
+        plan = Plan(*self._bound, program, shape, backend)
+        if backend == "cudagraph":
+            started = time.perf_counter()
+            plan.graphs = StepGraphs(plan, self.recorder(shape.device))
+            plan.seconds += time.perf_counter() - started
+        return plan

@@ -1,0 +1,172 @@
+"""Levels blocks and output: the model's own forward, with groups of its blocks or the whole of it reused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .cuda_graphs import Recorder
+from .engine import Engine, Run
+from .forward_plan import ForwardPlan
+from .layout import TRUNK, split_evenly
+from .lowering import lower_forward
+from .models import UnsupportedModelError
+from .models.blocks import block_lists
+from .schedule import Schedule
+
+TIMESTEPS = ("timestep", "t", "timesteps", "time", "timestep_img", "sigma", "decoder_noise_time", "timestep_ratio")
+
+
+@dataclass(frozen=True, slots=True)
+class CallShape:
+    """What a plan of the model's own forward is made for: its tensors' shapes, and what else they must agree in."""
+
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    device: torch.device
+    return_dict: bool
+    autocast: torch.dtype | None
+
+    def __str__(self) -> str:
+        kinds = ", ".join(
+            f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}" for name, shape, dtype in self.tensors
+        )
+        return f"{kinds} on {self.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCall:
+    """A call of the model's own forward.
+
+    Attributes:
+        samples: tensors of its first argument.
+        timestep: its timestep; None where it has no argument of such a name.
+        conditioning: all other tensors among its arguments.
+        args, kwargs: as they came.
+    """
+
+    samples: tuple[Tensor, ...]
+    timestep: Tensor | float | None
+    conditioning: tuple[Tensor, ...]
+    shape: CallShape
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.samples[0].device
+
+
+class ForwardRun(Run):
+    """A run through the model's own forward."""
+
+    def __init__(self, plan: ForwardPlan, start: int, model: nn.Module) -> None:
+        super().__init__(plan, start)
+        self.model = model
+
+    def shape_of(self, call: ForwardCall) -> CallShape:
+        return call.shape
+
+    def step(self, step: int, call: ForwardCall, timestep: float | None, known: tuple[float, ...] | None) -> Any:
+        # Models take from the dicts they are given; a second call needs its own
+        args, kwargs = tree_map(lambda leaf: leaf, (call.args, call.kwargs))
+        return self.plan.run(
+            step - self.start,
+            lambda: self.model(*call.args, **call.kwargs),
+            lambda: self.model(*tree_map(lambda leaf: leaf, args), **tree_map(lambda leaf: leaf, kwargs)),
+        )
+
+
+class ForwardEngine(Engine):
+    """Plans on the blocks as they are at the start of a run: LoRA layers, quantised weights, hooks are within."""
+
+    runs_forward = True
+
+    def __init__(
+        self, model: nn.Module, backend: str, capacity: int, recorder: Callable[[torch.device], Recorder]
+    ) -> None:
+        super().__init__(model, backend, capacity, recorder)
+        self._first = next(iter(inspect.signature(model.forward).parameters), "")  # the argument that is denoised
+
+    def check(self, schedule: Schedule) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module, got {type(self.model).__name__}")
+        name = type(self.model).__name__
+        if schedule.model != name:
+            raise ValueError(f"schedule does not fit the model: model expected {name}, got {schedule.model}")
+        if schedule.level == "blocks":
+            blocks = {name: len(blocks) for name, blocks in block_lists(self.model).items()}
+            groups = {group.name: group.layers for group in schedule.groups}
+            if not blocks:
+                raise UnsupportedModelError(
+                    f"{name} has no lists of blocks: level 'output' takes it, level 'blocks' not"
+                )
+            if not _is_trunk(schedule) and (
+                groups.keys() != blocks.keys() or any(groups[n] > blocks[n] for n in blocks)
+            ):
+                raise ValueError(
+                    f"schedule does not fit the model: groups of {groups}, but {name}'s lists have blocks {blocks}"
+                )
+        self._check_model()
+
+    def read(self, arguments: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall:
+        first = self._first if self._first in arguments else next(iter(arguments))
+        sample = tuple(_tensors(arguments[first]))
+        if not sample:
+            raise TypeError(f"{first}: expected tensors, got {type(arguments[first]).__name__}")
+        timestep = next((arguments[name] for name in TIMESTEPS if arguments.get(name) is not None), None)
+        others = [(name, value) for name, value in arguments.items() if name != first and value is not timestep]
+        rest = [(name, t) for name, value in others for t in _tensors(value)]
+        kinds = [(first, tuple(t.shape), t.dtype) for t in sample]
+        kinds += [(name, tuple(t.shape), t.dtype) for name, t in rest if t.ndim >= 3]
+        device = sample[0].device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        shape = CallShape(tuple(kinds), device, bool(arguments.get("return_dict", True)), autocast)
+        return ForwardCall(sample, timestep, tuple(t for _, t in rest), shape, args, kwargs)
+
+    def begin(self, call: ForwardCall, schedule: Schedule, start: int, context: Hashable) -> ForwardRun:
+        self._check_model()
+        key, groups = (context, call.shape, start), self._groups(schedule)
+        if (plan := self.plans.get(key)) is not None and plan.groups != groups:  # blocks were replaced
+            self.plans.pop(key).release()
+        plan = self.plan(
+            key, lambda: ForwardPlan(self.model, lower_forward(schedule.starting_at(start)), groups, call.shape)
+        )
+        return ForwardRun(plan, start, self.model)
+
+    def _groups(self, schedule: Schedule) -> list[tuple[str, list[nn.Module]]]:
+        """Name and blocks of every entry."""
+        if schedule.level == "output":
+            return []
+        lists = block_lists(self.model)
+        if _is_trunk(schedule):
+            return [(TRUNK, [block for blocks in lists.values() for block in blocks])]
+        return [
+            (f"{group.name}.{part.start}-{part.stop - 1}", [lists[group.name][i] for i in part])
+            for group in schedule.groups
+            for part in split_evenly(len(lists[group.name]), group.layers)
+        ]
+
+    def _check_model(self) -> None:
+        if (config := getattr(self.model, "_cache_config", None)) is not None:
+            raise UnsupportedModelError(
+                f"expected a model without a cache of its own, got one with {type(config).__name__}: call "
+                "disable_cache() first"
+            )
+        if training := [name or "model" for name, module in self.model.named_modules() if module.training]:
+            raise ValueError(
+                f"expected a model in eval mode, got {training[0]} in training mode: call eval() on the model"
+            )
+
+
+def _is_trunk(schedule: Schedule) -> bool:
+    return schedule.groups[0].name == TRUNK
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
