@@ -136,6 +136,13 @@ class BranchEngine(Engine):
         plan = self.plan((context, shape, start), lambda: self._make_plan(lower(schedule.starting_at(start)), shape))
         return BranchRun(plan, start)
 
+    def half_run(self, run: BranchRun, call: Inputs, number: int, context: Hashable) -> BranchRun:
+        old, shape = run.plan, run.shape_of(call)
+        plan = self.plan((context, shape, run.start), lambda: self._make_plan(old.program, shape))
+        for kept, buffers in ((old.slots, plan.slots), (old.outputs, plan.outputs)):
+            buffers.copy_(kept.narrow(1, number * shape.batch, shape.batch))
+        return BranchRun(plan, run.start)
+
     def loop(
         self, call: Inputs, schedule: Schedule, timesteps: Tensor, scheduler: Any, guidance_scale: float
     ) -> LoopGraph | None:

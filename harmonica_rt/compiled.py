@@ -222,8 +222,10 @@ class CompiledTransformer(ModelFace):
         run = runs.get(context)
         if run is None or run.next != place.step:
             run = self._engine.begin(call, self._schedule_of(context), place.step, context)
-        elif (shape := run.shape_of(call)) != run.plan.shape:
-            raise ValueError(f"the run under way has samples of {run.plan.shape}, got {shape}: call reset() to change")
+        elif (shape := run.shape_of(call)) != (was := run.plan.shape):
+            run = self._engine.narrowed(run, call, context)
+            if run is None:
+                raise ValueError(f"the run under way has samples of {was}, got {shape}: call reset() to change")
         # A device's timestep is not read: only a pipeline's scheduler is then known to have told the right ones
         known = tracker.timesteps if timestep is not None or sampling.scheduler() is not None else None
         try:

@@ -95,6 +95,15 @@ class Engine(ABC):
     def begin(self, call: Any, schedule: Schedule, start: int, context: Hashable) -> Run:
         """A run of `schedule` that enters at step `start`. Looks at the model anew: weights may have moved."""
 
+    def narrowed(self, run: Run, call: Any, context: Hashable) -> Run | None:
+        """`run` for half of its batch, if `call` is for that: where guidance ends midway. None if it is not."""
+        number = half_kept(run.conditioned.tensors, call.conditioning, len(call.samples[0]))
+        return None if number is None else self.half_run(run, call, number, context)
+
+    @abstractmethod
+    def half_run(self, run: Run, call: Any, number: int, context: Hashable) -> Run:
+        """`run` for half `number` of its batch, with the values it holds."""
+
     def loop(
         self, call: Any, schedule: Schedule, timesteps: Tensor, scheduler: Any, guidance_scale: float
     ) -> Any | None:
@@ -114,3 +123,17 @@ class Engine(ABC):
     def free_plans(self) -> None:
         while self.plans:
             self.plans.popitem()[1].release()
+
+
+def half_kept(were: tuple[Tensor, ...], are: tuple[Tensor, ...], batch: int) -> int | None:
+    """Which half of what a call of 2 `batch` samples was conditioned on a call of `batch` samples has; None: neither.
+
+    Reads the values: once a run at most, the host waits for the device.
+    """
+    if len(were) != len(are) or not any(t.ndim and len(t) == 2 * batch for t in were):
+        return None
+    for number in (0, 1):
+        halves = [t.chunk(2)[number] if t.ndim and len(t) == 2 * batch else t for t in were]
+        if all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(halves, are)):
+            return number
+    return None

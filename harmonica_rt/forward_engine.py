@@ -139,6 +139,12 @@ class ForwardEngine(Engine):
         )
         return ForwardRun(plan, start, self.model)
 
+    def half_run(self, run: ForwardRun, call: ForwardCall, number: int, context: Hashable) -> ForwardRun:
+        key, batch = (context, call.shape, run.start), 2 * len(call.samples[0])
+        if (stale := self.plans.pop(key, None)) is not None:
+            stale.release()
+        return ForwardRun(self.plan(key, lambda: run.plan.half(number, batch, call.shape)), run.start, self.model)
+
     def _groups(self, schedule: Schedule) -> list[tuple[str, list[nn.Module]]]:
         """Name and blocks of every entry."""
         if schedule.level == "output":

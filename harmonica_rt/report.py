@@ -27,6 +27,7 @@ class PlanReport:
         launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart. None where
             the model's own forward runs.
         macs, full_macs: multiply-accumulates of a run, with the schedule and without; None where they were not counted.
+        uncounted: why they were not.
         seconds: time it took to make the plan, compilation and capture included.
         graphs: captured graphs, or 0.
         graph_seconds, launch_seconds: a run replayed and launched plainly, where ``"auto"`` measured both; else None.
@@ -50,6 +51,7 @@ class PlanReport:
     graphs: int = 0
     graph_seconds: float | None = None
     launch_seconds: float | None = None
+    uncounted: str | None = None
 
     def __str__(self) -> str:
         share = 100 * self.slot_bytes / self.model_bytes if self.model_bytes else 0.0
@@ -68,6 +70,8 @@ class PlanReport:
                 f"  {self.macs / 1e9:.2f} of {self.full_macs / 1e9:.2f} GMACs a run: "
                 f"theoretical {self.full_macs / self.macs:.2f}x"
             )
+        elif self.uncounted:
+            lines.append(f"  MACs not counted: {self.uncounted}")
         lines.append(f"  made in {self.seconds:.2f} s" + (f", {self.graphs} graphs" if self.graphs else ""))
         if self.graph_seconds is not None:
             lines[-1] += (
@@ -100,6 +104,7 @@ def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
     calls = [step for step in program.steps if isinstance(step, ForwardStep)]
     total = len(program.steps) * len(program.slots) if program.slots else len(program.steps)
     computed = program.computed if program.slots else len(calls)
+    macs = plan.run_macs or (None, None)
     return PlanReport(
         shape=str(plan.shape),
         backend=plan.backend,
@@ -113,8 +118,9 @@ def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
         modulation_bytes=0,
         model_bytes=plan.model_bytes,
         launches=None,
-        macs=None,
-        full_macs=None,
+        macs=macs[0],
+        full_macs=macs[1],
+        uncounted=plan.uncounted,
         seconds=plan.seconds,
     )
 

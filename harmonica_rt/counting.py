@@ -1,0 +1,38 @@
+"""Multiply-accumulates of a model's own forward, counted as it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+_ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class CountMacs(TorchDispatchMode):
+    """Adds up what matrix products, convolutions and attention do, in torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet is _ATTENTION_ON_CPU:
+            self.macs += sdpa_flop_count(*(t.shape for t in args[:3])) // 2
+        elif packet in flop_registry:
+            self.macs += flop_registry[packet](*args, **kwargs, out_val=out) // 2
+        return out
+
+
+def uncountable(model: nn.Module) -> str | None:
+    """Why `model`'s forward cannot be counted as it runs, or None."""
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            return f"{name or 'the model'} is compiled by torch.compile, whose code is not looked into"
+    return None

@@ -1,0 +1,246 @@
+"""A group of blocks within the model's own forward: what it returns, what of it is kept, what stands in for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .kernels.combine import combine
+from .models import UnsupportedModelError
+from .program import Combine
+
+Terms = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """A tensor that a stand-in returns in place of a block's and that nothing reads."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def half(self, batch: int) -> Blank:
+        return Blank(_half_shape(self.shape, batch), self.dtype, self.device)
+
+
+@dataclass(slots=True)
+class _Result:
+    """What a block returned: a tree of tensors and constants."""
+
+    spec: TreeSpec
+    leaves: list[Any]  # a `Blank` for each stream
+    alive: list[weakref.ref[Tensor] | None] = field(default_factory=list)
+
+
+class Values:
+    """The values of an entry, or of the model's output: streams in static buffers, one set a slot."""
+
+    def __init__(self, name: str, slots: int, like: Sequence[Tensor]) -> None:
+        self.name = name
+        self.slots = [[torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like] for _ in range(slots)]
+
+    def keep(self, slot: int, streams: Sequence[Tensor], first: int = 0) -> None:
+        """Copy `streams` into `slot`, from its stream number `first` on."""
+        for buffer, stream in zip(self.slots[slot][first:], streams):
+            if kind_of(buffer) != kind_of(stream):
+                raise ValueError(
+                    f"{self.name}: expected a stream {kind_of(buffer)} as at the first call, got {kind_of(stream)}"
+                )
+            buffer.copy_(stream)
+
+    def stream(self, number: int, terms: Terms) -> tuple[list[Tensor], list[float]]:
+        return [self.slots[slot][number] for slot, _ in terms], [weight for _, weight in terms]
+
+    def combined(self, terms: Terms) -> list[Tensor]:
+        count = range(len(self.slots[0]))
+        return [combine(*self.stream(i, terms)) if terms else torch.zeros_like(self.slots[0][i]) for i in count]
+
+    def half(self, number: int, batch: int) -> Values:
+        """Those of one half of a batch."""
+        own = Values(self.name, 0, [])
+        own.slots = [[half_of(t, number, batch).clone() for t in streams] for streams in self.slots]
+        return own
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for streams in self.slots for t in streams)
+
+
+class Entry:
+    """A group of blocks.
+
+    `learn` watches its calls in one forward; `settle` makes buffers for what they returned; then `compute` and `reuse`
+    are its calls, and `finish` ends each forward.
+
+    Attributes:
+        calls: results of its blocks' calls within one forward, in turn.
+        kept: the streams, as (call, leaf).
+        sources: for each stream the leaf of the first call's arguments that it continues; needed by a carry alone.
+        values, befores: the streams after and before it.
+        latest, x: the same of the forward that was learned from.
+        done: calls made in the forward under way.
+    """
+
+    def __init__(self, name: str, carries: bool) -> None:
+        self.name, self.carries = name, carries
+        self.calls: list[_Result] = []
+        self.kept: list[tuple[int, int]] = []
+        self.sources: list[int] = []
+        self.latest: dict[tuple[int, int], Tensor] = {}
+        self.values: Values | None = None
+        self.befores: Values | None = None
+        self.scratch: dict[Blank, Tensor] = {}
+        self.done = 0
+        self.x: list[Any] = []
+
+    # ---- learning what the group is
+
+    def learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        number = len(self.calls)
+        if number == 0 and self.carries:
+            self.x = [t.clone() if is_stream(t) else t for t in tree_flatten((args, kwargs))[0]]
+        result = run(*args, **kwargs)
+        leaves, spec = tree_flatten(result)
+        alive = [weakref.ref(t) if is_stream(t) else None for t in leaves]
+        blanks = [Blank(t.shape, t.dtype, t.device) if is_stream(t) else t for t in leaves]
+        self.calls.append(_Result(spec, blanks, alive))
+        self.latest = {key: t for key, t in self.latest.items() if key in self.kept}
+        self.latest |= {(number, leaf): t.clone() for leaf, t in enumerate(leaves) if is_stream(t)}
+        return result
+
+    def held(self) -> list[tuple[int, int]]:
+        """Streams of earlier calls that something still holds: candidates for skip connections past the group."""
+        return [
+            (call, leaf)
+            for call, result in enumerate(self.calls[:-1])
+            for leaf, ref in enumerate(result.alive)
+            if ref is not None and ref() is not None
+        ]
+
+    def forget(self, keep: list[tuple[int, int]]) -> None:
+        """Learn anew, keeping also the streams `keep`."""
+        self.calls, self.latest, self.x, self.kept = [], {}, [], keep
+
+    def settle(self, slots: int, scratch: dict[Blank, Tensor]) -> None:
+        """Buffers for what `learn` has seen; `scratch` is shared by all entries, one tensor a kind."""
+        last = len(self.calls) - 1
+        self.kept = sorted({*self.kept, *((last, leaf) for call, leaf in self.latest if call == last)})
+        streams = [self.latest[key] for key in self.kept]
+        self.values = Values(self.name, slots, streams)
+        if self.carries:
+            self.sources = [self._source(stream) for stream in streams]
+            self.x = [self.x[i] for i in self.sources]
+            self.befores = Values(self.name, slots, self.x)
+        self._share(scratch)
+
+    def _share(self, scratch: dict[Blank, Tensor]) -> None:
+        self.scratch = scratch
+        for result in self.calls:
+            result.alive = []
+            for blank in result.leaves:
+                if isinstance(blank, Blank) and blank not in scratch:
+                    scratch[blank] = torch.zeros(blank.shape, dtype=blank.dtype, device=blank.device)
+
+    def _source(self, stream: Tensor) -> int:
+        """The argument of the first block that `stream` continues: of those of its shape the nearest."""
+        alike = [i for i, t in enumerate(self.x) if is_stream(t) and kind_of(t) == kind_of(stream)]
+        if not alike:
+            got = ", ".join(sorted({kind_of(t) for t in self.x if is_stream(t)})) or "none"
+            raise UnsupportedModelError(
+                f"carry: expected among the arguments of {self.name}'s first block a stream {kind_of(stream)} as it "
+                f"returns, got {got}; a carry of 0 needs none"
+            )
+        return min(alike, key=lambda i: (self.x[i].float() - stream.float()).norm().item())
+
+    def half(self, number: int, batch: int, scratch: dict[Blank, Tensor]) -> Entry:
+        """The same for one half of a batch, with the values it holds."""
+        own = Entry(self.name, self.carries)
+        own.kept, own.sources = self.kept, self.sources
+        own.values = self.values.half(number, batch)
+        own.befores = None if self.befores is None else self.befores.half(number, batch)
+        for result in self.calls:
+            leaves = [leaf.half(batch) if isinstance(leaf, Blank) else leaf for leaf in result.leaves]
+            own.calls.append(_Result(result.spec, leaves))
+        own._share(scratch)
+        return own
+
+    # ---- running
+
+    def compute(self, slot: int | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        number = self._next()
+        if number == 0 and slot is not None and self.carries:
+            self.befores.keep(slot, self._before(args, kwargs))
+        result = run(*args, **kwargs)
+        leaves, spec = tree_flatten(result)
+        was = self.calls[number]
+        if spec != was.spec:
+            raise RuntimeError(f"{self.name}: expected {was.spec} of its call {number}, got {spec}")
+        if number == len(self.calls) - 1:  # what it returns beside streams stays as it is now
+            was.leaves = [old if isinstance(old, Blank) else new for old, new in zip(was.leaves, leaves)]
+        if slot is not None:
+            for stream, (call, leaf) in enumerate(self.kept):
+                if call == number:
+                    self.values.keep(slot, [leaves[leaf]], stream)
+        return result
+
+    def reuse(self, combination: Combine | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What stands in for the next call; without a combination the values that were just learned."""
+        number = self._next()
+        if number == 0 and combination is not None and combination.carry:
+            self.x = self._before(args, kwargs)
+        result = self.calls[number]
+        leaves = [self.scratch[leaf] if isinstance(leaf, Blank) else leaf for leaf in result.leaves]
+        for stream, (call, leaf) in enumerate(self.kept):
+            if call == number and combination is None:
+                leaves[leaf] = self.latest[call, leaf].clone()
+            elif call == number:
+                leaves[leaf] = self._combine(stream, combination)
+        return tree_unflatten(leaves, result.spec)
+
+    def _combine(self, stream: int, combination: Combine) -> Tensor:
+        values, weights = self.values.stream(stream, combination.terms)
+        if combination.carry:
+            before, theirs = self.befores.stream(stream, combination.inputs)
+            values = [*values, self.x[stream], *before]
+            weights = [*weights, combination.carry, *(-combination.carry * w for w in theirs)]
+        return combine(values, weights) if values else torch.zeros_like(self.values.slots[0][stream])
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        leaves = tree_flatten((args, kwargs))[0]
+        return [leaves[i] for i in self.sources]
+
+    def _next(self) -> int:
+        if self.done == len(self.calls):
+            raise RuntimeError(f"{self.name}: expected {self.done} calls of its blocks as at the first call, got more")
+        self.done += 1
+        return self.done - 1
+
+    def finish(self) -> None:
+        if self.done != len(self.calls):
+            raise RuntimeError(
+                f"{self.name}: expected {len(self.calls)} calls of its blocks as at the first call, got {self.done}"
+            )
+
+
+def is_stream(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def kind_of(t: Tensor) -> str:
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
+def half_of(t: Tensor, number: int, batch: int) -> Tensor:
+    """Half `number` of a tensor over a `batch`; others are whole."""
+    return t.chunk(2)[number] if t.ndim and len(t) == batch else t
+
+
+def _half_shape(shape: torch.Size, batch: int) -> torch.Size:
+    return torch.Size((batch // 2, *shape[1:])) if shape and shape[0] == batch else shape
