@@ -108,7 +108,7 @@ class CompiledTransformer(ModelFace):
 
     def leave(self, pipeline: Any, successor: nn.Module) -> None:
         """`pipeline` gets `successor` in place of this, which another pipeline may still carry."""
-        if self._sampling.pipeline() in (pipeline, None):
+        if (owner := self._sampling.pipeline()) is None or owner is pipeline:
             self.uncompile()
         else:
             self.share_hook(successor)

@@ -69,6 +69,7 @@ def compile(
         if is_compiled(current := denoisers[name]):
             current.leave(model_or_pipeline, compiled)
         put(model_or_pipeline, name, compiled)
+    sampling.scheduler()  # the pipeline may be gone before its first run, and another carry on
     return model_or_pipeline
 
 
