@@ -1,4 +1,4 @@
-"""Several calls a step: contexts by name and by order, that end, begin and halve midway, with schedules of their own."""
+"""Several calls a step: contexts by name and order, that end, begin and halve midway, with schedules of their own."""
 
 from __future__ import annotations
 
