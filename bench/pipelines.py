@@ -42,6 +42,10 @@ class PixelPipeline(DiffusionPipeline):
         """What the constructor takes besides transformer and scheduler."""
         return {}
 
+    def conditioning(self, wanted: list[Any], guidance_scale: float) -> dict[str, Any]:
+        """The transformer's arguments besides sample and timestep for such images, doubled where there is guidance."""
+        raise NotImplementedError
+
     def _sample(
         self,
         arguments: dict[str, Any],
@@ -64,13 +68,14 @@ class PixelPipeline(DiffusionPipeline):
         drawing = {"generator": generator} if draws else {}
         learned_variance = str(self.scheduler.config.get("variance_type", "")).startswith("learned")  # IDDPM
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        timesteps = self.scheduler.timesteps.to(device)  # at once: a copy a step would have the host wait at each
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
                 continue
             model_input = torch.cat([x, x]) if guided else x
             if hasattr(self.scheduler, "scale_model_input"):  # flow matching's has none
                 model_input = self.scheduler.scale_model_input(model_input, t)
-            output = self.transformer(model_input, timestep=t.to(device).expand(len(model_input)), **arguments).sample
+            output = self.transformer(model_input, timestep=timesteps[i].expand(len(model_input)), **arguments).sample
             noise = output[:, : config.in_channels]
             if guided:
                 conditional, unconditional = noise.chunk(2)
@@ -102,6 +107,12 @@ class PixelDiTPipeline(PixelPipeline):
         """Class labels for `count` images: every class in turn."""
         return [i % self.transformer.config.num_embeds_ada_norm for i in range(count)]
 
+    def conditioning(self, wanted: list[int], guidance_scale: float) -> dict[str, Any]:
+        labels = torch.tensor(wanted, device=self._execution_device)
+        if guidance_scale > 1:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)])
+        return {"class_labels": labels}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -125,11 +136,9 @@ class PixelDiTPipeline(PixelPipeline):
             callback_on_step_end: (pipeline, step, timestep, {"latents"}) -> {"latents"} after each step; it may set
                 ``pipeline._interrupt``.
         """
-        labels = torch.tensor(class_labels, device=self._execution_device)
-        if guidance_scale > 1:
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_embeds_ada_norm)])
+        arguments = self.conditioning(class_labels, guidance_scale)
         rest = (generator, num_inference_steps, output_type, return_dict, latents, callback_on_step_end)
-        return self._sample({"class_labels": labels}, len(class_labels), guidance_scale, *rest)
+        return self._sample(arguments, len(class_labels), guidance_scale, *rest)
 
 
 class PixelPixArtPipeline(PixelPipeline):
@@ -162,6 +171,23 @@ class PixelPixArtPipeline(PixelPipeline):
         names = self.prompts.names
         return [names[i * len(names) // count] if count <= len(names) else names[i % len(names)] for i in range(count)]
 
+    def conditioning(self, wanted: list[str], guidance_scale: float) -> dict[str, Any]:
+        model, images = self.transformer, len(wanted)
+        states, mask = self.prompts(wanted)
+        if guidance_scale > 1:
+            empty, empty_mask = self.prompts([""] * images)
+            states, mask = torch.cat([states, empty]), torch.cat([mask, empty_mask])
+        arguments = {
+            "encoder_hidden_states": states.to(self._execution_device, model.dtype),
+            "encoder_attention_mask": mask.to(self._execution_device),
+        }
+        if self.sized:
+            side = 8.0 * model.config.sample_size  # pixels of a latent's side
+            sizes = {"resolution": [side, side], "aspect_ratio": [1.0]}
+            on = {"device": model.device, "dtype": model.dtype}
+            arguments["added_cond_kwargs"] = {k: torch.tensor([v] * len(states), **on) for k, v in sizes.items()}
+        return arguments
+
     @torch.no_grad()
     def __call__(
         self,
@@ -183,20 +209,7 @@ class PixelPixArtPipeline(PixelPipeline):
             ValueError: a prompt that is not stored, where the text encoder is not installed.
         """
         wanted = [prompt] if isinstance(prompt, str) else list(prompt)
-        guided, model = guidance_scale > 1, self.transformer
-        states, mask = self.prompts([name for name in wanted for _ in range(num_images_per_prompt)])
-        images = len(states)
-        if guided:
-            empty, empty_mask = self.prompts([""] * images)
-            states, mask = torch.cat([states, empty]), torch.cat([mask, empty_mask])
-        arguments = {
-            "encoder_hidden_states": states.to(self._execution_device, model.dtype),
-            "encoder_attention_mask": mask.to(self._execution_device),
-        }
-        if self.sized:
-            side = 8.0 * model.config.sample_size  # pixels of a latent's side
-            sizes = {"resolution": [side, side], "aspect_ratio": [1.0]}
-            on = {"device": model.device, "dtype": model.dtype}
-            arguments["added_cond_kwargs"] = {k: torch.tensor([v] * len(states), **on) for k, v in sizes.items()}
+        each = [name for name in wanted for _ in range(num_images_per_prompt)]
+        arguments = self.conditioning(each, guidance_scale)
         rest = (generator, num_inference_steps, output_type, return_dict, latents, callback_on_step_end)
-        return self._sample(arguments, images, guidance_scale, *rest)
+        return self._sample(arguments, len(each), guidance_scale, *rest)

@@ -65,23 +65,27 @@ REFERENCES = {
     "pixart-alpha-256": _pixart(32),
     "pixart-alpha-512": _pixart(64),
     "pixart-alpha-1024": _pixart(128),
+    "pixart-sigma-1024": _pixart(128, text=300, use_additional_conditions=False),
     "pixart-sigma-2k": _pixart(256, text=300),
 }
 TRAINED = [name for name, reference in REFERENCES.items() if reference.trained]
 
 
-def load_pipeline(name: str, layers: int | None = None, size: int | None = None) -> PixelPipeline:
+def load_pipeline(
+    name: str, layers: int | None = None, size: int | None = None, device: torch.device | str = "cpu"
+) -> PixelPipeline:
     """A quiet fp32 pipeline of one of `REFERENCES` on linear betas: a DiT with DDIM, a PixArt with DPM-Solver++.
 
     Args:
         layers, size: shrink a published architecture (no trained one) so that a CPU can finish.
+        device: where it is; random weights are drawn there.
     """
     reference = REFERENCES[name]
     kind, prompts = TRANSFORMERS[reference.kind], None
     if reference.trained:
         if layers is not None or size is not None:
             raise ValueError(f"{name} is trained: expected no other layers or size, got {layers} and {size}")
-        transformer = kind.from_pretrained(MODELS / name, variant="fp16", torch_dtype=torch.float32)
+        transformer = kind.from_pretrained(MODELS / name, variant="fp16", torch_dtype=torch.float32).to(device)
     else:
         torch.manual_seed(0)
         config = {**reference.config, "sample_size": size or reference.size}
@@ -89,7 +93,8 @@ def load_pipeline(name: str, layers: int | None = None, size: int | None = None)
             raise ValueError(f"{name}: expected a size that is a multiple of the patch, 2, got {size}")
         if layers is not None:
             config["num_layers"] = layers
-        transformer = kind(**config).eval()
+        with torch.device(device):
+            transformer = kind(**config).eval()
     if reference.kind == "dit":
         scheduler = DDIMScheduler(clip_sample=False, **LINEAR)
         pipeline: PixelPipeline = PixelDiTPipeline(transformer, scheduler)

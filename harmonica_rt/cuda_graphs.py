@@ -69,9 +69,13 @@ class StepGraphs:
     Inputs are static: the sample is copied into a buffer, the step's number into `plan.step`, and modulation rows lie
     where the plan keeps them. The output is handed out as a copy: diffusers' multistep schedulers keep outputs for
     several steps, so that no fixed number of buffers would do.
+
+    Attributes:
+        seconds: that warming up and capturing took.
     """
 
     def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        started = time.perf_counter()
         self.plan, self.recorder = weakref.proxy(plan), recorder  # the plan owns this
         shape = plan.shape
         size = (shape.batch, plan.adapter.in_channels, shape.height, shape.width)
@@ -92,6 +96,7 @@ class StepGraphs:
             where = "; ".join(getattr(error, "__notes__", ())) or f"at step {step}"
             raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
         self.of_step = [self.graphs[step] for step in plan.program.steps]  # hashing a step takes longer than a replay
+        self.seconds = time.perf_counter() - started
 
     def _launch(self, step: int) -> Callable[[], Tensor]:
         return lambda: self.plan.launch(step, self.sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,13 @@ class LoopGraph:
 
     The scheduler's own `step` is captured, so results are the step graphs'. Its host-side numbers (alphas, sigmas) are
     the same in every run and become constants of the graph.
+
+    Attributes:
+        seconds: that warming up and capturing took.
     """
 
     def __init__(self, plan: Plan, recorder: Recorder, scheduler: Any, guidance_scale: float, images: int) -> None:
+        started = time.perf_counter()
         self.plan = weakref.proxy(plan)  # the plan owns this
         self.scheduler, self.guidance_scale = scheduler, guidance_scale
         shape = plan.shape
@@ -40,6 +45,7 @@ class LoopGraph:
         except Exception as error:
             where = "; ".join(getattr(error, "__notes__", ())) or "between steps"
             raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
+        self.seconds = time.perf_counter() - started
 
     def _rewind(self) -> None:
         self.scheduler.set_timesteps(len(self.scheduler.timesteps))

@@ -14,15 +14,11 @@ from .base import with_denoiser
 
 
 class Hooked(nn.Module):
-    """`model` under a cache context; its hooks forget at the first of `steps` calls.
-
-    Attributes:
-        timestep: of the call under way, for hooks that ask.
-    """
+    """`model` under a cache context; its hooks forget at the first of `steps` calls."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         super().__init__()
-        self.model, self.steps, self.calls, self.timestep = model, steps, 0, 0
+        self.model, self.steps, self.calls = model, steps, 0
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -30,12 +26,17 @@ class Hooked(nn.Module):
         if self.calls % self.steps == 0:
             registry.reset_stateful_hooks()
         self.calls += 1
-        self.timestep = int(kwargs["timestep"][0])
+        self._timestep = kwargs["timestep"]
         _set_cache_context(self.model, CacheContext("run", **self.where(kwargs)))  # as CacheMixin, which it lacks
         try:
             return self.model(*args, **kwargs)
         finally:
             _set_cache_context(self.model, None)
+
+    @property
+    def timestep(self) -> int:
+        """Of the call under way, for hooks that ask: on a GPU asking has the host wait."""
+        return int(self._timestep[0])
 
     def where(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What a hook wants to know of where the run is."""
