@@ -53,47 +53,35 @@ DRY = (
 
 @dataclass
 class Bench:
-    """What cases of one workload share. It is made by the first and freed by the next workload's."""
+    """What cases of one workload share."""
 
     work: Workload
     full: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     results: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
-    hooked: nn.Module | None = None  # TaylorSeer's own copy: hooks stay
-
-
-class Latency:
-    """The stage's cases, on one bench at a time."""
-
-    def __init__(self, machine: Machine, rounds: int, steps: int) -> None:
-        self.machine, self.rounds, self.steps = machine, rounds, steps
-        self.key: tuple[Size, int] | None = None
-        self.bench: Bench | None = None
-
-    def on(self, size: Size, batch: int) -> Bench:
-        if self.key != (size, batch):
-            self.bench, self.key = None, None
-            self.machine.forget()
-            dtype = torch.float32 if self.machine.dry else torch.bfloat16
-            self.bench = Bench(Workload(self.machine, size, batch, dtype, self.steps))
-            self.key = size, batch
-        return self.bench
-
-    def run(self, size: Size, batch: int, text: str, log: Log) -> None:
-        bench = self.on(size, batch)
-        with self.machine.graphs():
-            measure(self.machine, bench, text, self.rounds, log)
 
 
 def cases(machine: Machine, rounds: int = 7, steps: int = 20) -> list[Case]:
-    stage, found = Latency(machine, rounds, steps), []
+    found = []
     for size, batch, schedules, first, others in DRY if machine.dry else FULL:
         for text in schedules:
             name = f"{size.name}, batch {batch}, {text}"
             seconds = first if text == schedules[0] else others
-            found.append(Case(STAGE, name, seconds, partial(stage.run, size, batch, text), keeps=text != schedules[-1]))
+            run = partial(on_one_bench, machine, size, batch, steps, text, rounds)
+            found.append(Case(STAGE, name, seconds, run, keeps=text != schedules[-1]))
     return found
+
+
+def on_one_bench(machine: Machine, size: Size, batch: int, steps: int, text: str, rounds: int, log: Log) -> None:
+    bench = machine.kept
+    if not isinstance(bench, Bench) or (bench.work.size, bench.work.batch) != (size, batch):
+        del bench
+        machine.forget()
+        dtype = torch.float32 if machine.dry else torch.bfloat16
+        bench = machine.kept = Bench(Workload(machine, size, batch, dtype, steps))
+    with machine.graphs():
+        measure(machine, bench, text, rounds, log)
 
 
 def measure(machine: Machine, bench: Bench, text: str, rounds: int, log: Log) -> None:

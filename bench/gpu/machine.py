@@ -22,9 +22,11 @@ class Machine:
         device: with its index.
         dry: whether this is a rehearsal: sizes are tiny and figures mean nothing.
         name: of the card.
+        kept: what a case left for the next one, until `forget`.
     """
 
     dry = False
+    kept: Any = None
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -48,6 +50,7 @@ class Machine:
 
     def forget(self) -> None:
         """Free what the last case left."""
+        self.kept = None
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -117,6 +120,7 @@ class Rehearsal(Machine):
         pass
 
     def forget(self) -> None:
+        self.kept = None
         torch._dynamo.reset()
         gc.collect()
 
