@@ -235,7 +235,8 @@ def gap(
     grid, arguments, constants = launch_arguments(
         x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine
     )
-    gap_kernel[grid](*arguments, **constants)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever its arguments lie
+        gap_kernel[grid](*arguments, **constants)
 
 
 @gap.register_kernel("cpu")

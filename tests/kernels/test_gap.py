@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,6 +47,31 @@ def test_the_cpu_op_works_in_place() -> None:
     gap(**call)
     for actual, expected in zip((call["x"], call["y"]), wanted):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would take the current one: a model on cuda:1 would be launched on cuda:0."""
+    current, launched = [None], []
+
+    class Guard:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def __enter__(self) -> None:
+            current.append(self.tensor)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple) -> Any:
+            return lambda *args, **kwargs: launched.append((current[-1], args[0]))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr("harmonica_rt.kernels.gap.gap_kernel", Kernel())
+    gap._init_fn(**(call := operands()))
+    assert launched[0][0] is launched[0][1] is call["x"]
+    assert current == [None]
 
 
 @pytest.mark.parametrize(
