@@ -152,9 +152,7 @@ class BranchEngine(Engine):
         plan.encode(call.conditioning)
         plan.modulate(0, timesteps, call.conditioning)
         key, images = loop_key(scheduler, guidance_scale), len(call.sample) // (2 if guidance_scale > 1 else 1)
-        if key not in plan.loops:
-            plan.loops[key] = LoopGraph(plan, self.recorder(plan.shape.device), scheduler, guidance_scale, images)
-        return plan.loops[key]
+        return plan.loop(key, lambda: LoopGraph(plan, plan.graphs.recorder, scheduler, guidance_scale, images))
 
     def _make_plan(self, program: Program, shape: Shape) -> Plan:
         if self.backend != "auto":

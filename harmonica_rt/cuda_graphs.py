@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -36,6 +37,33 @@ class Recorder(Protocol):
     def synchronize(self) -> None: ...
 
 
+def capture_failed(error: Exception, where: str) -> CaptureFailed:
+    """What to raise for `error`; `where` it was, unless a note of its own says so.
+
+    Ending a capture that failed raises once more: the error that says why is then behind that one.
+    """
+    first: BaseException | None = error
+    while first is not None and not hasattr(first, "__notes__"):
+        first = first.__context__
+    cause = error if first is None else first
+    where = "; ".join(getattr(cause, "__notes__", (f"at {where}",)))
+    return CaptureFailed(f"capture failed {where}: {type(cause).__name__}: {cause}")
+
+
+@contextlib.contextmanager
+def _fresh_workspaces() -> Iterator[None]:
+    """Have cuBLAS allocate its workspaces anew within, and never use these outside.
+
+    A graph keeps a workspace's address. One from before the capture may be freed behind its back, as torch.compile's
+    own graphs do (mode="reduce-overhead"), and replays would then write into whatever lies there.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class CudaRecorder:
     """Captures on a side stream; all graphs of a plan share one memory pool, since they never run side by side."""
 
@@ -55,7 +83,14 @@ class CudaRecorder:
 
     def capture(self, launch: Callable[[], Tensor]) -> tuple[Replayable, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        current = torch.cuda.current_stream(self.device)
+        with (
+            torch.cuda.device(self.device),  # the one that torch.cuda.graph waits for
+            torch.cuda.stream(current),  # it leaves its own set where a failed capture cannot be ended
+            _fresh_workspaces(),
+            # By default a capture also fails for what other threads do meanwhile
+            torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
+        ):
             output = launch()
         return graph, output
 
@@ -88,13 +123,14 @@ class StepGraphs:
                 if not isinstance(plan.program.steps[step], ReuseOutput):
                     plan.calls(step)
             plan.select(0)
-            recorder.warm_up(self._launch(0))  # computes everything: no kernel is new to later steps
+            # Step 0 computes everything, so that no kernel is new to later steps but those that reuse the output
+            for step in {type(plan.program.steps[i]): i for i in sorted(distinct.values(), reverse=True)}.values():
+                recorder.warm_up(self._launch(step))
             for step in sorted(distinct.values()):
                 self.graphs[plan.program.steps[step]] = recorder.capture(self._launch(step))
         except Exception as error:
-            self.release()
-            where = "; ".join(getattr(error, "__notes__", ())) or f"at step {step}"
-            raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
+            self._free()
+            raise capture_failed(error, f"step {step}") from error
         self.of_step = [self.graphs[step] for step in plan.program.steps]  # hashing a step takes longer than a replay
         self.seconds = time.perf_counter() - started
 
@@ -125,7 +161,11 @@ class StepGraphs:
         return replayed <= launched
 
     def release(self) -> None:
-        """Free the graphs' memory now, and let the plan launch plainly."""
+        """Free the graphs' memory once no replay is under way, and let the plan launch plainly."""
+        self.recorder.synchronize()
+        self._free()
+
+    def _free(self) -> None:
         for graph, _ in self.graphs.values():
             graph.reset()
         self.graphs.clear()

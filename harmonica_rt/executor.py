@@ -17,7 +17,9 @@ from .cuda_graphs import StepGraphs
 from .loop import LoopGraph
 from .models.base import Adapter, Branch, CrossAttention, Gelu, Linear, Norm, SelfAttention
 from .program import Program, ReuseOutput
+from .streams import Streams
 
+LOOPS = 4  # captured trajectories a plan keeps: each is a graph of all steps, for one sampler and guidance
 MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
 
 Built = tuple[list[tuple[GapCall, Callable[[Tensor], None]]], GapCall]
@@ -71,6 +73,7 @@ class Plan:
         self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
         self.context = empty(adapter.contexts, 2, shape.batch, shape.context, width)
         self.context_bias = empty(shape.batch, 1, 1, shape.context)
+        self.streams = Streams(shape.device)
         self.x = empty(self.stream)
         self.slots = empty(program.slots, *self.stream)
         size = (shape.batch, adapter.out_channels, shape.height, shape.width)
@@ -86,6 +89,7 @@ class Plan:
 
     def run(self, step: int, sample: Tensor) -> Tensor:
         """The model's output at `step`, a new tensor. Modulation rows and earlier slots must be filled."""
+        self.streams.enter()
         return self.run_plainly(step, sample) if self.graphs is None else self.graphs.run(step, sample)
 
     def run_plainly(self, step: int, sample: Tensor) -> Tensor:
@@ -128,12 +132,21 @@ class Plan:
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
         """Fill the modulation rows of `step` and of the steps after it, one for each of `timesteps`."""
+        self.streams.enter()
         start = step % self.window
         self.adapter.modulate(timesteps, conditioning, self.rows.narrow(0, start, len(timesteps)))
 
     def encode(self, conditioning: tuple[Tensor, ...]) -> None:
         """Fill what cross-attention reads in the run that begins."""
+        self.streams.enter()
         self.adapter.encode(conditioning, self.context, self.context_bias)
+
+    def loop(self, key: tuple[Any, ...], make: Callable[[], LoopGraph]) -> LoopGraph:
+        """The captured trajectory of `key`, made if there is none. The least recently used go first."""
+        self.loops[key] = self.loops.pop(key, None) or make()
+        while len(self.loops) > LOOPS:
+            self.loops.pop(next(iter(self.loops))).release()
+        return self.loops[key]
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
@@ -142,6 +155,7 @@ class Plan:
         self.loops.clear()
         if self.graphs is not None:
             self.graphs.release()
+        self.streams.leave()
 
     @property
     def slot_bytes(self) -> int:

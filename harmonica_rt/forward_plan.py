@@ -17,6 +17,7 @@ from .entry import Blank, Entry, Values, is_stream
 from .interception import intercepted
 from .models import UnsupportedModelError
 from .program import ForwardProgram, ForwardStep, Keep, ReuseOutput
+from .streams import Streams
 
 # What the output may change by when kept streams stand for the groups that just made them
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -42,7 +43,7 @@ class ForwardPlan:
         self.program, self.groups, self.shape, self.seconds = program, groups, shape, 0.0
         self.macs: tuple[int, dict[int, int]] | None = None
         self.uncounted: str | None = None
-        self._model = weakref.ref(model)
+        self._model, self.streams = weakref.ref(model), Streams(shape.device)
         reused = [entry for entry, slots in enumerate(program.slots) if slots]
         self.entries = {entry: Entry(groups[entry][0], program.carries[entry]) for entry in reused}
         owners = {block: entry for entry in reused for block in groups[entry][1]}
@@ -57,6 +58,7 @@ class ForwardPlan:
             forward: calls the model's own forward.
             again: likewise, on arguments of its own; run once a plan, for the check that groups can be reused.
         """
+        self.streams.enter()
         instructions = self.program.steps[step]
         if isinstance(instructions, ReuseOutput):
             return self._reuse_output(instructions)
@@ -197,6 +199,7 @@ class ForwardPlan:
 
     def release(self) -> None:
         """Nothing is held but buffers, which go with the last reference."""
+        self.streams.leave()
 
     @property
     def slot_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cuda_graphs import CaptureFailed, Recorder, Replayable
+from .cuda_graphs import Recorder, Replayable, capture_failed
 
 if TYPE_CHECKING:
     from .executor import Plan
@@ -31,7 +31,7 @@ class LoopGraph:
 
     def __init__(self, plan: Plan, recorder: Recorder, scheduler: Any, guidance_scale: float, images: int) -> None:
         started = time.perf_counter()
-        self.plan = weakref.proxy(plan)  # the plan owns this
+        self.plan, self.recorder = weakref.proxy(plan), recorder  # the plan owns this
         self.scheduler, self.guidance_scale = scheduler, guidance_scale
         shape = plan.shape
         size = (images, plan.adapter.in_channels, shape.height, shape.width)
@@ -43,8 +43,7 @@ class LoopGraph:
             self._rewind()
             self.graph, self.output = recorder.capture(self._launch)
         except Exception as error:
-            where = "; ".join(getattr(error, "__notes__", ())) or "between steps"
-            raise CaptureFailed(f"capture failed {where}: {type(error).__name__}: {error}") from error
+            raise capture_failed(error, "an update between steps") from error
         self.seconds = time.perf_counter() - started
 
     def _rewind(self) -> None:
@@ -55,12 +54,15 @@ class LoopGraph:
 
     def run(self, noise: Tensor) -> Tensor:
         """The sampler's result from `noise`, a new tensor."""
+        self.plan.streams.enter()
         self.noise.copy_(noise)
         self.graph.replay()
         return self.output.clone()
 
     def release(self) -> None:
+        """Free the graph's memory once no replay is under way."""
         if self.graph is not None:
+            self.recorder.synchronize()
             self.graph.reset()
             self.graph = None
 

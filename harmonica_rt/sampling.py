@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .schedule import Schedule
@@ -81,7 +82,7 @@ class Sampling:
 
     def follow(self, scheduler: Any) -> None:
         """Start a run on `scheduler`'s timesteps, if they are the schedules'."""
-        timesteps = tuple(float(t) for t in scheduler.timesteps)
+        timesteps = tuple(map(float, torch.as_tensor(scheduler.timesteps).tolist()))  # one wait, if on a device
         name = type(scheduler).__name__
         if len(timesteps) != self.steps:
             unset = getattr(scheduler, "num_inference_steps", 0) is None and scheduler is self.scheduler()

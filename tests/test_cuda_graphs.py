@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,55 @@ def test_graphs_are_captured_once_and_freed() -> None:
     assert len(recorders) == 3
     fast.uncompile()
     assert all(not graph.ops for emulator in recorders for graph in emulator.graphs)
+
+
+def test_all_use_of_a_plans_buffers_follows_the_stream_before() -> None:
+    model, calls, asked = make_dit(), Calls(6), []
+    fast, _ = compile_graphs(model, random_schedule(2))
+    calls.run(fast)
+    (plan,) = fast._plans.values()
+
+    class Spy:
+        enter, leave = (lambda self: asked.append("enter")), (lambda self: asked.append("leave"))
+
+    plan.streams, touch = Spy(), []
+    for owner, name in ((plan.adapter, "encode"), (plan.adapter, "modulate"), (plan.graphs, "run")):
+        kept = getattr(owner, name)
+
+        def seen(*args: object, kept: Any = kept, name: str = name) -> object:
+            touch.append((name, len(asked)))
+            return kept(*args)
+
+        setattr(owner, name, seen)
+    calls.run(fast)
+    fast.uncompile()
+    assert [name for name, _ in touch[:3]] == ["encode", "modulate", "run"]
+    assert [count for _, count in touch] == list(range(1, len(touch) + 1)), "each asks first"
+    assert asked[-1] == "leave"
+
+
+def test_nothing_is_freed_while_it_may_be_replaying() -> None:
+    model, calls = make_dit(), Calls(6)
+    fast, (recorders) = compile_graphs(model, random_schedule(2))
+    calls.run(fast)
+    (emulator,) = recorders
+    emulator.synchronize = lambda: replayed.append([len(graph.ops) > 0 for graph in emulator.graphs])
+    replayed: list[list[bool]] = []
+    fast.uncompile()
+    assert replayed == [[True] * len(emulator.graphs)], "waited for once, before any was reset"
+    assert not any(graph.ops for graph in emulator.graphs)
+
+
+def test_kernels_that_step_0_lacks_are_launched_before_they_are_captured() -> None:
+    """The first launch of a kernel may load it, which a capture forbids: a reused output is summed by kernels of its
+    own."""
+    model, calls = make_dit(), Calls(6)
+    schedule = hrt.Schedule.uniform(model, 6, every=2)
+    schedule = schedule.replace(output=~schedule.compute.any((1, 2)))
+    fast, (recorders) = compile_graphs(model, schedule)
+    eager = hrt.compile(model, schedule, backend="eager")
+    assert_close(calls.run(fast), calls.run(eager), 1e-5)
+    assert recorders[0].warm_ups == 2
 
 
 def test_new_weights_in_place_are_replayed_and_moved_ones_recaptured() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonica_rt as hrt
 from bench.module_reuse import ModuleReuse
@@ -34,6 +36,24 @@ def make_pipeline(model: torch.nn.Module | None = None) -> PixelDiTPipeline:
 def sample(pipeline: PixelDiTPipeline, steps: int = 6, guidance: float = 1.5, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return pipeline([0, 3], guidance, generator, num_inference_steps=steps, output_type="latent").images
+
+
+def test_a_schedulers_timesteps_are_read_at_once() -> None:
+    """On a GPU, where PixArt's pipeline has them, the host waits at each read."""
+    pipeline = hrt.compile(make_pipeline(), random_schedule(3), backend="eager")
+    pipeline.scheduler.set_timesteps(6)
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    with Reads() as reads:
+        pipeline.transformer._sampling.watch()
+    assert pipeline.transformer._sampling.tracker.timesteps == tuple(map(float, pipeline.scheduler.timesteps.tolist()))
+    assert reads.count == 0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import harmonica_rt as hrt
 from harmonica_rt.cuda_graphs import CaptureFailed
+from harmonica_rt.executor import LOOPS
 from harmonica_rt.loop import trajectory
 
 from .conftest import make_dit, random_schedule, relative_error
@@ -97,10 +98,11 @@ def test_one_graph_equals_stepping(kind: type, emulated: list[Emulator]) -> None
         other = fast.trajectory(noise(9), sampler, 1.5, class_labels=labels)
         assert torch.equal(result, kept), "a result survives the next replay"
         assert not torch.equal(other, result)
-    steps, loop = emulated
-    assert len(steps.graphs) == schedule.steps
-    assert [graph.replays for graph in loop.graphs] == [6], "one launch a trajectory"
-    assert [graph.replays for graph in steps.graphs] == [0] * 6
+    (emulator,) = emulated
+    *steps, loop = emulator.graphs
+    assert len(steps) == schedule.steps
+    assert loop.replays == 6, "one launch a trajectory"
+    assert [graph.replays for graph in steps] == [0] * 6
     fast.uncompile()
     assert all(not graph.ops for emulator in emulated for graph in emulator.graphs)
 
@@ -112,7 +114,20 @@ def test_steps_and_loops_take_turns(emulated: list[Emulator]) -> None:
     assert relative_error(stepping(fast, sampler, 1.5, noise()), looped) < 1e-5
     assert torch.equal(fast.trajectory(noise(), sampler, 1.5, class_labels=LABELS), looped)
     fast.trajectory(noise(), sampler, 2.5, class_labels=LABELS)
-    assert len(emulated) == 3, "another guidance scale is another graph"
+    (emulator,) = emulated
+    assert len(emulator.graphs) == 6 + 2, "another guidance scale is another graph, in the same memory pool"
+
+
+def test_few_loops_are_kept(emulated: list[Emulator]) -> None:
+    """A loop is a graph of all steps: a sweep of guidance scales must not fill the card."""
+    fast = hrt.compile(make_dit(in_channels=2, out_channels=2), random_schedule(3), backend="cudagraph")
+    scales = [1.5, 2.0, 2.5, 3.0]
+    for scale in (*scales, 1.5, 3.5):
+        fast.trajectory(noise(), scheduler(), scale, class_labels=LABELS)
+    loops = emulated[0].graphs[6:]
+    assert len(loops) == LOOPS + 1
+    assert [bool(loop.ops) for loop in loops] == [True, False, True, True, True], "2.0 was the least recently used"
+    assert loops[0].replays == 2
 
 
 def test_the_scheduler_is_left_as_it_was() -> None:
@@ -171,7 +186,7 @@ def test_another_scheduler_config_is_another_graph(emulated: list[Emulator]) -> 
         result = fast.trajectory(noise(), sampler, 1.5, class_labels=LABELS)
         assert relative_error(result, stepping(eager, sampler, 1.5, noise())) < 1e-5
     fast.trajectory(noise(), scheduler(), 1.5, class_labels=LABELS)
-    assert len(emulated) == 4, "steps, and a loop for each config"
+    assert len(emulated[0].graphs) == 6 + 3, "steps, and a loop for each config"
 
 
 def test_noise_that_wants_a_gradient_or_is_empty_is_refused() -> None:
