@@ -1,9 +1,10 @@
 # Each target makes .venv first if need be. PYTHON is only used for that.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+OLDEST := .venv-oldest
 OUT := out
 
-.PHONY: help demo test lint bench bench-gpu kernels roofline clean
+.PHONY: help demo test test-oldest lint bench bench-gpu kernels roofline clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -14,12 +15,21 @@ help:  ## This list
 	$(BIN)/pip install --quiet --constraint pins.txt --editable ".[test,train]"
 	touch $@
 
+$(OLDEST)/ready: setup.py pins-oldest.txt
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint pins-oldest.txt --editable ".[test,train]"
+	touch $@
+
 demo: .venv/ready  ## Sample the reference model in full and accelerated: pictures, table, figures in out/
 	$(BIN)/python bench/demo.py --out $(OUT)
 
 test: .venv/ready lint  ## Lint and the whole test suite, in two processes of one thread
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+test-oldest: $(OLDEST)/ready  ## The test suite with the oldest versions that setup.py allows, in an environment of its own
+	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/interpreted
+	$(OLDEST)/bin/pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/ready  ## ruff, check only
 	$(BIN)/ruff check .
@@ -40,4 +50,4 @@ roofline: .venv/ready  ## Predicted time per step on NVIDIA GPUs, from counts: n
 	$(BIN)/python bench/roofline.py
 
 clean:  ## Remove what the targets above made
-	rm -rf .venv out
+	rm -rf .venv $(OLDEST) out

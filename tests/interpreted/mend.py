@@ -1,9 +1,10 @@
-"""Triton 3.7's interpreter computes bf16 on raw bits: make it round, compute and multiply as a GPU does.
+"""Triton's interpreter (3.6, 3.7) computes bf16 on raw bits: make it round, compute and multiply as a GPU does.
 
 `mend()` is called once, with TRITON_INTERPRET=1 set before triton is imported:
 1. casts between fp32 and bf16 round to nearest even (stock: they truncate);
 2. bf16 arithmetic without a cast to fp32 raises (stock: it works on the bit patterns and says nothing);
-3. a kernel's language is patched once a launch, not at every nested call (speed).
+3. a kernel's language is patched once a launch, not at every nested call (speed);
+4. a scalar, an array of one element, counts a loop's turns (stock 3.6: an error with numpy 2.4).
 """
 
 from __future__ import annotations
@@ -66,6 +67,14 @@ def mend() -> None:
 
     Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     Builder.binary_op, Builder.unary_op = binary_op, unary_op
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
     patch = interpreter._patch_lang
     interpreter._patch_lang = lambda fn: patch(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
