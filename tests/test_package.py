@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -41,6 +42,50 @@ def test_kernels_is_ours_only_under_our_name(tmp_path: Path) -> None:
     assert importlib.metadata.distribution("harmonica_rt").read_text("top_level.txt").split() == ["harmonica_rt"]
     code = "import importlib.util as u; print([n for n in ('kernels', 'train', 'bench', 'tests') if u.find_spec(n)])"
     assert python(code, cwd=tmp_path) == "[]"
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of what a file imports, wherever in it; relative imports have none."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_the_package_imports_nothing_that_is_only_in_a_checkout() -> None:
+    files = [file for folder in ("harmonica_rt", "kernels", "train") for file in (ROOT / folder).rglob("*.py")]
+    assert {file.parent.name for file in files} == {"harmonica_rt", "models", "kernels", "train"}
+    assert [file for file in files if imported(file) & {"bench", "tests", "kernels", "train"}] == []
+
+
+def test_what_a_wheel_holds_works_without_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "b", "--build-lib", tmp_path / "lib"]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = f"""
+import importlib, pkgutil, sys
+sys.path.insert(0, {str(tmp_path / "lib")!r})
+import harmonica_rt
+for part in pkgutil.walk_packages(harmonica_rt.__path__, "harmonica_rt."):
+    if part.name != "harmonica_rt.train.__main__":
+        importlib.import_module(part.name)
+from harmonica_rt.train import models
+try:
+    models.load("dit-fashion", "ddim")
+except FileNotFoundError as error:
+    print(error)
+ours = [m for name, m in sys.modules.items() if name.split(".")[0] == "harmonica_rt"]
+assert len(ours) > 40 and all(m.__file__.startswith({str(tmp_path / "lib")!r}) for m in ours), ours
+assert "bench" not in sys.modules and {str(ROOT)!r} not in sys.path, sys.path
+"""
+    assert python(code, cwd=elsewhere) == (
+        "model: expected a reference model (none here), a folder or a hub name, got 'dit-fashion'"
+    )
 
 
 def test_public_names_have_docstrings() -> None:

@@ -62,7 +62,9 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-Model = Annotated[str, typer.Option(help="Reference model, folder or hub name (a pipeline or its transformer).")]
+Model = Annotated[
+    str, typer.Option(help="Folder or hub name, of a pipeline or its transformer; in a checkout dit-fashion.")
+]
 File = Annotated[Path, typer.Argument(help="A schedule file.")]
 
 LEARNERS = {  # which options go with which objective
@@ -75,9 +77,6 @@ LEARNERS = {  # which options go with which objective
 def learn(
     model: Model,
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Shrink a reference model with random weights (dit-xl-2, ...).")
-    ] = None,
     sampler: Annotated[
         str, typer.Option(help="ddim, ddpm, iddpm, dpmsolver++, sa-solver, unipc, euler or flow-euler.")
     ] = "ddim",
@@ -189,7 +188,6 @@ def learn(
             target_speedup=target_speedup,
             target_cur=target_cur,
             features=features,
-            layers=layers,
             classes=None if classes is None else _numbers("classes", classes),
             init=init,
             order=order,

@@ -58,7 +58,6 @@ class Request:
     target_cur: float | None = None
     classes: tuple[int, ...] | None = None
     features: Path | None = None
-    layers: int | None = None
     budget: str = "macs"
     init: str | None = None
     order: int | None = None
@@ -100,11 +99,11 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
         project_dir=request.log,
     )
     dtype = getattr(torch, request.dtype)
-    model, scheduler = models.load(request.model, request.sampler, dtype, request.variant, request.layers)
+    model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
     model.to(accelerator.device)
     within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
     conditions = models.conditions(request.model, model, request.features, request.classes)
-    guidance = models.guidance(request.model, adapt(model)) if request.guidance is None else request.guidance
+    guidance = models.guidance(adapt(model)) if request.guidance is None else request.guidance
     task = Task(model, scheduler, request.steps, guidance, conditions, within_steps)
     kind = _end if isinstance(settings, WeightSettings) else _router
     schedule = kind(request, task, settings, accelerator)

@@ -84,7 +84,6 @@ def test_help(command: str) -> None:
     ("options", "text"),
     [
         (("--sampler", "heun"), "sampler: expected one of ddim, ddpm, iddpm, dpmsolver++"),
-        (("--layers", "1"), "layers: expected a reference model with random weights to shrink, got"),
         (("--features", "f.safetensors"), "features: expected none for DiTTransformer2DModel, which takes labels"),
         (("--target-cur", "0.99"), "target CUR: expected 0.00 to 0.83 for 6 steps, got 0.99"),
         (("--target-cur", "nan"), "target CUR: expected 0.00 to 0.83"),
