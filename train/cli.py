@@ -133,6 +133,8 @@ def learn(
 ) -> None:
     """Learn a schedule for a frozen model: what is computed, and the weights that what is reused stands on.
 
+    Ctrl-C ends it early with the best schedule so far; exit code 3 if that is the forecast's still.
+
     [bold]Examples[/bold]
 
     harmonica learn --model dit-fashion --target-speedup 2.9 --minutes 15 --out dit-fashion-2.9x.json
@@ -144,6 +146,7 @@ def learn(
     accelerate launch -m harmonica_rt.train learn --model facebook/DiT-XL-2-256 --target-cur 0.375 --out xl.json
     """
     from .run import Request, learn_schedule
+    from .stopping import EndedEarly
 
     with _errors():
         kind = objective or (Objective.sdt if paper else Objective.end)
@@ -200,7 +203,11 @@ def learn(
             log=log,
             **{name: given[name] for name in apart if name in given},
         )
-        learn_schedule(request, console)
+        try:
+            learn_schedule(request, console)
+        except EndedEarly as early:
+            Console(stderr=True).print(str(early), soft_wrap=True, highlight=False, markup=False)
+            raise typer.Exit(3) from None
 
 
 @app.command(no_args_is_help=True)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from harmonica_rt.schedule import Schedule
 
 from .search import Search
-from .stopping import never
+from .stopping import EndedEarly, never
 from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
 from .weights import HELD_OUT_SEED, Starts, WeightProgress, WeightSettings, WeightTrainer
@@ -30,12 +30,22 @@ class Progress:
     Attributes:
         share: of the whole budget spent.
         gained: dB below the error of the first start with the forecast's weights, on the validation's runs.
-        text: what is being done.
+        phase: what is being done.
+        iterations: steps of the weights so far, those that follow a move not counted.
+        detail: how far the phase is.
+        left: seconds to the end, the verdict's included once a run's cost is known; None where nothing tells.
     """
 
     share: float
     gained: float
-    text: str
+    phase: str
+    iterations: int
+    detail: str
+    left: float | None
+
+    def __str__(self) -> str:
+        detail = f"{self.detail}, " if self.detail else ""
+        return f"{detail}iteration {self.iterations}, {self.gained:+.2f} dB over the forecast"
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,15 @@ class Learned:
     """A learned schedule and its verdict: mean PSNR in dB (samples in [-1, 1]) to the target on held-out noises.
 
     Attributes:
-        psnr, forecast: of the schedule, and of the same one with the forecast's weights.
+        psnr, forecast: of the schedule, and of the same one with the forecast's weights; None, both, where it was
+            stopped before anything better than the forecast was found: there is nothing to judge.
         full: of the run without reuse; None where that is the target.
         failure: why it ended early with the best schedule until then, if it did.
     """
 
     schedule: Schedule
-    psnr: float
-    forecast: float
+    psnr: float | None
+    forecast: float | None
     full: float | None
     failure: LossNotFinite | None = None
 
@@ -75,43 +86,89 @@ def learn(
         moves: most moves of what is computed to judge.
     """
     began = time.perf_counter()
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise ValueError(f"minutes: expected a number above 0, got {minutes}")
+    check_minutes(minutes)
     accelerator = accelerator or Accelerator(cpu=task.device.type == "cpu")
+    iterations, forecast, judging = 0, None, 0.0  # of all trainers before; dB; seconds that the verdict takes
 
     def left(share: float, of: int = 1) -> float | None:
         """Minutes for one of so many parts that end when `share` of the time is spent."""
         return None if minutes is None else max(1e-3, (share * minutes - (time.perf_counter() - began) / 60) / of)
 
-    def show(share: float, error: float, text: str) -> None:
-        if accelerator.is_main_process:
-            on_progress(Progress(min(1.0, share), forecast - error, text))
+    def show(share: float, phase: str, error: float | None = None, more: int = 0, detail: str = "") -> None:
+        if not accelerator.is_main_process:
+            return
+        share, spent = min(1.0, share), time.perf_counter() - began
+        ends = [] if minutes is None else [max(0.0, 60 * minutes - spent)]
+        if share > 0:
+            ends.append(spent * (1 - share) / share)
+        gained = 0.0 if error is None else forecast - error
+        on_progress(Progress(share, gained, phase, iterations + more, detail, min(ends) + judging if ends else None))
 
-    def weights(low: float, high: float, what: str) -> Callable[[WeightProgress], None]:
-        return lambda p: show(low + (high - low) * p.share, p.judged, f"{what}, iteration {p.iteration}")
+    def targets(done: int) -> None:
+        show(0.0, "targets", detail=f"{done} of {settings.validation} noises")
+        if stopped() and not starts[0].learned:
+            raise EndedEarly
+
+    def weights(low: float, high: float, phase: str) -> Callable[[WeightProgress], None]:
+        return lambda p: show(low + (high - low) * p.share, phase, p.judged, p.iteration)
 
     race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
-    trainer = WeightTrainer(task, starts[0], replace(settings, iterations=TRIAL, every=TRIAL), accelerator)
+    first = replace(settings, iterations=TRIAL, every=TRIAL)
+    try:
+        trainer = WeightTrainer(task, starts[0], first, accelerator, on_target=targets)
+    except EndedEarly:
+        return _nothing(starts[0], settings, time.perf_counter() - began)
     forecast = trainer.validation.judge(_unlearned(starts[0]), accelerator).mean().item()
+    judging = (time.perf_counter() - began) * HELD_OUT / settings.validation
     search = failure = None
     try:
         for k, start in enumerate(starts if race else ()):
             part, minutes_each = race / len(starts), left(race, len(starts) - k)
+            phase = f"start {k + 1} of {len(starts)}"
+            show(k * part, phase, trainer.best.errors.mean().item())
             tried = trainer.succeeded_by(start, replace(trainer.settings, minutes=minutes_each))
-            tried.run(weights(k * part, (k + 1) * part, f"start {k + 1} of {len(starts)}"), stopped)
+            tried.run(weights(k * part, (k + 1) * part, phase), stopped)
+            iterations += tried.iteration
             if k > 0 and tried.best.errors.mean() >= trainer.best.errors.mean():
                 break
             trainer = tried
-        if moves > 0:
+            if stopped():
+                break
+        if moves > 0 and not stopped():
+            show(race, "moves", trainer.best.errors.mean().item())
             search = Search(trainer, left(race + searched), moves, seed=settings.seed)
             trainer = search.run(
-                lambda p: show(race + searched * p.share, p.error, f"{p.taken} of {p.judged} moves taken"), stopped
+                lambda p: show(
+                    race + searched * p.share, "moves", p.error, detail=f"{p.taken} of {p.judged} moves taken"
+                ),
+                stopped,
             )
-        trainer = trainer.succeeded_by(trainer.schedule(), replace(settings, minutes=left(1.0)))
-        trainer.run(weights(race + searched, 1.0, "weights"), stopped)
+        if not stopped():
+            show(race + searched, "weights", trainer.best.errors.mean().item())
+            trainer = trainer.succeeded_by(trainer.schedule(), replace(settings, minutes=left(1.0)))
+            trainer.run(weights(race + searched, 1.0, "weights"), stopped)
+            iterations += trainer.iteration
     except LossNotFinite as error:
         failure = error
-    return _verdict(task, trainer, search, time.perf_counter() - began, failure)
+    seconds = time.perf_counter() - began
+    if failure is None and stopped() and not trainer.schedule().learned:
+        return _nothing(trainer.schedule(), settings, seconds)
+    show(1.0, "verdict", trainer.best.errors.mean().item(), detail=f"on {HELD_OUT} noises held out")
+    return _verdict(task, trainer, search, seconds, failure)
+
+
+def check_minutes(minutes: float | None) -> None:
+    """Raise ValueError unless one can learn for so long."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes: expected a number above 0, got {minutes}")
+
+
+def _nothing(schedule: Schedule, settings: WeightSettings, seconds: float) -> Learned:
+    note = (
+        f"ended early after {seconds:.0f} s, nothing better than the forecast yet (target {settings.target}, "
+        f"seed {settings.seed})"
+    )
+    return Learned(schedule.replace(note=note), None, None, None)
 
 
 def _verdict(

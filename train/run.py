@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from harmonica_rt.models import adapt
 from harmonica_rt.schedule import Schedule
 
 from . import learn, models
 from .budget import TOLERANCE, Budget, macs
+from .progress import Display
 from .router import write_published
-from .stopping import stopping
+from .stopping import EndedEarly, stopping
 from .task import Task
 from .timing import seconds
 from .trainer import Progress, Settings, Trainer
@@ -76,7 +76,11 @@ class Request:
 
 
 def learn_schedule(request: Request, console: Console) -> Schedule:
-    """Learn, write `request.out`, and say what came of it."""
+    """Learn, write `request.out`, and say what came of it.
+
+    Raises:
+        EndedEarly: it was stopped before anything was learned on the end error; the file is written.
+    """
     for path in filter(None, (request.out, request.checkpoint, request.router)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
@@ -99,14 +103,16 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
         project_dir=request.log,
     )
     dtype = getattr(torch, request.dtype)
-    model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
-    model.to(accelerator.device)
-    within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
-    conditions = models.conditions(request.model, model, request.features, request.classes)
-    guidance = models.guidance(adapt(model)) if request.guidance is None else request.guidance
-    task = Task(model, scheduler, request.steps, guidance, conditions, within_steps)
-    kind = _end if isinstance(settings, WeightSettings) else _router
-    schedule = kind(request, task, settings, accelerator)
+    with Display(accelerator.is_main_process) as display:
+        display.show("model", request.model)
+        model, scheduler = models.load(request.model, request.sampler, dtype, request.variant)
+        model.to(accelerator.device)
+        within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
+        conditions = models.conditions(request.model, model, request.features, request.classes)
+        guidance = models.guidance(adapt(model)) if request.guidance is None else request.guidance
+        task = Task(model, scheduler, request.steps, guidance, conditions, within_steps)
+        kind = _end if isinstance(settings, WeightSettings) else _router
+        schedule = kind(request, task, settings, accelerator, display)
     accelerator.end_training()
     if accelerator.is_main_process:
         console.print(
@@ -115,34 +121,36 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
     return schedule
 
 
-def _end(request: Request, task: Task, settings: WeightSettings, accelerator: Accelerator) -> Schedule:
+def _end(
+    request: Request, task: Task, settings: WeightSettings, accelerator: Accelerator, display: Display
+) -> Schedule:
     """What is computed and reuse weights, on the end error."""
-    starts, minutes = _end_starts(request, task, accelerator), request.minutes
+    minutes = request.minutes
     if minutes is None and "iterations" not in request.settings:
         minutes = MINUTES
-    if request.log is not None:
-        accelerator.init_trackers("harmonica")
-    form = "{percentage:3.0f}%|{bar}| {elapsed}, {desc}"
-    with (
-        tqdm(total=1000, disable=not accelerator.is_main_process, bar_format=form) as bar,
-        stopping(accelerator) as stopped,
-    ):
+    learn.check_minutes(minutes)
 
-        def show(progress: learn.Progress) -> None:
-            bar.n = int(1000 * progress.share)
-            bar.set_description_str(f"{progress.text}: {progress.gained:+.2f} dB over the forecast")
-            if request.log is not None:
-                accelerator.log({"gained": progress.gained}, step=bar.n)
+    def show(progress: learn.Progress) -> None:
+        display.show(progress.phase, str(progress), progress.share, progress.left)
+        if request.log is not None:
+            accelerator.log({"gained": progress.gained}, step=int(1000 * progress.share))
 
+    with stopping(accelerator) as stopped:
+        display.show("what to compute", left=None if minutes is None else 60 * minutes)
+        starts = _end_starts(request, task, accelerator)
+        if request.log is not None:
+            accelerator.init_trackers("harmonica")
         learned = learn.learn(task, starts, settings, minutes, request.moves, accelerator, show, stopped)
     if accelerator.is_main_process:
         learned.schedule.save(request.out)
     if learned.failure is not None:
         raise type(learned.failure)(f"{learned.failure}; {request.out} is the best schedule until then")
+    if learned.psnr is None:
+        raise EndedEarly(f"ended early, nothing better than the forecast yet: {request.out} has the forecast's weights")
     return learned.schedule
 
 
-def _router(request: Request, task: Task, settings: Settings, accelerator: Accelerator) -> Schedule:
+def _router(request: Request, task: Task, settings: Settings, accelerator: Accelerator, display: Display) -> Schedule:
     """A router by SDT and IEPO, or L2C."""
     images = _images(request.images, task.model)
     start = _start(settings.init, task.model, request.steps, 0)
@@ -153,17 +161,18 @@ def _router(request: Request, task: Task, settings: Settings, accelerator: Accel
         trainer.load(request.checkpoint)
     if request.log is not None:
         accelerator.init_trackers("harmonica")
-    with tqdm(
-        total=settings.iterations, initial=trainer.iteration, disable=not accelerator.is_main_process, unit="run"
-    ) as bar:
+    before, resumed = trainer.seconds, trainer.iteration
+    total = settings.iterations
+    display.show("first iteration", f"{resumed} of {total} iterations", resumed / total)
 
-        def show(progress: Progress) -> None:
-            bar.update()
-            bar.set_postfix_str(_line(progress))
-            if request.log is not None:
-                _track(accelerator, trainer, progress)
+    def show(progress: Progress) -> None:
+        done = progress.iteration
+        left = (progress.seconds - before) / (done - resumed) * (total - done)
+        display.show("router", f"{done} of {total} iterations, {_line(progress)}", done / total, left)
+        if request.log is not None:
+            _track(accelerator, trainer, progress)
 
-        schedule = trainer.run(request.checkpoint, on_progress=show)
+    schedule = trainer.run(request.checkpoint, on_progress=show)
     if accelerator.is_main_process:
         schedule.save(request.out)
         if request.router is not None:

@@ -11,6 +11,10 @@ import torch
 from accelerate import Accelerator
 
 
+class EndedEarly(RuntimeError):
+    """It was asked to stop before anything better than the forecast was found."""
+
+
 @contextmanager
 def stopping(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came to any of the processes; the second one ends the program as usual."""

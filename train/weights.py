@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +133,15 @@ class Starts:
 
     def errors(self, result: Tensor, start: int, end: int) -> Tensor:
         """log of the mean squared error of each run's `result`, [end - start]."""
-        if (start, end) not in self.ends:
-            self.ends[start, end] = full_run(self.target, self.batch.part(start, end)).float()
-        return ((result.float() - self.ends[start, end]).square().mean((1, 2, 3)) + 1e-12).log()
+        return ((result.float() - self._end(start, end)).square().mean((1, 2, 3)) + 1e-12).log()
+
+    def prepare(self, accelerator: Accelerator, size: int = 16) -> Iterator[int]:
+        """Compute the targets that `judge` asks for; how many there are by now, as often in every process."""
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        for first in range(0, len(self), ranks * size):
+            yield first
+            if (own := first + rank * size) < len(self):
+                self._end(own, min(own + size, len(self)))
 
     def judge(self, schedule: Schedule, accelerator: Accelerator, size: int = 16) -> Tensor:
         """Each run's error with a schedule, dB: 10 log10 of the mean squared error. [len]
@@ -153,6 +159,11 @@ class Starts:
             errors[first:last] = decibels(self.errors(result, first, last))
         return accelerator.reduce(errors, "sum") if ranks > 1 else errors
 
+    def _end(self, start: int, end: int) -> Tensor:
+        if (start, end) not in self.ends:
+            self.ends[start, end] = full_run(self.target, self.batch.part(start, end)).float()
+        return self.ends[start, end]
+
 
 def decibels(logarithm: Tensor) -> Tensor:
     return 10 / math.log(10) * logarithm
@@ -164,6 +175,7 @@ class WeightTrainer:
     Args:
         schedule: for the task's model and sampler; its weights are the start.
         starts, validation: to share with other trainers of the task; drawn as the settings say unless given.
+        on_target: told how many of the validation's targets there are, before each part; what it raises ends it.
 
     Attributes:
         best: the weights that did best on the validation's runs so far, those of the start at first.
@@ -177,6 +189,7 @@ class WeightTrainer:
         accelerator: Accelerator | None = None,
         starts: Starts | None = None,
         validation: Starts | None = None,
+        on_target: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.task, self.settings = task, settings
         check_schedule(task, schedule)
@@ -193,6 +206,8 @@ class WeightTrainer:
         self.starts = starts or Starts(task, settings.target, settings.pool, seed)
         self.validation = validation or Starts(task, settings.target, settings.validation, seed + VALIDATION_SEED)
         self.iteration, self.seconds = 0, 0.0
+        for done in self.validation.prepare(self.accelerator):
+            on_target(done)
         self.best = Judged(self.weights.change.clone(), self._errors(schedule))
 
     def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -265,3 +266,50 @@ def test_a_spread_leaves_out_the_layers_that_cost_less(monkeypatch: pytest.Monke
     assert len(judged) == 2 and judged[0].sum() == judged[1].sum()
     assert not running._cut_first(task, Budget(task.adapter, task.steps, cur=0.5), 2, None), "whole steps: no cut"
     assert len(judged) == 2
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("moment", ["judge", "direction"])
+def test_a_signal_before_the_first_improvement_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    where, name = {"judge": (Starts, "judge"), "direction": (NaturalGradient, "direction")}[moment]
+    stock = getattr(where, name)
+
+    def kill(*arguments: object) -> torch.Tensor:
+        monkeypatch.setattr(where, name, stock)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stock(*arguments) * (0 if moment == "direction" else 1)  # a step of length 0 is no improvement
+
+    monkeypatch.setattr(where, name, kill)
+    out = tmp_path / "s.json"
+    result = learn_end(model, out, "--iterations", "1000", "--init", "uniform:2")
+    assert result.exit_code == 3 and result.stdout == "", result.output
+    message = f"ended early, nothing better than the forecast yet: {out} has the forecast's weights"
+    assert result.stderr.splitlines()[-1] == message
+    assert not Schedule.load(out).learned and "ended early" in Schedule.load(out).note
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("limit", [("--minutes", "3"), ()], ids=["minutes", "iterations"])
+def test_progress_is_a_line_a_phase_without_a_terminal(model: Path, tmp_path: Path, limit: tuple[str, ...]) -> None:
+    result = learn_end(model, tmp_path / "s.json", "--moves", "2", *limit)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    phases = [re.split("[:,]", line)[0] for line in lines]
+    starts = [phase for phase in phases if phase.startswith("start ")]
+    assert starts and phases == ["model", "what to compute", "targets", *starts, "moves", "weights", "verdict"]
+    time = r"\d+:\d\d left" if limit else r"(\d+:\d\d left|time left not known yet)"
+    for line in lines[2:]:
+        assert re.fullmatch(rf"[\w ]+: ([\w ]+, )?iteration \d+, [+-]\d+\.\d\d dB over the forecast, {time}", line), (
+            line
+        )
+    if limit:
+        assert lines[1] == "what to compute, 3:00 left"
+
+
+def test_progress_of_a_router_is_a_line_a_phase(model: Path, tmp_path: Path) -> None:
+    lines = learn(model, tmp_path / "s.json").stderr.splitlines()
+    unknown = "time left not known yet"
+    assert lines[:2] == [f"model: {model}, {unknown}", f"first iteration: 0 of 2 iterations, {unknown}"]
+    assert re.fullmatch(r"router: 1 of 2 iterations, loss .*, \d+:\d\d left", lines[2]) and len(lines) == 3

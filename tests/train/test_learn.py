@@ -20,6 +20,7 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 import harmonica_rt.train.learn as learning
+import harmonica_rt.train.weights as weights
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.learn import Learned, Progress, learn
 from harmonica_rt.train.task import Task
@@ -72,8 +73,9 @@ def test_without_moves_the_weights_alone_change() -> None:
     assert np.array_equal(result.schedule.compute, start.compute) and result.schedule.learned
     for name in ("order", "sampler", "timesteps", "guidance_scale", "model"):
         assert getattr(result.schedule, name) == getattr(start, name), name
-    assert [p.text for p in seen] == [f"weights, iteration {i}" for i in range(1, 5)]
-    assert [p.share for p in seen] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    steps = [p for p in seen if p.phase == "weights"]
+    assert [p.iterations for p in steps] == list(range(5))
+    assert [p.share for p in steps] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
     assert "moves" not in result.schedule.note and result.failure is None
 
 
@@ -84,9 +86,9 @@ def test_moves_keep_the_cost() -> None:
     assert not np.array_equal(result.schedule.compute, start.compute), "steps that are badly placed move"
     assert re.search(r": [1-6] of 6 moves, ", result.schedule.note)
     shares = [p.share for p in seen]
-    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
-    assert sum(p.text.startswith("weights") for p in seen) == 4
-    assert any(re.fullmatch("[0-6] of 6 moves taken", p.text) for p in seen)
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert sum(p.phase == "weights" for p in seen) == 1 + 4
+    assert any(re.fullmatch("[0-6] of 6 moves taken", p.detail) for p in seen if p.phase == "moves")
 
 
 @pytest.mark.parametrize("starts", [((0, 4, 5), (0, 1, 2)), ((0, 1, 2), (0, 4, 5))], ids=str)
@@ -95,14 +97,15 @@ def test_the_best_of_several_starts_goes_on(starts: tuple[tuple[int, ...], ...])
     result = learned(*starts, seen=seen)
     assert psnr(plan(make_task(), (0, 1, 2))) > psnr(plan(make_task(), (0, 4, 5))) + 10
     assert np.array_equal(result.schedule.compute, plan(make_task(), (0, 1, 2)).compute)
-    counts = [sum(p.text.startswith(text) for p in seen) for text in ("start 1 of 2", "start 2 of 2", "weights")]
-    assert counts == [TRIAL, TRIAL, 4]
+    counts = [sum(p.phase == phase for p in seen) for phase in ("start 1 of 2", "start 2 of 2", "weights")]
+    assert counts == [1 + TRIAL, 1 + TRIAL, 1 + 4]
+    assert [p.iterations for p in seen if p.phase == "weights"] == [2 * TRIAL + i for i in range(5)]
 
 
 def test_starts_are_tried_until_one_is_worse() -> None:
     seen: list[Progress] = []
     learned((0, 1, 2), (0, 4, 5), (0, 1, 3), seen=seen, iterations=1)
-    assert {p.text.split(",")[0] for p in seen} == {"start 1 of 3", "start 2 of 3", "weights"}
+    assert {p.phase for p in seen} == {"targets", "start 1 of 3", "start 2 of 3", "weights", "verdict"}
 
 
 def test_weights_of_the_start_are_kept_until_better_ones_are_found() -> None:
@@ -145,23 +148,57 @@ def test_the_verdict_on_the_converged_target_names_the_full_run() -> None:
 def test_progress_is_against_the_forecast_of_the_first_start() -> None:
     seen: list[Progress] = []
     learned(seen=seen)
-    assert seen[0].gained == pytest.approx(0, abs=1e-4), "not judged yet"
+    assert seen[0].gained == 0 and seen[1].gained == pytest.approx(0, abs=1e-4), "not judged yet"
     assert [p.gained for p in seen] == sorted(p.gained for p in seen) and seen[-1].gained > 0
+
+
+@pytest.mark.parametrize("minutes", [None, 5.0])
+def test_progress_is_told_before_the_first_run_and_to_the_verdict(
+    minutes: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Progress] = []
+    runs: list[int] = []  # how much was told before each of the targets' runs
+    full_run = weights.full_run
+    monkeypatch.setattr(weights, "full_run", lambda *task: runs.append(len(seen)) or full_run(*task))
+    learned((0, 4, 5), (0, 1, 2), seen=seen, moves=2, minutes=minutes)
+    assert runs[0] == 1 and str(seen[0]) == "0 of 4 noises, iteration 0, +0.00 dB over the forecast"
+    phases = list(dict.fromkeys(p.phase for p in seen))
+    assert phases == ["targets", "start 1 of 2", "start 2 of 2", "moves", "weights", "verdict"]
+    lefts = [p.left for p in seen]
+    if minutes is None:
+        assert lefts[0] is None and None not in lefts[2:], "nothing tells before the first iteration"
+    else:
+        assert 290 < lefts[0] <= 300, "the time given"
+    assert 0 < lefts[-1] < lefts[2], "the verdict takes time, too"
 
 
 # ---- how it ends
 
 
-@pytest.mark.parametrize("after", [0, 1, TRIAL + 1, 2 * TRIAL + 2])
+@pytest.mark.parametrize("after", [3, 2 + TRIAL, 4 + 2 * TRIAL, 5 + 2 * TRIAL])
 def test_stopping_leaves_a_schedule_that_runs(after: int) -> None:
     seen: list[Progress] = []
     result = learned((0, 4, 5), (0, 1, 2), seen=seen, moves=3, stopped=lambda: len(seen) >= after)
-    assert after <= len(seen) <= after + 1 and result.failure is None
+    assert after <= len(seen) <= after + 2 and result.failure is None
     model = hrt.compile(make_task().model, result.schedule, backend="eager")
     batch, task = make_task().draw(1, 3), make_task()
     labels = torch.cat([*batch.conditional, *batch.unconditional])
     assert model.trajectory(batch.noise, task.scheduler, task.guidance_scale, class_labels=labels).isfinite().all()
-    assert math.isfinite(result.psnr)
+    assert math.isfinite(result.psnr) and result.schedule.learned
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_stopping_before_anything_was_learned_says_so(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Progress] = []
+    runs: list[int] = []
+    full_run = weights.full_run
+    monkeypatch.setattr(weights, "full_run", lambda *task: runs.append(1) or full_run(*task))
+    result = learned((0, 4, 5), (0, 1, 2), seen=seen, moves=3, stopped=lambda: len(seen) > after)
+    assert re.match(r"ended early after \d+ s, nothing better than the forecast yet", result.schedule.note)
+    assert (result.psnr, result.forecast, result.failure) == (None, None, None)
+    assert result.schedule.replace(note="") == plan(make_task(), (0, 4, 5))
+    assert len(seen) == after + 1 and seen[-1].phase == ("targets", "start 1 of 2")[after > 0]
+    assert len(runs) == (after > 0), "no target is computed that nobody waits for, and nothing is judged"
 
 
 def test_minutes_end_it() -> None:
