@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-from .cuda_graphs import Recorder
+from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
 from .forward_plan import ForwardPlan
 from .layout import TRUNK, split_evenly
@@ -65,21 +66,19 @@ class ForwardCall:
 class ForwardRun(Run):
     """A run through the model's own forward."""
 
-    def __init__(self, plan: ForwardPlan, start: int, model: nn.Module) -> None:
+    def __init__(self, plan: ForwardPlan, start: int, engine: ForwardEngine) -> None:
         super().__init__(plan, start)
-        self.model = model
+        self.engine = engine
 
     def shape_of(self, call: ForwardCall) -> CallShape:
         return call.shape
 
     def step(self, step: int, call: ForwardCall, timestep: float | None, known: tuple[float, ...] | None) -> Any:
-        # Models take from the dicts they are given; a second call needs its own
-        args, kwargs = tree_map(lambda leaf: leaf, (call.args, call.kwargs))
-        return self.plan.run(
-            step - self.start,
-            lambda: self.model(*call.args, **call.kwargs),
-            lambda: self.model(*tree_map(lambda leaf: leaf, args), **tree_map(lambda leaf: leaf, kwargs)),
-        )
+        try:
+            return self.plan.run(step - self.start, (call.args, call.kwargs))
+        except CaptureFailed as error:
+            self.engine.give_up_graphs(self.plan, error)
+            return self.plan.run(step - self.start, (call.args, call.kwargs))
 
 
 class ForwardEngine(Engine):
@@ -96,6 +95,11 @@ class ForwardEngine(Engine):
     def check(self, schedule: Schedule) -> None:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(self.model).__name__}")
+        if self.backend == "inductor":
+            raise ValueError(
+                f"backend: expected 'auto', 'eager' or 'cudagraph' at level {schedule.level}, got 'inductor' (blocks "
+                "that torch.compile compiled run as they are: compile_repeated_blocks)"
+            )
         name = type(self.model).__name__
         if schedule.model != name:
             raise ValueError(f"schedule does not fit the model: model expected {name}, got {schedule.model}")
@@ -134,16 +138,34 @@ class ForwardEngine(Engine):
         key, groups = (context, call.shape, start), self._groups(schedule)
         if (plan := self.plans.get(key)) is not None and plan.groups != groups:  # blocks were replaced
             self.plans.pop(key).release()
-        plan = self.plan(
-            key, lambda: ForwardPlan(self.model, lower_forward(schedule.starting_at(start)), groups, call.shape)
-        )
-        return ForwardRun(plan, start, self.model)
+        program = lower_forward(schedule.starting_at(start))
+        plan = self.plan(key, lambda: self._captured(ForwardPlan(self.model, program, groups, call.shape)))
+        if plan.graphs is not None:
+            plan.graphs.follow(self.model)
+        return ForwardRun(plan, start, self)
+
+    def _captured(self, plan: ForwardPlan) -> ForwardPlan:
+        """`plan`, replaying graphs if the backend does."""
+        on_cuda = plan.shape.device.type == "cuda"
+        if self.backend == "cudagraph" or (self.backend == "auto" and on_cuda and self.fallback is None):
+            plan.capture(self.recorder(plan.shape.device))
+        return plan
+
+    def give_up_graphs(self, plan: ForwardPlan, error: CaptureFailed) -> None:
+        """Launch plainly from now on, where the backend leaves it open."""
+        if self.backend != "auto":
+            raise error
+        if self.fallback is None:
+            warnings.warn(f"harmonica_rt runs its eager backend, not cudagraph: {error}", stacklevel=7)
+        self.fallback = str(error)
+        plan.release()
 
     def half_run(self, run: ForwardRun, call: ForwardCall, number: int, context: Hashable) -> ForwardRun:
         key, batch = (context, call.shape, run.start), 2 * len(call.samples[0])
         if (stale := self.plans.pop(key, None)) is not None:
             stale.release()
-        return ForwardRun(self.plan(key, lambda: run.plan.half(number, batch, call.shape)), run.start, self.model)
+        plan = self.plan(key, lambda: self._captured(run.plan.half(number, batch, call.shape)))
+        return ForwardRun(plan, run.start, self)
 
     def _groups(self, schedule: Schedule) -> list[tuple[str, list[nn.Module]]]:
         """Name and blocks of every entry."""

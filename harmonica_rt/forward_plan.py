@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .counting import CountMacs, uncountable
+from .cuda_graphs import Recorder
 from .entry import Blank, Entry, Values, is_stream
+from .forward_graphs import ForwardGraphs
 from .interception import intercepted
 from .models import UnsupportedModelError
 from .program import ForwardProgram, ForwardStep, Keep, ReuseOutput
@@ -21,7 +23,7 @@ from .streams import Streams
 
 # What the output may change by when kept streams stand for the groups that just made them
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-Forward = Callable[[], Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _STREAM = object()  # stands in a tree for a stream
 
 
@@ -32,10 +34,9 @@ class ForwardPlan:
         groups: name and blocks of every entry.
         macs: multiply-accumulates of one forward, those of each entry within it; None where they cannot be counted.
         uncounted: why not.
+        graphs: captured steps, if the plan replays them.
         seconds: time it took to learn what the groups are and to check that they can be reused.
     """
-
-    backend = "eager"
 
     def __init__(
         self, model: nn.Module, program: ForwardProgram, groups: list[tuple[str, list[nn.Module]]], shape: Any
@@ -50,26 +51,49 @@ class ForwardPlan:
         self._blocks, self._owners = list(owners), list(owners.values())
         self._outputs: tuple[Values, TreeSpec, list[Any]] | None = None
         self._learned = False
+        self.graphs: ForwardGraphs | None = None
 
-    def run(self, step: int, forward: Forward, again: Forward) -> Any:
+    @property
+    def backend(self) -> str:
+        return "eager" if self.graphs is None else "cudagraph"
+
+    def capture(self, recorder: Recorder) -> None:
+        """Have computed steps captured where they first come, and replayed from then on."""
+        owner = weakref.proxy(self)  # the plan owns its graphs
+        self.graphs = ForwardGraphs(
+            lambda step, args, kwargs: owner.launch(step, (args, kwargs)),
+            self._model(),
+            len(self.program.steps),
+            recorder,
+        )
+
+    def run(self, step: int, arguments: Arguments) -> Any:
         """The model's output at `step`.
 
         Args:
-            forward: calls the model's own forward.
-            again: likewise, on arguments of its own; run once a plan, for the check that groups can be reused.
+            arguments: args and kwargs of the model's own forward.
+
+        Raises:
+            CaptureFailed: the step can only be launched; `graphs` are to be dropped and the call made again.
         """
         self.streams.enter()
         instructions = self.program.steps[step]
         if isinstance(instructions, ReuseOutput):
             return self._reuse_output(instructions)
-        if self._learned:
-            output = self._forward(forward, lambda number, *call: self._do(instructions, number, *call))
-        else:
-            output = self._learn(forward, again)
+        if not self._learned:
+            output = self._learn(arguments)
             self._keep_learned(instructions)
+        elif self.graphs is None:
+            output = self.launch(instructions, arguments)
+        else:
+            output = self.graphs.run(instructions, *arguments)
         if instructions.keep is not None:
             self._keep_output(instructions.keep, output)
         return output
+
+    def launch(self, step: ForwardStep, arguments: Arguments) -> Any:
+        """`run`, once the plan has learned what its groups are: nothing here depends on data, so it may be captured."""
+        return self._forward(arguments, lambda number, *call: self._do(step, number, *call))
 
     def _do(
         self, step: ForwardStep, number: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -79,11 +103,12 @@ class ForwardPlan:
             entry.compute(what.slot, run, args, kwargs) if isinstance(what, Keep) else entry.reuse(what, args, kwargs)
         )
 
-    def _forward(self, forward: Forward, handle: Callable[..., Any]) -> Any:
-        """`forward`, its blocks' calls going to `handle`(entry, what runs it, its arguments)."""
+    def _forward(self, arguments: Arguments, handle: Callable[..., Any]) -> Any:
+        """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments)."""
+        args, kwargs = arguments
         try:
             with intercepted(self._blocks, lambda number, *call: handle(self._owners[number], *call)):
-                output = forward()
+                output = self._model()(*args, **kwargs)
             for entry in self.entries.values():
                 entry.finish()
         finally:
@@ -93,7 +118,7 @@ class ForwardPlan:
 
     # ---- the first call
 
-    def _learn(self, forward: Forward, again: Forward) -> Any:
+    def _learn(self, arguments: Arguments) -> Any:
         """The model's output, having found out which blocks each group calls and what of it is kept.
 
         Then everything is reused once on the same input, all that should not matter being NaN: an output that is not
@@ -101,12 +126,13 @@ class ForwardPlan:
         over are skip connections, kept beside its streams; if that does not help, the model cannot be reused so.
         """
         started = time.perf_counter()
-        output, held = self._observe(forward)
-        if self.entries and not self._is_same(output, again):
+        spare = _own_containers(arguments)  # models take from the dicts they are given
+        output, held = self._observe(arguments)
+        if self.entries and not self._is_same(output, _own_containers(spare)):
             for number, entry in self.entries.items():
                 entry.forget(held[number])
-            self._observe(again)
-            if not self._is_same(output, again):
+            self._observe(_own_containers(spare))
+            if not self._is_same(output, spare):
                 names = ", ".join(entry.name for entry in self.entries.values())
                 raise UnsupportedModelError(
                     f"expected an output that depends on nothing but the streams after {names}, got another one when "
@@ -116,8 +142,9 @@ class ForwardPlan:
         self.seconds = time.perf_counter() - started
         return output
 
-    def _observe(self, forward: Forward) -> tuple[Any, dict[int, list[tuple[int, int]]]]:
-        """Run `forward`, learning from each call: its output, and for each entry what was held when it was over."""
+    def _observe(self, arguments: Arguments) -> tuple[Any, dict[int, list[tuple[int, int]]]]:
+        """Learn from each call of a forward: its output, and for each entry what was held when it was over."""
+        args, kwargs = arguments
         held: dict[int, list[tuple[int, int]]] = {}
         calls: list[int] = []
         self.uncounted = uncountable(self._model())
@@ -136,7 +163,7 @@ class ForwardPlan:
 
         counting = contextlib.nullcontext() if counter is None else counter
         with counting, intercepted(self._blocks, lambda number, *call: handle(self._owners[number], *call)):
-            output = forward()
+            output = self._model()(*args, **kwargs)
         for entry in self.entries.values():
             if not entry.calls:
                 raise UnsupportedModelError(
@@ -146,13 +173,13 @@ class ForwardPlan:
         self.macs = None if counter is None else (counter.macs, macs)
         return output, held
 
-    def _is_same(self, output: Any, again: Forward) -> bool:
+    def _is_same(self, output: Any, arguments: Arguments) -> bool:
         scratch: dict[Blank, Tensor] = {}
         for number, entry in self.entries.items():
             entry.settle(self.program.slots[number], scratch)
         for t in scratch.values():
             t.fill_(torch.nan)
-        reused = self._forward(again, lambda number, run, *arguments: self.entries[number].reuse(None, *arguments))
+        reused = self._forward(arguments, lambda number, run, *call: self.entries[number].reuse(None, *call))
         for t in scratch.values():
             t.zero_()
         pairs = zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
@@ -198,7 +225,10 @@ class ForwardPlan:
         return own
 
     def release(self) -> None:
-        """Nothing is held but buffers, which go with the last reference."""
+        """Free the graphs' memory now; a plan without graphs goes with its last reference."""
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs = None
         self.streams.leave()
 
     @property
@@ -230,3 +260,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     wide = torch.promote_types(a.dtype, torch.float32)
     tolerance = SAME[a.dtype] * a.to(wide).abs().max().item() if a.numel() else 0.0
     return torch.allclose(a.to(wide), b.to(wide), rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _own_containers(arguments: Arguments) -> Arguments:
+    """The same tensors in lists and dicts of their own."""
+    return tree_map(lambda leaf: leaf, arguments)

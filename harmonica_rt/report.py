@@ -122,6 +122,7 @@ def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
         full_macs=macs[1],
         uncounted=plan.uncounted,
         seconds=plan.seconds,
+        graphs=0 if plan.graphs is None else len(plan.graphs.graphs),
     )
 
 

@@ -1,0 +1,135 @@
+"""The model's own forward as CUDA graphs: each distinct step of a plan captured where it first comes, then replayed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from .cuda_graphs import CaptureFailed, Recorder, Replayable, capture_failed
+from .inspection import Snapshot
+from .program import ForwardStep
+
+PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+class _Inputs(NamedTuple):
+    """Static copies of a call's tensors, and what they were last filled with."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+    filled: dict[int, tuple[weakref.ref[Tensor], int | None]]
+
+
+class ForwardGraphs:
+    """Graphs of one plan. All tensors among a call's arguments are copied into static inputs; the rest is baked in.
+
+    Args:
+        launch: (instructions, args, kwargs) -> the model's output, by launches.
+        steps: of the plan's program.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[ForwardStep, tuple[Any, ...], dict[str, Any]], Any],
+        model: nn.Module,
+        steps: int,
+        recorder: Recorder,
+    ) -> None:
+        self.launch, self.recorder, self.limit = launch, recorder, 2 * steps
+        self.graphs: dict[Hashable, tuple[Replayable, Any]] = {}
+        self._inputs: dict[Hashable, _Inputs] = {}
+        self._state = _state_of(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Drop graphs of a model that has changed since: other modules, tensors, hooks, numbers (a LoRA's scale)."""
+        if (state := _state_of(model)) != self._state:
+            self.release()
+            self._state = state
+
+    def run(self, step: ForwardStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output at `step`, new tensors: the next replay does not touch them.
+
+        Raises:
+            CaptureFailed: the step cannot be captured; nothing is lost, and it may be launched plainly.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in leaves]
+        try:
+            call = (str(spec), tuple(constants), tuple(kinds))
+            key = (step, call)
+            graph = self.graphs.get(key)
+        except TypeError as error:
+            raise CaptureFailed(f"expected arguments that can be compared from call to call: {error}") from None
+        inputs = self._fill(call, leaves, spec)
+        if graph is None:
+            graph = self._capture(key, step, inputs)
+        replayable, output = graph
+        replayable.replay()
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+    def _fill(self, call: Hashable, leaves: list[Any], spec: TreeSpec) -> _Inputs:
+        if call not in self._inputs:
+            static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._inputs[call] = _Inputs(static, spec, {})
+        inputs = self._inputs[call]
+        for number, (static, leaf) in enumerate(zip(inputs.leaves, leaves)):
+            if not isinstance(leaf, Tensor):
+                continue
+            version = None if leaf.is_inference() else leaf._version
+            source, was = inputs.filled.get(number, (None, None))
+            if source is None or source() is not leaf or version is None or version != was:
+                static.copy_(leaf)
+                inputs.filled[number] = (weakref.ref(leaf), version)
+        return inputs
+
+    def _capture(self, key: Hashable, step: ForwardStep, inputs: _Inputs) -> tuple[Replayable, Any]:
+        if len(self.graphs) == self.limit:
+            raise CaptureFailed(
+                f"expected at most {self.limit} graphs, got more: arguments that are no tensors change from call to "
+                "call"
+            )
+
+        def launch() -> Any:  # models take from the dicts they are given
+            return self.launch(step, *tree_unflatten(inputs.leaves, inputs.spec))
+
+        try:
+            self.recorder.warm_up(launch)
+            self.graphs[key] = self.recorder.capture(launch)
+        except Exception as error:
+            raise capture_failed(error, "a call of the model's own forward") from error
+        return self.graphs[key]
+
+    def release(self) -> None:
+        """Free the graphs' memory once no replay is under way."""
+        if self.graphs:
+            self.recorder.synchronize()
+        for graph, _ in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+        self._inputs.clear()
+
+
+def _state_of(model: nn.Module) -> tuple[Any, ...]:
+    """All that a captured forward of `model` has baked in, as far as its modules tell."""
+    numbers = [
+        (name, attribute, _plain(value))
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if (isinstance(value, (*PLAIN, dict, list, tuple)) and attribute[:1] != "_") or attribute == "_active_adapter"
+    ]
+    return Snapshot.of(model), numbers, torch.is_autocast_enabled()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as far as it is numbers and text."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if isinstance(v, (*PLAIN, dict, list, tuple))}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value if isinstance(v, (*PLAIN, dict, list, tuple))]
+    return value
