@@ -7,26 +7,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-
-_ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CountMacs(TorchDispatchMode):
     """Adds up what matrix products, convolutions and attention do, in torch's own formulas."""
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # imports triton
+
         super().__init__()
         self.macs = 0
+        self._flops = flop_registry
+        self._attention = sdpa_flop_count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
-        if packet is _ATTENTION_ON_CPU:
-            self.macs += sdpa_flop_count(*(t.shape for t in args[:3])) // 2
-        elif packet in flop_registry:
-            self.macs += flop_registry[packet](*args, **kwargs, out_val=out) // 2
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.macs += self._attention(*(t.shape for t in args[:3])) // 2
+        elif packet in self._flops:
+            self.macs += self._flops[packet](*args, **kwargs, out_val=out) // 2
         return out
 
 

@@ -90,10 +90,12 @@ def test_a_hook_on_all_modules_is_refused() -> None:
 
 def test_hooks_are_refused_when_compiling_and_when_they_come_later() -> None:
     model = make_dit()
-    fast = hrt.compile(model, hrt.Schedule.full(model, 1), backend="eager")
+    schedule = hrt.Schedule.full(model, 1)
+    fast = hrt.compile(model, schedule, backend="eager")
     handle = model.transformer_blocks[1].register_forward_hook(lambda *args: None)
+    assert hrt.Schedule.full(model, 1).level == "blocks"
     for refused in (
-        lambda: hrt.compile(model, hrt.Schedule.full(model, 1)),
+        lambda: hrt.compile(model, schedule),
         lambda: fast(torch.randn(1, 2, 8, 8), torch.tensor([9]), torch.tensor([0])),
     ):
         with pytest.raises(hrt.UnsupportedModelError, match=r"transformer_blocks\.1: expected no forward hooks"):
