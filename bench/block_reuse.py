@@ -38,7 +38,10 @@ class BlockReuse(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.schedule.output[self.step]:
             self.outputs_reused += 1
-            weights = self.schedule.output_weights[self.step].tolist()
+            weights = list(torch.from_numpy(self.schedule.output_weights[self.step].copy()).float())
+            if self.schedule.output_channels is not None:
+                own = torch.from_numpy(self.schedule.output_channels[self.step].copy())
+                weights = [w + each.view(-1, 1, 1) for w, each in zip(weights, own)]
             sample = sum(w * output for w, output in zip(weights, self.outputs))
             output = Transformer2DModelOutput(sample=sample) if kwargs.get("return_dict", True) else (sample,)
         else:
@@ -68,6 +71,8 @@ class _Group(nn.Module):
                 *(t[:, number, 0] for t in (schedule.compute, schedule.weights, unlearned, schedule.carry))
             )
         ]
+        channels = schedule.channels
+        self.channels = None if channels is None else torch.from_numpy(channels[:, number, 0].copy())
         self.values: list[tuple[Tensor, Tensor]] = []  # stream before and after, newest first
 
     def __getattr__(self, name: str) -> Any:
@@ -84,9 +89,12 @@ class _Group(nn.Module):
             self.owner.computed += 1
             return h
         self.owner.reused += 1
+        if self.channels is not None:
+            own = self.channels[self.owner.step]
+            a, carry = [weight + each for weight, each in zip(a, own)], carry + own[-1]
         o = torch.zeros_like(x)
         for weight, (_, h) in zip(a, self.values):
             o = o + weight * h
-        if carry:
+        if isinstance(carry, Tensor) or carry:
             o = o + carry * (x - sum(weight * before for weight, (before, _) in zip(w, self.values)))
         return o

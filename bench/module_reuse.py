@@ -33,6 +33,7 @@ class ModuleReuse(nn.Module):
         self.dtype, self.device = model.dtype, model.device
         self.computed = self.reused = self.outputs_reused = 0
         self.output, self.output_weights = schedule.output.tolist(), schedule.output_weights.tolist()
+        self.output_channels = schedule.output_channels
         self.outputs: list[Tensor] = []  # newest first
         self.wrapped: list[tuple[nn.Module, str]] = []
         compute, weights = schedule.compute.tolist(), schedule.weights.tolist()
@@ -40,6 +41,9 @@ class ModuleReuse(nn.Module):
             for branch, name in enumerate(schedule.branches):
                 attribute = MODULES[schedule.model][name]
                 plan = [(step[layer][branch], w[layer][branch]) for step, w in zip(compute, weights)]
+                if schedule.channels is not None:
+                    own = torch.from_numpy(schedule.channels[:, layer, branch].copy())
+                    plan = [(c, [w + each for w, each in zip(ws, rows)]) for (c, ws), rows in zip(plan, own)]
                 setattr(block, attribute, _Cached(self, getattr(block, attribute), plan))
                 self.wrapped.append((block, attribute))
 
@@ -54,7 +58,11 @@ class ModuleReuse(nn.Module):
 
     def _reuse_output(self, return_dict: bool) -> Any:
         self.outputs_reused += 1
-        terms = zip(self.output_weights[self.step], self.outputs)
+        weights = self.output_weights[self.step]
+        if self.output_channels is not None:
+            own = torch.from_numpy(self.output_channels[self.step].copy())
+            weights = [w + each.view(-1, 1, 1) for w, each in zip(weights, own)]
+        terms = zip(weights, self.outputs)
         sample = sum(weight * output for weight, output in terms)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -69,7 +77,7 @@ class ModuleReuse(nn.Module):
 
 
 class _Cached(nn.Module):
-    def __init__(self, owner: ModuleReuse, module: nn.Module, plan: list[tuple[bool, list[float]]]) -> None:
+    def __init__(self, owner: ModuleReuse, module: nn.Module, plan: list[tuple[bool, list[Any]]]) -> None:
         super().__init__()
         object.__setattr__(self, "owner", owner)
         self.module, self.plan = module, plan
@@ -85,7 +93,9 @@ class _Cached(nn.Module):
         self.owner.reused += 1
         total = None
         for weight, value in zip(weights, self.values):
-            if weight == 1.0 and total is None:
+            if isinstance(weight, Tensor):
+                total = weight * value if total is None else total + weight * value
+            elif weight == 1.0 and total is None:
                 total = value
             elif weight != 0.0:
                 total = weight * value if total is None else torch.add(total, value, alpha=weight)

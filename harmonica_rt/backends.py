@@ -47,7 +47,7 @@ class EagerOps:
     def _terms(self, gap: Gap, step: int) -> tuple[list[Tensor], list[Tensor | None], list[float]]:
         plan = self.plan
         slots = [plan.slots.select(0, term.slot) for term in gap.terms]
-        rows = [plan.branches[term.entry].gate for term in gap.terms]
+        rows = [plan.gate(term) for term in gap.terms]
         gates = [None if row is None else plan.row(row, step) for row in rows]
         return slots, gates, [term.weight for term in gap.terms]
 
@@ -98,7 +98,7 @@ class InductorOps(EagerOps):
     def _variant(self, terms: int, norm: bool) -> Callable[..., list[Tensor]]:
         plan, shape = self.plan, self.plan.shape
         threads = torch.get_num_threads()
-        return compiled_gap(terms, norm, plan.stream, plan.adapter.rows, shape.dtype, shape.device, threads)
+        return compiled_gap(terms, norm, plan.stream, plan.rows.shape[2], shape.dtype, shape.device, threads)
 
 
 class CudaGraphOps(EagerOps):
@@ -121,7 +121,7 @@ class CudaGraphOps(EagerOps):
     def gap(self, gap: Gap, step: int) -> GapCall:
         plan, norm = self.plan, self.plan.norm(gap.norm)
         if gap not in self._tables:
-            gates = [plan.branches[term.entry].gate for term in gap.terms]
+            gates = [plan.gate(term) for term in gap.terms]
             pairs = [[term.slot, -1 if gate is None else gate] for term, gate in zip(gap.terms, gates)]
             on = plan.shape.device
             table = torch.tensor(pairs, dtype=torch.int32, device=on).view(-1, 2)

@@ -115,6 +115,43 @@ def check_carry(carry: Any, compute: np.ndarray, output: np.ndarray, level: str)
     return carry
 
 
+def check_channels(channels: Any, compute: np.ndarray, output: np.ndarray, order: int, level: str) -> np.ndarray:
+    values = order + 1 + (level == "blocks")
+    channels = _check_floats("channels", channels, (*compute.shape, values))
+    _check_reused("channels", channels.any(-1), compute, output)
+    if (bad := channels[..., : order + 1, :].any(-1) & (history(compute, order) < 0)).any():
+        where = np.argwhere(bad)[0]
+        raise ValueError(
+            f"channels: value {where[-1]} (0 = newest) does not exist yet at {_place(where[:-1])}: expected 0"
+        )
+    return channels
+
+
+def check_output_channels(channels: Any, output: np.ndarray, order: int) -> np.ndarray:
+    channels = _check_floats("output_channels", channels, (len(output), order + 1))
+    allowed = output[:, None] & (history(~output, order) >= 0)
+    if (bad := channels.any(-1) & ~allowed).any():
+        step, value = np.argwhere(bad)[0]
+        raise ValueError(
+            f"output_channels: expected 0 at step {step}, value {value} (not reused there, or not existing yet)"
+        )
+    return channels
+
+
+def _check_floats(name: str, channels: Any, shape: tuple[int, ...]) -> np.ndarray:
+    channels = np.asarray(channels)
+    if not np.issubdtype(channels.dtype, np.floating):
+        raise TypeError(f"{name}: expected a float dtype, got {channels.dtype}")
+    if channels.shape[:-1] != shape or not channels.shape[-1:] or not channels.shape[-1]:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape [{expected}, channels], got {list(channels.shape)}")
+    with np.errstate(over="ignore"):
+        channels = channels.astype(np.float32) + np.float32(0)
+    if not np.isfinite(channels).all():
+        raise ValueError(f"{name}: expected finite numbers, got {channels[~np.isfinite(channels)][0]}")
+    return channels
+
+
 def _check_reused(name: str, numbers: np.ndarray, compute: np.ndarray, output: np.ndarray) -> None:
     """0 where nothing is reused; `numbers` are [..., any]."""
     if (bad := (numbers != 0) & over_entries(output, compute)[..., None]).any():

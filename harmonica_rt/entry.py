@@ -13,9 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .kernels.combine import combine
 from .models import UnsupportedModelError
-from .program import Combine
-
-Terms = Sequence[tuple[int, float]]
+from .program import Addend, Combine
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +53,17 @@ class Values:
                 )
             buffer.copy_(stream)
 
-    def stream(self, number: int, terms: Terms) -> tuple[list[Tensor], list[float]]:
-        return [self.slots[slot][number] for slot, _ in terms], [weight for _, weight in terms]
-
-    def combined(self, terms: Terms) -> list[Tensor]:
-        count = range(len(self.slots[0]))
-        return [combine(*self.stream(i, terms)) if terms else torch.zeros_like(self.slots[0][i]) for i in count]
+    def combined(self, terms: Sequence[Addend], channels: Tensor | None) -> list[Tensor]:
+        """The sum over `terms` of each stream."""
+        if not terms:
+            return [torch.zeros_like(t) for t in self.slots[0]]
+        return [
+            combine(
+                [self.slots[term.slot][number] for term in terms],
+                [weight_of(term, channels, like, self.name) for term in terms],
+            )
+            for number, like in enumerate(self.slots[0])
+        ]
 
     def half(self, number: int, batch: int) -> Values:
         """Those of one half of a batch."""
@@ -190,10 +193,16 @@ class Entry:
                     self.values.keep(slot, [leaves[leaf]], stream)
         return result
 
-    def reuse(self, combination: Combine | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What stands in for the next call; without a combination the values that were just learned."""
+    def reuse(
+        self, combination: Combine | None, channels: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What stands in for the next call; without a combination the values that were just learned.
+
+        Args:
+            channels: rows of weights per channel, [rows, width].
+        """
         number = self._next()
-        if number == 0 and combination is not None and combination.carry:
+        if number == 0 and combination is not None and combination.carries:
             self.x = self._before(args, kwargs)
         result = self.calls[number]
         leaves = [self.scratch[leaf] if isinstance(leaf, Blank) else leaf for leaf in result.leaves]
@@ -201,16 +210,17 @@ class Entry:
             if call == number and combination is None:
                 leaves[leaf] = self.latest[call, leaf].clone()
             elif call == number:
-                leaves[leaf] = self._combine(stream, combination)
+                leaves[leaf] = self._combine(stream, combination, channels)
         return tree_unflatten(leaves, result.spec)
 
-    def _combine(self, stream: int, combination: Combine) -> Tensor:
-        values, weights = self.values.stream(stream, combination.terms)
-        if combination.carry:
-            before, theirs = self.befores.stream(stream, combination.inputs)
-            values = [*values, self.x[stream], *before]
-            weights = [*weights, combination.carry, *(-combination.carry * w for w in theirs)]
-        return combine(values, weights) if values else torch.zeros_like(self.values.slots[0][stream])
+    def _combine(self, stream: int, combination: Combine, channels: Tensor | None) -> Tensor:
+        like, sources = self.values.slots[0][stream], {"value": self.values, "before": self.befores}
+        if not combination.terms:
+            return torch.zeros_like(like)
+        return combine(
+            [self.x[stream] if t.of == "now" else sources[t.of].slots[t.slot][stream] for t in combination.terms],
+            [weight_of(term, channels, like, self.name) for term in combination.terms],
+        )
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         leaves = tree_flatten((args, kwargs))[0]
@@ -244,3 +254,19 @@ def half_of(t: Tensor, number: int, batch: int) -> Tensor:
 
 def _half_shape(shape: torch.Size, batch: int) -> torch.Size:
     return torch.Size((batch // 2, *shape[1:])) if shape and shape[0] == batch else shape
+
+
+def weight_of(term: Addend, channels: Tensor | None, like: Tensor, name: str) -> float | Tensor:
+    """A term's weight, to multiply tensors as `like`: per channel along the last axis, of pictures along the second.
+
+    Raises:
+        ValueError: there are not as many channels.
+    """
+    if term.channel is None:
+        return term.weight
+    row = channels[term.channel]
+    axes = [1, 0, like.ndim - 1] if like.ndim >= 4 else [like.ndim - 1]
+    axis = next((axis for axis in axes if like.shape[axis] == len(row)), None)
+    if axis is None:
+        raise ValueError(f"weights per channel: expected {name} of {len(row)} channels, got {kind_of(like)}")
+    return row.view(-1, *(1,) * (like.ndim - 1 - axis))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +17,7 @@ from .backends import OPS, GapCall, linear
 from .cuda_graphs import StepGraphs
 from .loop import LoopGraph
 from .models.base import Adapter, Branch, CrossAttention, Gelu, Linear, Norm, SelfAttention
-from .program import Program, ReuseOutput
+from .program import Program, ReuseOutput, Term
 from .streams import Streams
 
 LOOPS = 4  # captured trajectories a plan keeps: each is a graph of all steps, for one sampler and guidance
@@ -48,7 +49,9 @@ class Plan:
     Attributes:
         slots: [slots, batch, tokens, width], what reused branches stand on.
         outputs: [outputs, batch, out channels, height, width], what reused outputs stand on.
-        rows: [window, batch, rows, width], the modulation rows of `window` steps.
+        rows: [window, batch, rows, width], the modulation rows of `window` steps: the adapter's, and behind them a gate
+            times its weights per channel for each term that has such.
+        channels: [steps, terms, width], those weights.
         context: [contexts, 2, batch, context tokens, width], keys and values that cross-attention reads; and
         context_bias: [batch, 1, 1, context tokens], what it adds to the scores.
         step: int32 [1], which of them the call under way uses, for kernels that look it up on the device.
@@ -67,9 +70,14 @@ class Plan:
         tokens, width = adapter.tokens(shape.height, shape.width), adapter.width
         self.stream = (shape.batch, tokens, width)
         empty = partial(torch.empty, dtype=shape.dtype, device=shape.device)
-        row_bytes = shape.batch * adapter.rows * width * shape.dtype.itemsize
+        self.channels = _table(program.channels, width, "channels", torch.float32, shape.device)
+        self.output_channels = _table(
+            program.output_channels, adapter.out_channels, "output_channels", shape.dtype, shape.device
+        )
+        count = adapter.rows + (0 if self.channels is None else self.channels.shape[1])
+        row_bytes = shape.batch * count * width * shape.dtype.itemsize
         self.window = max(1, min(len(program.steps), MODULATION_BYTES // row_bytes))
-        self.rows = empty(self.window, shape.batch, adapter.rows, width)
+        self.rows = empty(self.window, shape.batch, count, width)
         self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
         self.context = empty(adapter.contexts, 2, shape.batch, shape.context, width)
         self.context_bias = empty(shape.batch, 1, 1, shape.context)
@@ -126,15 +134,36 @@ class Plan:
 
     def _reuse_output(self, instructions: ReuseOutput) -> Tensor:
         total = torch.zeros(self.outputs.shape[1:], dtype=self.outputs.dtype, device=self.outputs.device)
-        for slot, weight in instructions.terms:
-            total.add_(self.outputs.select(0, slot), alpha=weight)
+        for term in instructions.terms:
+            output = self.outputs.select(0, term.slot)
+            if term.channel is None:
+                total.add_(output, alpha=term.weight)
+            else:
+                total.addcmul_(output, self.output_channels.select(0, term.channel).view(-1, 1, 1))
         return total
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
         """Fill the modulation rows of `step` and of the steps after it, one for each of `timesteps`."""
         self.streams.enter()
-        start = step % self.window
-        self.adapter.modulate(timesteps, conditioning, self.rows.narrow(0, start, len(timesteps)))
+        rows = self.rows.narrow(0, step % self.window, len(timesteps))
+        self.adapter.modulate(timesteps, conditioning, rows.narrow(2, 0, self.adapter.rows))
+        if self.channels is not None:
+            for ahead in range(len(timesteps)):
+                self._fold(step + ahead, rows.select(0, ahead))
+
+    def _fold(self, step: int, rows: Tensor) -> None:
+        """Multiply gates by the weights per channel of `step`: a Gap then has one row a term, as without them."""
+        for gap in self.program.steps[step].gaps:
+            for term in gap.terms:
+                if term.channel is not None:
+                    weights = self.channels.select(0, step).select(0, term.channel).to(rows.dtype)
+                    gate = self.branches[term.entry].gate
+                    out = rows.select(1, self.adapter.rows + term.channel)
+                    out.copy_(weights if gate is None else rows.select(1, gate) * weights)
+
+    def gate(self, term: Term) -> int | None:
+        """The modulation row that multiplies a term; None for 1."""
+        return self.branches[term.entry].gate if term.channel is None else self.adapter.rows + term.channel
 
     def encode(self, conditioning: tuple[Tensor, ...]) -> None:
         """Fill what cross-attention reads in the run that begins."""
@@ -209,6 +238,15 @@ class Plan:
                     keys, values = _heads(self.context.select(0, stage.context), stage.heads)
                     calls.append(partial(_cross_attention, keys, values, self.context_bias, batch, tokens))
         return partial(_run_stages, calls)
+
+
+def _table(rows: np.ndarray | None, width: int, name: str, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Weights per channel on the device. Raises ValueError if they are not as wide as what they are for."""
+    if rows is None:
+        return None
+    if rows.shape[-1] != width:
+        raise ValueError(f"{name}: expected {width} channels, the model's, got a schedule with {rows.shape[-1]}")
+    return torch.from_numpy(rows).to(device, dtype)
 
 
 def _widest(branch: Branch) -> int:

@@ -49,6 +49,10 @@ class ForwardPlan:
         self.entries = {entry: Entry(groups[entry][0], program.carries[entry]) for entry in reused}
         owners = {block: entry for entry in reused for block in groups[entry][1]}
         self._blocks, self._owners = list(owners), list(owners.values())
+        tables = (program.channels, program.output_channels)
+        self._channels, self._output_channels = (
+            None if table is None else torch.from_numpy(table).to(shape.device) for table in tables
+        )
         self._outputs: tuple[Values, TreeSpec, list[Any]] | None = None
         self._learned = False
         self.graphs: ForwardGraphs | None = None
@@ -99,9 +103,9 @@ class ForwardPlan:
         self, step: ForwardStep, number: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         entry, what = self.entries[number], step.entries[number]
-        return (
-            entry.compute(what.slot, run, args, kwargs) if isinstance(what, Keep) else entry.reuse(what, args, kwargs)
-        )
+        if isinstance(what, Keep):
+            return entry.compute(what.slot, run, args, kwargs)
+        return entry.reuse(what, self._channels, args, kwargs)
 
     def _forward(self, arguments: Arguments, handle: Callable[..., Any]) -> Any:
         """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments)."""
@@ -179,7 +183,7 @@ class ForwardPlan:
             entry.settle(self.program.slots[number], scratch)
         for t in scratch.values():
             t.fill_(torch.nan)
-        reused = self._forward(arguments, lambda number, run, *call: self.entries[number].reuse(None, *call))
+        reused = self._forward(arguments, lambda number, run, *call: self.entries[number].reuse(None, None, *call))
         for t in scratch.values():
             t.zero_()
         pairs = zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
@@ -206,7 +210,7 @@ class ForwardPlan:
 
     def _reuse_output(self, instructions: ReuseOutput) -> Any:
         values, spec, rest = self._outputs
-        streams = iter(values.combined(instructions.terms))
+        streams = iter(values.combined(instructions.terms, self._output_channels))
         return tree_unflatten([next(streams) if leaf is _STREAM else leaf for leaf in rest], spec)
 
     # ---- the rest

@@ -3,43 +3,74 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .forecast import forecast
-from .program import Combine, Compute, ForwardProgram, ForwardStep, Gap, Keep, Program, ReuseOutput, Step, Term
+from .program import Addend, Combine, Compute, ForwardProgram, ForwardStep, Gap, Keep, Program, ReuseOutput, Step, Term
 from .schedule import Schedule
 
 Value = tuple[int, int]  # (entry, step that computed it)
-# Before slots are known: [(entry to compute, [(value, weight), ...] to add first), ...]; the head is entry L B
+# Before slots are known: [(entry to compute, [(value, what of it), ...] to add first), ...]; the head is entry L B
 Draft = list[list[tuple[int, list[tuple[Value, Any]]]]]
 
 
+class _Weight(NamedTuple):
+    """A reuse weight; `row` is the whole of it where it is per channel."""
+
+    number: float
+    row: np.ndarray | None = None
+
+
+class _Rows:
+    """Rows of weights per channel as they come up."""
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []
+
+    def add(self, row: np.ndarray | None) -> int | None:
+        if row is None:
+            return None
+        self.rows.append(row)
+        return len(self.rows) - 1
+
+    @property
+    def table(self) -> np.ndarray | None:
+        return np.stack(self.rows).astype(np.float32) if self.rows else None
+
+
 def lower(schedule: Schedule) -> Program:
-    """Lower `schedule` to a static program.
+    """Lower `schedule` of level branches to a static program.
 
     Every value gets a slot from its Compute to the last Gap that reads it. Slots are given out first come first served
     along the run, which for intervals on a line needs no more slots than values alive at once. Of the free slots a
     value takes the one its own branch used last, so that addresses repeat from step to step.
     """
-    draft, outputs = _draft(schedule), _draft_outputs(schedule)
+    draft = _draft(schedule)
     slots, count = _allocate(draft)
-    kept, kept_count = _allocate(outputs)
+    outputs, kept, kept_count, output_channels = _lower_outputs(schedule)
     entries = schedule.layers * len(schedule.branches)
     steps: list[Step | ReuseOutput] = []
+    channels: list[_Rows] = []
     for i, drafted in enumerate(draft):
+        channels.append(rows := _Rows())
         if schedule.output[i]:
-            ((_, terms),) = outputs[i]
-            steps.append(ReuseOutput(tuple((kept[value], weight) for value, weight in terms)))
+            steps.append(ReuseOutput(outputs[i]))
             continue
         gaps = [
-            Gap(tuple(Term(slots[value], weight, value[0]) for value, weight in terms), norm=entry)
+            Gap(
+                tuple(
+                    Term(slots[value], 1.0 if w.row is not None else w.number, value[0], rows.add(w.row))
+                    for value, w in terms
+                ),
+                norm=entry,
+            )
             for entry, terms in drafted
         ]
         body = tuple((gap, Compute(gap.norm, slots[gap.norm, i])) for gap in gaps[:-1])
         steps.append(Step(body, gaps[-1], keep=kept.get((0, i))))
-    return Program(tuple(steps), entries, count, kept_count)
+    return Program(tuple(steps), entries, count, kept_count, _stack(channels), output_channels)
 
 
 def lower_forward(schedule: Schedule) -> ForwardProgram:
@@ -48,55 +79,94 @@ def lower_forward(schedule: Schedule) -> ForwardProgram:
     Values of an entry have slots of their own, since streams differ in shape; given out as in `lower`.
     """
     steps, order = schedule.steps, schedule.order
-    flat = schedule.compute.reshape(steps, -1)
+    computed = schedule.compute.reshape(steps, -1)
     weights = schedule.weights.reshape(steps, -1, order + 1)
     unlearned = forecast(schedule.compute, order, schedule.positions).reshape(weights.shape)
     carry = schedule.carry.reshape(steps, -1)
-    columns, counts = [], []
-    for entry in range(flat.shape[1]):
-        column, count = _lower_entry(flat[:, entry], weights[:, entry], unlearned[:, entry], carry[:, entry], order)
+    channels = None if schedule.channels is None else schedule.channels.reshape(*carry.shape, order + 2, -1)
+    rows = _Rows()
+    columns, counts, carries = [], [], []
+    for entry in range(computed.shape[1]):
+        own = None if channels is None else channels[:, entry]
+        drafted = _draft_carried(computed[:, entry], weights[:, entry], unlearned[:, entry], carry[:, entry], own)
+        column, count = _lower_entry(computed[:, entry], *drafted, rows)
         columns.append(column)
         counts.append(count)
-    outputs = _draft_outputs(schedule)
-    kept, kept_count = _allocate(outputs)
-    lowered: list[ForwardStep | ReuseOutput] = []
-    for i in range(steps):
-        if schedule.output[i]:
-            ((_, terms),) = outputs[i]
-            lowered.append(ReuseOutput(tuple((kept[value], weight) for value, weight in terms)))
-        else:
-            lowered.append(ForwardStep(tuple(column[i] for column in columns), keep=kept.get((0, i))))
-    return ForwardProgram(tuple(lowered), tuple(counts), tuple(map(bool, carry.any(0))), kept_count)
+        carries.append(any(isinstance(what, Combine) and what.carries for what in column))
+    outputs, kept, kept_count, output_channels = _lower_outputs(schedule)
+    lowered = tuple(
+        ReuseOutput(outputs[i])
+        if schedule.output[i]
+        else ForwardStep(tuple(column[i] for column in columns), keep=kept.get((0, i)))
+        for i in range(steps)
+    )
+    return ForwardProgram(lowered, tuple(counts), tuple(carries), kept_count, rows.table, output_channels)
+
+
+def _draft_carried(
+    computed: np.ndarray, weights: np.ndarray, unlearned: np.ndarray, carry: np.ndarray, channels: np.ndarray | None
+) -> tuple[Draft, list[_Weight]]:
+    """One entry's values of each step, as (weight of the value, weight of the stream before it), and its carries."""
+    draft: Draft = []
+    cached: list[Value] = []
+    carries = [_weight(c, None if channels is None else channels[i, -1]) for i, c in enumerate(carry.tolist())]
+    for i in range(len(computed)):
+        terms = []
+        for k, value in enumerate([] if computed[i] else cached):
+            a = _weight(weights[i, k], None if channels is None else channels[i, k])
+            w = float(unlearned[i, k])
+            theirs = _Weight(-w * carries[i].number, None if carries[i].row is None else -w * carries[i].row)
+            if _counts(a) or _counts(theirs):
+                terms.append((value, (a, theirs)))
+        draft.append([(0, terms)])
+        if computed[i]:
+            cached = [(0, i), *cached[: weights.shape[1] - 1]]
+    return draft, carries
 
 
 def _lower_entry(
-    computed: np.ndarray, weights: np.ndarray, unlearned: np.ndarray, carry: np.ndarray, order: int
+    computed: np.ndarray, draft: Draft, carries: list[_Weight], rows: _Rows
 ) -> tuple[list[Keep | Combine], int]:
     """The instructions of one entry, a step each, and how many slots its values need."""
-    draft: Draft = []
-    cached: list[Value] = []
-    for i in range(len(computed)):
-        terms = zip(cached, weights[i].tolist(), unlearned[i].tolist())
-        read = [(value, a, w) for value, a, w in terms if a != 0.0 or carry[i] * w != 0.0]
-        draft.append([(0, [] if computed[i] else [(value, (a, w)) for value, a, w in read])])
-        if computed[i]:
-            cached = [(0, i), *cached[:order]]
     slots, count = _allocate(draft)
     column: list[Keep | Combine] = []
     for i, ((_, terms),) in enumerate(draft):
         if computed[i]:
             column.append(Keep(slots.get((0, i))))
             continue
-        kept = tuple((slots[value], a) for value, (a, _) in terms if a != 0.0)
-        inputs = tuple((slots[value], w) for value, (_, w) in terms if w != 0.0) if carry[i] else ()
-        column.append(Combine(kept, float(carry[i]), inputs))
+        addends = [Addend(slots[v], a.number, "value", rows.add(a.row)) for v, (a, _) in terms if _counts(a)]
+        if _counts(carries[i]):
+            addends.append(Addend(-1, carries[i].number, "now", rows.add(carries[i].row)))
+            addends += [Addend(slots[v], w.number, "before", rows.add(w.row)) for v, (_, w) in terms if _counts(w)]
+        column.append(Combine(tuple(addends)))
     return column, count
 
 
+def _lower_outputs(
+    schedule: Schedule,
+) -> tuple[list[tuple[Addend, ...]], dict[Value, int], int, np.ndarray | None]:
+    """What each step that reuses the output adds up, the slots of computed ones, how many, weights per channel."""
+    draft = _draft_outputs(schedule)
+    slots, count = _allocate(draft)
+    rows = _Rows()
+    lowered = [tuple(Addend(slots[v], w.number, "value", rows.add(w.row)) for v, w in terms) for ((_, terms),) in draft]
+    return lowered, slots, count, rows.table
+
+
+def _weight(number: float, channels: np.ndarray | None) -> _Weight:
+    per_channel = channels is not None and channels.any()
+    return _Weight(float(number), float(number) + channels.astype(np.float64) if per_channel else None)
+
+
+def _counts(weight: _Weight) -> bool:
+    return weight.number != 0.0 or weight.row is not None
+
+
 def _draft(schedule: Schedule) -> Draft:
-    steps, entries = schedule.steps, schedule.layers * len(schedule.branches)
+    steps, entries, order = schedule.steps, schedule.layers * len(schedule.branches), schedule.order
     computed = schedule.compute.reshape(steps, entries).tolist()
     weights = schedule.weights.reshape(steps, entries, -1).tolist()
+    channels = None if schedule.channels is None else schedule.channels.reshape(steps, entries, order + 1, -1)
     cached: list[list[Value]] = [[] for _ in range(entries)]  # newest first
     draft: Draft = []
     for i in range(steps):
@@ -107,10 +177,13 @@ def _draft(schedule: Schedule) -> Draft:
         for entry in range(entries):
             if computed[i][entry]:
                 drafted.append((entry, terms))
-                cached[entry] = [(entry, i), *cached[entry][: schedule.order]]
-                terms = [((entry, i), 1.0)]
-            else:
-                terms += [(value, w) for value, w in zip(cached[entry], weights[i][entry]) if w != 0.0]
+                cached[entry] = [(entry, i), *cached[entry][:order]]
+                terms = [((entry, i), _Weight(1.0))]
+                continue
+            for k, value in enumerate(cached[entry]):
+                weight = _weight(weights[i][entry][k], None if channels is None else channels[i, entry, k])
+                if _counts(weight):
+                    terms.append((value, weight))
         drafted.append((entries, terms))
         draft.append(drafted)
     return draft
@@ -118,13 +191,28 @@ def _draft(schedule: Schedule) -> Draft:
 
 def _draft_outputs(schedule: Schedule) -> Draft:
     """The model's outputs, drafted as values of one entry, 0."""
+    channels = schedule.output_channels
     cached: list[Value] = []
     draft: Draft = []
-    for i, weights in enumerate(schedule.output_weights.tolist()):
-        draft.append([(0, [(value, w) for value, w in zip(cached, weights) if w != 0.0])])
+    for i, numbers in enumerate(schedule.output_weights.tolist()):
+        weights = [_weight(w, None if channels is None else channels[i, k]) for k, w in enumerate(numbers)]
+        draft.append([(0, [(value, w) for value, w in zip(cached, weights) if _counts(w)])])
         if not schedule.output[i]:
             cached = [(0, i), *cached[: schedule.order]]
     return draft
+
+
+def _stack(channels: list[_Rows]) -> np.ndarray | None:
+    """[steps, most rows of a step, width], 0 where a step has fewer; None where none has any."""
+    most = max(len(each.rows) for each in channels)
+    if not most:
+        return None
+    width = next(len(each.rows[0]) for each in channels if each.rows)
+    table = np.zeros((len(channels), most, width), dtype=np.float32)
+    for i, each in enumerate(channels):
+        if each.rows:
+            table[i, : len(each.rows)] = each.table
+    return table
 
 
 def _allocate(draft: Draft) -> tuple[dict[Value, int], int]:

@@ -6,17 +6,40 @@ and output).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One addend of a Gap: weight * gate(entry, this step) * slot."""
+    """One addend of a Gap: weight * gate(entry, this step) * slot.
+
+    Attributes:
+        channel: number of this step's row of weights per channel that multiplies the gate; None for 1.
+    """
 
     slot: int
     weight: float
     entry: int
+    channel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """One addend of a reused output or stream: weight * slot.
+
+    Attributes:
+        of: what the slot is of: ``"value"``, the stream before the entry when that was computed (``"before"``), or the
+            stream before it now (``"now"``, which has no slot).
+        channel: number of the row of weights per channel in place of `weight`, of all steps; None for none.
+    """
+
+    slot: int
+    weight: float
+    of: str = "value"
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +79,27 @@ class Step:
 class ReuseOutput:
     """One denoiser call that runs nothing of the model: the sum of weight * kept output over `terms`."""
 
-    terms: tuple[tuple[int, float], ...]
+    terms: tuple[Addend, ...]
     body: ClassVar[tuple[()]] = ()
     gaps: ClassVar[tuple[()]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A lowered schedule. Entry e is branch e % B of layer e // B; `entries` (= L B) stands for the model's head."""
+    """A lowered schedule. Entry e is branch e % B of layer e // B; `entries` (= L B) stands for the model's head.
+
+    Attributes:
+        outputs: slots for the model's outputs.
+        channels: rows of weights per channel, float32 [steps, most rows of a step, width], or None.
+        output_channels: float32 [rows, channels of the output], or None.
+    """
 
     steps: tuple[Step | ReuseOutput, ...]
     entries: int
     slots: int
-    outputs: int = 0  # slots for the model's outputs
+    outputs: int = 0
+    channels: np.ndarray | None = field(default=None, compare=False)
+    output_channels: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def computed(self) -> int:
@@ -94,14 +125,14 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """The entry is reused: the sum of weight * value over `terms`, plus carry * (x - the same over `inputs`).
+    """The entry is reused: the sum over `terms`."""
 
-    x is the stream before the entry, and `inputs` are the streams before it that are kept beside its values.
-    """
+    terms: tuple[Addend, ...]
 
-    terms: tuple[tuple[int, float], ...]
-    carry: float = 0.0
-    inputs: tuple[tuple[int, float], ...] = ()
+    @property
+    def carries(self) -> bool:
+        """Whether the stream before the entry is among them."""
+        return any(term.of == "now" for term in self.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +156,16 @@ class ForwardProgram:
         slots: values held of each entry.
         carries: whether the stream before each entry is held beside each value.
         outputs: slots for the model's outputs.
+        channels: rows of weights per channel, float32 [rows, width], or None.
+        output_channels: likewise of outputs.
     """
 
     steps: tuple[ForwardStep | ReuseOutput, ...]
     slots: tuple[int, ...]
     carries: tuple[bool, ...]
     outputs: int = 0
+    channels: np.ndarray | None = field(default=None, compare=False)
+    output_channels: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def computed(self) -> int:

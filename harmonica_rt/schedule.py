@@ -9,8 +9,10 @@ import numpy as np
 
 from .checks import (
     check_carry,
+    check_channels,
     check_compute,
     check_output,
+    check_output_channels,
     check_output_weights,
     check_positions,
     check_timesteps,
@@ -19,7 +21,7 @@ from .checks import (
     positive,
 )
 from .forecast import ORDERS, carried, history, over_entries, unlearned
-from .layout import TRUNK, Group, Panel, check_branches, check_groups, panels, shape_of_entries
+from .layout import TRUNK, Group, check_branches, check_groups, panels, shape_of_entries
 
 if TYPE_CHECKING:
     import os
@@ -52,9 +54,13 @@ class Schedule:
         carry: at level blocks, float shaped as `compute`: a reused group is sum a_k h_k + carry (x - sum w_k x_k), with
             x and h the stream before and after it, a its weights, w the forecast's. 0 keeps the stream, 1 the
             residual. 0 where computed, and everywhere unless given.
+        channels: weights per channel, float32, shaped as `compute` with [order + 1, width] behind, at level blocks
+            [order + 2, width], the carry's last: what each channel's weight is more than `weights` and `carry` say. 0
+            where these must be 0. None unless given.
         output: bool [T], True for steps that run nothing of the model and return a weighted sum of its last computed
             outputs. None of their entries is computed. No step unless given.
         output_weights: float [T, order + 1], newest output first; 0 for other steps. The forecast's unless given.
+        output_channels: float32 [T, order + 1, channels of the output], likewise for `output_weights`.
         sampler: class name of the scheduler it was made for.
         timesteps: the T timesteps of that sampler in the order they run, e.g. ``scheduler.timesteps``. A pipeline tells
             them by itself; a model in a loop of your own is faster, and checked, if the schedule has them.
@@ -69,6 +75,7 @@ class Schedule:
 
     __slots__ = (
         "carry",
+        "channels",
         "compute",
         "forecast",
         "groups",
@@ -79,6 +86,7 @@ class Schedule:
         "note",
         "order",
         "output",
+        "output_channels",
         "output_weights",
         "sampler",
         "timesteps",
@@ -88,8 +96,10 @@ class Schedule:
     compute: np.ndarray
     weights: np.ndarray
     carry: np.ndarray
+    channels: np.ndarray | None
     output: np.ndarray
     output_weights: np.ndarray
+    output_channels: np.ndarray | None
     order: int
     model: str
     level: str
@@ -112,8 +122,10 @@ class Schedule:
         order: int = 1,
         weights: np.ndarray | None = None,
         carry: np.ndarray | None = None,
+        channels: np.ndarray | None = None,
         output: np.ndarray | None = None,
         output_weights: np.ndarray | None = None,
+        output_channels: np.ndarray | None = None,
         sampler: str | None = None,
         timesteps: Sequence[float] | None = None,
         log_snr: Sequence[float] | None = None,
@@ -153,14 +165,20 @@ class Schedule:
             output_weights = output_default
         else:
             output_weights = check_output_weights(output_weights, output, order)
+        if channels is not None:
+            channels = check_channels(channels, compute, output, order, level)
+        if output_channels is not None:
+            output_channels = check_output_channels(output_channels, output, order)
         if guidance_scale is not None:
             guidance_scale = finite("guidance_scale", guidance_scale)
         values = {
             "compute": _frozen(compute),
             "weights": _frozen(weights),
             "carry": _frozen(carry),
+            "channels": None if channels is None else _frozen(channels),
             "output": _frozen(output),
             "output_weights": _frozen(output_weights),
+            "output_channels": None if output_channels is None else _frozen(output_channels),
             "order": int(order),
             "model": model,
             "level": level,
@@ -254,19 +272,7 @@ class Schedule:
             raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")
         tau = finite("tau", tau)
         adapter = adapt(model)
-        logits = read_router(path)
-        entries = adapter.layers * len(adapter.branches)
-        if logits.shape[1] != entries:
-            raise ValueError(
-                f"{path}: the router has {logits.shape[1]} logits a step, but {adapter.model_class} has "
-                f"{adapter.layers} layers x {len(adapter.branches)} branches = {entries}"
-            )
-        with np.errstate(over="ignore"):  # a logit far below 0 is a sigmoid of 0
-            compute = 1.0 / (1.0 + np.exp(-logits)) > tau
-        if method == "l2c":
-            compute[len(compute) - 1 - np.arange(len(compute)) & 1 == 1] = True
-        compute[0] = True
-        compute = compute.reshape(-1, adapter.layers, len(adapter.branches))
+        compute = read_router(path, adapter, method, tau)
         fields.setdefault("note", f"{method} router, tau {tau:g}")
         fields.setdefault("order", 0)
         return cls(compute, model=adapter.model_class, branches=adapter.branches, **fields)
@@ -283,8 +289,9 @@ class Schedule:
         for name in ("weights", "output_weights"):
             if name not in changes and ({"compute", "output", "order", "forecast"} & set(changes) or not self.learned):
                 known[name] = None
-        if "carry" not in changes and "compute" in changes:
-            known["carry"] = None
+        for name in ("carry", "channels", "output_channels"):
+            if name not in changes and {"compute", "output", "order"} & set(changes):
+                known[name] = None
         if "output" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
             known["output"] = None
         for name in ("timesteps", "log_snr"):
@@ -310,6 +317,7 @@ class Schedule:
         positions = self.positions
         left = None if positions is None else positions[step:]
         weights, output_weights = unlearned(compute, output, self.order, left)
+        kept: list[np.ndarray] = []
         for new, old, was, now in (
             (weights, self.weights, self.compute, compute),
             (output_weights, self.output_weights, ~self.output, ~output),
@@ -317,12 +325,15 @@ class Schedule:
             before, after = (history(c, self.order) for c in (was, now))
             same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
             new[same] = old[step:][same]
+            kept.append(same)
         return self.replace(
             compute=compute,
             weights=weights,
             carry=np.where(compute, 0.0, self.carry[step:]),
+            channels=_where(kept[0], self.channels, step),
             output=output,
             output_weights=output_weights,
+            output_channels=_where(kept[1], self.output_channels, step),
             timesteps=timesteps,
             log_snr=snr,
         )
@@ -340,6 +351,10 @@ class Schedule:
         reused = over_entries(self.output, compute)[..., None]
         weights = np.where(reused, 0.0, carried(self.weights, self.compute, compute, self.positions))
         kept = {"output": self.output, "output_weights": self.output_weights}
+        kept["output_channels"] = self.output_channels
+        if self.channels is not None:
+            alike = (history(compute, self.order) == history(self.compute, self.order)).all(-1)
+            kept["channels"] = _where(alike & ~compute & ~self.compute, self.channels, 0)
         return self.replace(compute=compute, weights=weights, carry=np.where(compute, 0.0, self.carry), **kept)
 
     # ---- statistics
@@ -382,7 +397,9 @@ class Schedule:
 
     @property
     def learned(self) -> bool:
-        """Whether the weights differ from the forecast's."""
+        """Whether the weights differ from the forecast's, or are per channel."""
+        if self.channels is not None or self.output_channels is not None:
+            return True
         branches, outputs = unlearned(self.compute, self.output, self.order, self.positions)
         return not (np.array_equal(self.weights, branches) and np.array_equal(self.output_weights, outputs))
 
@@ -424,17 +441,20 @@ class Schedule:
     # ---- files and pictures
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file a person can read and diff: one row of 0/1 text per step."""
-        from .schedule_files import write_json
+        """Write a JSON file a person can read and diff: one row of 0/1 text per step.
 
-        write_json(self, path)
+        With weights per channel it is a ``.safetensors`` file, that text its metadata.
+        """
+        from .schedule_files import write
+
+        write(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
         """Read a file written by `save`. Never runs code; raises ValueError naming what is wrong with the file."""
-        from .schedule_files import read_json
+        from .schedule_files import read
 
-        return read_json(path)
+        return read(path)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Heatmap, steps by layers, one panel a branch; written to `path` if given. Needs matplotlib."""
@@ -447,6 +467,8 @@ class Schedule:
     def _key(self) -> tuple[Any, ...]:
         arrays = (self.compute.shape, self.compute.tobytes(), self.weights.tobytes(), self.carry.tobytes())
         arrays += (self.output.tobytes(), self.output_weights.tobytes())
+        for channels in (self.channels, self.output_channels):
+            arrays += (None,) if channels is None else (channels.shape, channels.tobytes())
         rest = (self.order, self.model, self.level, self.groups, self.sampler, self.timesteps)
         rest += (self.log_snr, self.forecast, self.guidance_scale, self.note)
         return arrays + rest
@@ -461,39 +483,20 @@ class Schedule:
         return _rebuild, ({name: getattr(self, name) for name in self.__slots__},)
 
     def __repr__(self) -> str:
-        parts = [
-            f"{group.layers} groups of {group.name}"
-            if self.level == "blocks" and group.name != TRUNK
-            else group.name
-            if self.level == "blocks"
-            else f"{group.layers} {'layers' if len(self.groups) == 1 else group.name} x {'/'.join(group.branches)}"
-            for group in self.groups
-        ]
-        shape = f"{self.steps} steps x {' + '.join(parts) or 'output'}"
-        kind = "learned weights" if self.learned else "forecast" if self.order else "plain reuse"
-        if self.level == "blocks" and self.cur:
-            carries = sorted({float(c) for c in self.carry[~self.compute]})
-            kind += f", carry {carries[0]:g}" if len(carries) == 1 else f", carry {carries[0]:.2g} to {carries[-1]:.2g}"
-        reuse = "all computed" if self.cur == 0 else f"order {self.order} ({kind}), CUR {100 * self.cur:.1f} %"
-        return f"<Schedule {self.model}: {shape}, {reuse}>"
+        from .schedule_text import headline
+
+        return f"<Schedule {headline(self)}>"
 
     def __str__(self) -> str:
-        head = [repr(self).strip("<>")]
-        if self.level == "branches":
-            head.append("CUR by branch: " + ", ".join(f"{k} {100 * v:.1f} %" for k, v in self.cur_by_branch.items()))
-        made = [self.sampler, None if self.guidance_scale is None else f"guidance {self.guidance_scale:g}", self.note]
-        if any(made):
-            head.append(", ".join(part for part in made if part))
-        columns = list(panels(self.groups)) or [Panel("output", np.zeros(1, dtype=int))]
-        computed = self.compute.reshape(self.steps, -1) if self.groups else ~self.output[:, None]
-        widths = [max(len(panel.entries), len(panel.title)) for panel in columns]
-        legend = "(# compute, . reuse, = output reused)" if self.output.any() else "(# compute, . reuse)"
-        head.append("step  " + "  ".join(p.title.ljust(w) for p, w in zip(columns, widths)) + "  " + legend)
-        for i, marks in enumerate(np.where(self.output[:, None], "=", np.where(computed, "#", "."))):
-            row = "  ".join("".join(marks[p.entries]).ljust(w) for p, w in zip(columns, widths))
-            head.append(f"{i:4}  {row.rstrip()}")
-        return "\n".join(head)
+        from .schedule_text import page
+
+        return page(self)
 
 
 def _rebuild(fields: dict[str, Any]) -> Schedule:
     return Schedule(fields.pop("compute"), **fields)
+
+
+def _where(kept: np.ndarray, channels: np.ndarray | None, step: int) -> np.ndarray | None:
+    """`channels` from `step` on, 0 but where `kept`."""
+    return None if channels is None else np.where(kept[..., None, None], channels[step:], np.float32(0))

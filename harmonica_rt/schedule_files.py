@@ -6,24 +6,67 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .layout import Group, check_groups, panels, reading_order
 from .schedule import Schedule
 
+if TYPE_CHECKING:
+    from .models import Adapter
+
 FORMAT = "harmonica_rt.schedule"
 VERSIONS = (1, 2)  # 1: one group at level branches
 MAX_BYTES = 16 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
+MAX_TENSOR_BYTES = 2**30  # weights per channel of 250 steps x 60 layers x 2 branches of width 3072 are about 1 GB
 _REQUIRED = {"format", "version", "model", "steps", "order"}
 _OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights", "output", "output_weights"}
 _OPTIONAL |= {"forecast", "log_snr"}
 _LAYOUT = {1: {"layers", "branches", "compute"}, 2: {"level", "groups"}}  # further required fields of each version
 
 
-def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
+def write(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """Write `schedule`; the file is replaced only once it is complete.
+
+    JSON; with weights per channel safetensors, the JSON without its line breaks its metadata ``schedule``.
+    """
+    path, arrays = Path(path), _arrays(schedule)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if bool(arrays) != (path.suffix == ".safetensors"):
+        expected = (
+            "a .safetensors file for weights per channel" if arrays else "a name that does not end in .safetensors"
+        )
+        raise ValueError(f"{path}: expected {expected}, got {path.name!r}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if arrays:
+            from safetensors.numpy import save_file
+
+            save_file(arrays, draft, metadata={"schedule": json.dumps(_fields(schedule))})
+        else:
+            draft.write_text(_json(_fields(schedule)), encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _arrays(schedule: Schedule) -> dict[str, np.ndarray]:
+    """Weights per channel of what is reused, [entries and steps, values, channels] in reading order."""
+    arrays = {}
+    if schedule.channels is not None:
+        flat = schedule.channels.reshape(schedule.steps, -1, *schedule.channels.shape[-2:])
+        reused = ~schedule.compute.reshape(schedule.steps, -1)
+        order = reading_order(schedule.groups)
+        arrays["channels"] = np.ascontiguousarray(flat[:, order][reused[:, order]])
+    if schedule.output_channels is not None:
+        arrays["output_channels"] = np.ascontiguousarray(schedule.output_channels[schedule.output])
+    return arrays
+
+
+def _fields(schedule: Schedule) -> dict[str, Any]:
+    """What of `schedule` is text.
 
     ``compute``: one string a step, one word of 0/1 (1 = computed) a branch of a group, one digit a layer. ``weights``
     (only if not the forecast's): one list a step, one [newest, ...] list for each 0 of that step's string, in reading
@@ -67,6 +110,10 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     if schedule.carry.any():
         by_row = schedule.carry.reshape(steps, -1)[:, order]
         fields["carry"] = [row[~mask].tolist() for row, mask in zip(by_row, computed)]
+    return fields
+
+
+def _json(fields: dict[str, Any]) -> str:
     lines = []
     for name, value in fields.items():
         if name in ("compute", "weights", "carry", "output_weights"):
@@ -74,41 +121,74 @@ def write_json(schedule: Schedule, path: str | os.PathLike[str]) -> None:
         else:
             text = json.dumps(value)
         lines.append(f"  {json.dumps(name)}: {text}")
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def read_json(path: str | os.PathLike[str]) -> Schedule:
-    """Read a file of `write_json`. Raises ValueError that names the file and what is wrong with it."""
-    _check_size(path, "schedule file")
+def read(path: str | os.PathLike[str]) -> Schedule:
+    """Read a file of `write`. Raises ValueError that names the file and what is wrong with it."""
+    arrays: dict[str, np.ndarray] = {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix == ".safetensors":
+            text, arrays = _read_tensors(path)
+        else:
+            _check_size(path, "schedule file", MAX_BYTES)
+            text = Path(path).read_text(encoding="utf-8")
         fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except RecursionError:
         raise ValueError(f"{path}: not a schedule file: JSON nested too deeply") from None
     except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path}: not a schedule file: {error}") from None
     try:
-        return _from_fields(fields)
+        return _with_arrays(_from_fields(fields), arrays)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _check_size(path: str | os.PathLike[str], what: str) -> None:
-    """A regular file of at most `MAX_BYTES`, or ValueError; FileNotFoundError if there is none."""
+def _read_tensors(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    _check_size(path, "schedule file", MAX_TENSOR_BYTES)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if unknown := sorted(names - {"channels", "output_channels"}):
+                raise ValueError(f"unknown tensor {unknown[0]!r}")
+            arrays = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, TypeError) as error:  # a dtype numpy has not
+        raise ValueError(str(error)) from None
+    if "schedule" not in metadata:
+        raise ValueError("expected the schedule's text in its metadata, got none")
+    return metadata["schedule"], arrays
+
+
+def _with_arrays(schedule: Schedule, arrays: dict[str, np.ndarray]) -> Schedule:
+    """`schedule` with the weights per channel that `_arrays` wrote."""
+    fields: dict[str, np.ndarray] = {}
+    reading = reading_order(schedule.groups)
+    reused = ~schedule.compute.reshape(schedule.steps, -1)[:, reading]
+    for name, mask in (("channels", reused), ("output_channels", schedule.output)):
+        if (rows := arrays.get(name)) is None:
+            continue
+        if rows.ndim != 3 or len(rows) != mask.sum():
+            raise ValueError(f"{name}: expected [{mask.sum()}, values, channels], got {list(rows.shape)}")
+        full = np.zeros((*mask.shape, *rows.shape[1:]), dtype=np.float32)
+        full[mask] = rows
+        if name == "channels":
+            full = full[:, np.argsort(reading)].reshape(*schedule.compute.shape, *rows.shape[1:])
+        fields[name] = full
+    return schedule.replace(**fields) if fields else schedule
+
+
+def _check_size(path: str | os.PathLike[str], what: str, most: int) -> None:
+    """A regular file of at most `most` bytes, or ValueError; FileNotFoundError if there is none."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such {what}")
     if not os.path.isfile(path):
         raise ValueError(f"{path}: expected a {what}, got something that is not a regular file")
-    if (size := os.path.getsize(path)) > MAX_BYTES:
-        raise ValueError(f"{path}: expected a {what} of at most {MAX_BYTES} bytes, got {size}")
+    if (size := os.path.getsize(path)) > most:
+        raise ValueError(f"{path}: expected a {what} of at most {most} bytes, got {size}")
 
 
 def _no_constant(name: str) -> None:
@@ -262,7 +342,23 @@ def _holds_its_numbers(value: Any) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def read_router(path: str | os.PathLike[str]) -> np.ndarray:
+def read_router(path: str | os.PathLike[str], adapter: Adapter, method: str, tau: float) -> np.ndarray:
+    """What a published router checkpoint computes of a model: bool [T, L, B], as `Schedule.from_router` says."""
+    logits, kinds = _read_logits(path), len(adapter.branches)
+    if logits.shape[1] != (entries := adapter.layers * kinds):
+        raise ValueError(
+            f"{path}: the router has {logits.shape[1]} logits a step, but {adapter.model_class} has "
+            f"{adapter.layers} layers x {kinds} branches = {entries}"
+        )
+    with np.errstate(over="ignore"):  # a logit far below 0 is a sigmoid of 0
+        compute = 1.0 / (1.0 + np.exp(-logits)) > tau
+    if method == "l2c":
+        compute[len(compute) - 1 - np.arange(len(compute)) & 1 == 1] = True
+    compute[0] = True
+    return compute.reshape(-1, adapter.layers, kinds)
+
+
+def _read_logits(path: str | os.PathLike[str]) -> np.ndarray:
     """Logits of a published router checkpoint, float64 [T, entries], in the order the steps run.
 
     The file numbers the other way: ``<k>.prob`` is step i = T-1-k. Only tensors and an argparse.Namespace may be in it.
@@ -276,7 +372,7 @@ def read_router(path: str | os.PathLike[str]) -> np.ndarray:
 
     import torch
 
-    _check_size(path, "router checkpoint")
+    _check_size(path, "router checkpoint", MAX_BYTES)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
