@@ -156,7 +156,7 @@ def test_a_run_midway_keeps_those_whose_history_is_the_same(level: str) -> None:
     calls = calls_for(model)
     fast = hrt.compile(model, schedule.replace(timesteps=calls.timesteps), backend="eager")
     again = hrt.compile(model, left, backend="eager")
-    assert_close(calls.run(fast, first=3), calls.run(again, first=3), 1e-6)
+    assert_close(calls.run(fast, first=3), calls.run(again, first=3), 1e-5)
 
 
 # ---- files
@@ -235,7 +235,5 @@ def test_channels_of_another_width_are_refused(dit: nn.Module, level: str) -> No
     channels = np.zeros((*schedule.compute.shape, 2 + (level == "blocks"), 12), dtype=np.float32)
     channels[1, ..., 0, :] = 0.1
     fast, calls = hrt.compile(dit, schedule.replace(channels=channels), backend="eager"), Calls(4)
-    with pytest.raises(
-        ValueError, match=r"channels: expected (16 channels.*got a schedule with 12|trunk of 12 channels)"
-    ):
+    with pytest.raises(ValueError, match=r"expected (16 channels.*got a schedule with 12|trunk of 12 channels)"):
         calls.run(fast)
