@@ -86,6 +86,8 @@ class Entry:
         calls: results of its blocks' calls within one forward, in turn.
         kept: the streams, as (call, leaf).
         sources: for each stream the leaf of the first call's arguments that it continues; needed by a carry alone.
+        alike: how many calls, from the first on, take and return trees of one kind.
+        chain: of these, leaf of what a call returned -> leaf of the next call's arguments that is the same tensor.
         values, befores: the streams after and before it.
         latest, x: the same of the forward that was learned from.
         done: calls made in the forward under way.
@@ -96,21 +98,29 @@ class Entry:
         self.calls: list[_Result] = []
         self.kept: list[tuple[int, int]] = []
         self.sources: list[int] = []
+        self.alike = 0
+        self.chain: dict[int, int] = {}
         self.latest: dict[tuple[int, int], Tensor] = {}
         self.values: Values | None = None
         self.befores: Values | None = None
         self.scratch: dict[Blank, Tensor] = {}
+        self._kind: TreeSpec | None = None  # of the first call's arguments
         self.done = 0
         self.x: list[Any] = []
 
     # ---- learning what the group is
 
     def learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number = len(self.calls)
-        if number == 0 and self.carries:
-            self.x = [t.clone() if is_stream(t) else t for t in tree_flatten((args, kwargs))[0]]
+        number, (arguments, kind) = len(self.calls), tree_flatten((args, kwargs))
+        if number == 0:
+            self.x = [t.clone() if is_stream(t) else t for t in arguments] if self.carries else []
+            self._kind = kind
+        if 0 < number == self.alike and kind == self._kind:
+            before = {id(t): leaf for leaf, ref in enumerate(self.calls[-1].alive) if ref and (t := ref()) is not None}
+            self.chain |= {before[id(t)]: i for i, t in enumerate(arguments) if id(t) in before}
         result = run(*args, **kwargs)
         leaves, spec = tree_flatten(result)
+        self.alike += number == self.alike and kind == self._kind and (number == 0 or spec == self.calls[0].spec)
         alive = [weakref.ref(t) if is_stream(t) else None for t in leaves]
         blanks = [Blank(t.shape, t.dtype, t.device) if is_stream(t) else t for t in leaves]
         self.calls.append(_Result(spec, blanks, alive))
@@ -118,27 +128,30 @@ class Entry:
         self.latest |= {(number, leaf): t.clone() for leaf, t in enumerate(leaves) if is_stream(t)}
         return result
 
-    def held(self) -> list[tuple[int, int]]:
+    def held(self) -> set[tuple[int, int]]:
         """Streams of earlier calls that something still holds: candidates for skip connections past the group."""
-        return [
+        return {
             (call, leaf)
             for call, result in enumerate(self.calls[:-1])
             for leaf, ref in enumerate(result.alive)
             if ref is not None and ref() is not None
-        ]
+        }
 
-    def forget(self, keep: list[tuple[int, int]]) -> None:
+    def returned(self) -> set[tuple[int, int]]:
+        """Streams of the last call."""
+        return {(len(self.calls) - 1, leaf) for leaf, t in enumerate(self.calls[-1].leaves) if isinstance(t, Blank)}
+
+    def forget(self, keep: set[tuple[int, int]]) -> None:
         """Learn anew, keeping also the streams `keep`."""
-        self.calls, self.latest, self.x, self.kept = [], {}, [], keep
+        self.calls, self.latest, self.x, self.kept, self.alike = [], {}, [], sorted(keep), 0
 
     def settle(self, slots: int, scratch: dict[Blank, Tensor]) -> None:
         """Buffers for what `learn` has seen; `scratch` is shared by all entries, one tensor a kind."""
-        last = len(self.calls) - 1
-        self.kept = sorted({*self.kept, *((last, leaf) for call, leaf in self.latest if call == last)})
+        self.kept = sorted({*self.kept, *self.returned()})
         streams = [self.latest[key] for key in self.kept]
         self.values = Values(self.name, slots, streams)
         if self.carries:
-            self.sources = [self._source(stream) for stream in streams]
+            self.sources = [self._source(*key, stream) for key, stream in zip(self.kept, streams)]
             self.x = [self.x[i] for i in self.sources]
             self.befores = Values(self.name, slots, self.x)
         self._share(scratch)
@@ -151,9 +164,15 @@ class Entry:
                 if isinstance(blank, Blank) and blank not in scratch:
                     scratch[blank] = torch.zeros(blank.shape, dtype=blank.dtype, device=blank.device)
 
-    def _source(self, stream: Tensor) -> int:
-        """The argument of the first block that `stream` continues: of those of its shape the nearest."""
+    def _source(self, call: int, leaf: int, stream: Tensor) -> int:
+        """The argument of the first block that `stream` continues.
+
+        The one in whose place the next block gets it; if none does as it is, of those of its shape the nearest: what a
+        block adds may be nearer (learned positions).
+        """
         alike = [i for i, t in enumerate(self.x) if is_stream(t) and kind_of(t) == kind_of(stream)]
+        if call < self.alike and self.chain.get(leaf) in alike:
+            return self.chain[leaf]
         if not alike:
             got = ", ".join(sorted({kind_of(t) for t in self.x if is_stream(t)})) or "none"
             raise UnsupportedModelError(
@@ -179,7 +198,7 @@ class Entry:
     def compute(self, slot: int | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = self._next()
         if number == 0 and slot is not None and self.carries:
-            self.befores.keep(slot, self._before(args, kwargs))
+            self.befores.keep(slot, self.before(args, kwargs))
         result = run(*args, **kwargs)
         leaves, spec = tree_flatten(result)
         was = self.calls[number]
@@ -203,7 +222,7 @@ class Entry:
         """
         number = self._next()
         if number == 0 and combination is not None and combination.carries:
-            self.x = self._before(args, kwargs)
+            self.x = self.before(args, kwargs)
         result = self.calls[number]
         leaves = [self.scratch[leaf] if isinstance(leaf, Blank) else leaf for leaf in result.leaves]
         for stream, (call, leaf) in enumerate(self.kept):
@@ -222,7 +241,8 @@ class Entry:
             [weight_of(term, channels, like, self.name) for term in combination.terms],
         )
 
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The streams before the group, among its first call's arguments."""
         leaves = tree_flatten((args, kwargs))[0]
         return [leaves[i] for i in self.sources]
 

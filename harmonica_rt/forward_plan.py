@@ -125,16 +125,17 @@ class ForwardPlan:
     def _learn(self, arguments: Arguments) -> Any:
         """The model's output, having found out which blocks each group calls and what of it is kept.
 
-        Then everything is reused once on the same input, all that should not matter being NaN: an output that is not
-        the same depends on more than the streams after the groups. Values that were still held when their group was
-        over are skip connections, kept beside its streams; if that does not help, the model cannot be reused so.
+        Then groups are reused on the same input, each set of them that the program reuses, all that should not matter
+        being NaN: an output that is not the same depends on more than the streams after the groups. Values that were
+        still held when their group was over are skip connections, those returned before another group's call are read
+        there: both are kept beside its streams; if that does not help, the model cannot be reused so.
         """
         started = time.perf_counter()
         spare = _own_containers(arguments)  # models take from the dicts they are given
-        output, held = self._observe(arguments)
-        if self.entries and not self._is_same(output, _own_containers(spare)):
+        output, between = self._observe(arguments)
+        if self.entries and not self._is_same(output, spare):
             for number, entry in self.entries.items():
-                entry.forget(held[number])
+                entry.forget(between[number])
             self._observe(_own_containers(spare))
             if not self._is_same(output, spare):
                 names = ", ".join(entry.name for entry in self.entries.values())
@@ -146,10 +147,11 @@ class ForwardPlan:
         self.seconds = time.perf_counter() - started
         return output
 
-    def _observe(self, arguments: Arguments) -> tuple[Any, dict[int, list[tuple[int, int]]]]:
-        """Learn from each call of a forward: its output, and for each entry what was held when it was over."""
+    def _observe(self, arguments: Arguments) -> tuple[Any, dict[int, set[tuple[int, int]]]]:
+        """Learn from each call of a forward: its output, and what of each entry others may read."""
         args, kwargs = arguments
-        held: dict[int, list[tuple[int, int]]] = {}
+        between: dict[int, set[tuple[int, int]]] = {number: set() for number in self.entries}
+        held: dict[int, set[tuple[int, int]]] = {}
         calls: list[int] = []
         self.uncounted = uncountable(self._model())
         counter = CountMacs() if self.uncounted is None else None
@@ -157,7 +159,9 @@ class ForwardPlan:
 
         def handle(number: int, *call: Any) -> Any:
             if calls and calls[-1] != number:
-                held[calls[-1]] = self.entries[calls[-1]].held()
+                left = self.entries[calls[-1]]
+                held[calls[-1]] = left.held()
+                between[calls[-1]] |= left.returned()
             calls.append(number)
             before = 0 if counter is None else counter.macs
             result = self.entries[number].learn(*call)
@@ -175,7 +179,7 @@ class ForwardPlan:
                     "'output' takes this model"
                 )
         self.macs = None if counter is None else (counter.macs, macs)
-        return output, held
+        return output, {number: between[number] | held[number] for number in self.entries}
 
     def _is_same(self, output: Any, arguments: Arguments) -> bool:
         scratch: dict[Blank, Tensor] = {}
@@ -183,10 +187,32 @@ class ForwardPlan:
             entry.settle(self.program.slots[number], scratch)
         for t in scratch.values():
             t.fill_(torch.nan)
-        reused = self._forward(arguments, lambda number, run, *call: self.entries[number].reuse(None, None, *call))
+        same = all(self._is_same_reusing(numbers, output, _own_containers(arguments)) for numbers in self._sets())
         for t in scratch.values():
             t.zero_()
-        pairs = zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
+        return same
+
+    def _sets(self) -> list[frozenset[int]]:
+        """Entries to reuse together in a check: all sets that occur, or each alone if that is fewer.
+
+        What nothing outside a group reads if it alone is reused, nothing reads in any set.
+        """
+        steps = [step for step in self.program.steps if isinstance(step, ForwardStep)]
+        sets = {frozenset(k for k in self.entries if not isinstance(step.entries[k], Keep)) for step in steps}
+        return min(sorted(sets - {frozenset()}, key=sorted), [frozenset([k]) for k in self.entries], key=len)
+
+    def _is_same_reusing(self, numbers: frozenset[int], output: Any, arguments: Arguments) -> bool:
+        """Whether the output, and what goes into groups with a carry, stay with groups `numbers` reused."""
+        pairs: list[tuple[Any, Any]] = []
+
+        def handle(number: int, run: Any, *call: Any) -> Any:
+            entry = self.entries[number]
+            if entry.carries and entry.done == 0:
+                pairs.extend((a, b.clone()) for a, b in zip(entry.x, entry.before(*call)))
+            return entry.reuse(None, None, *call) if number in numbers else entry.compute(None, run, *call)
+
+        reused = self._forward(arguments, handle)
+        pairs += zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
         return all(_close(a, b) for a, b in pairs if is_stream(a))
 
     def _keep_learned(self, step: ForwardStep) -> None:
