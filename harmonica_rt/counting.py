@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountMacs(TorchDispatchMode):
-    """Adds up what matrix products, convolutions and attention do, in torch's own formulas."""
+    """Adds up what matrix products, convolutions and attention do, in torch's own formulas.
+
+    Flex attention, which torch compiles within an eager forward, runs in it as without.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # imports triton
@@ -20,10 +25,14 @@ class CountMacs(TorchDispatchMode):
         self._flops = flop_registry
         self._attention = sdpa_flop_count
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func._overloadpacket
+        packet = getattr(func, "_overloadpacket", func)
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.macs += self._attention(*(t.shape for t in args[:3])) // 2
         elif packet in self._flops:
