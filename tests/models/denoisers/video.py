@@ -113,10 +113,8 @@ def wan_animate2(model: nn.Module, step: int) -> dict:
 def reference_cache(model: nn.Module, text: torch.Tensor, image: torch.Tensor) -> WanAnimate2KVCache:
     """What the pass over the driving video leaves: keys and values of every block."""
     cache = WanAnimate2KVCache(3)
-    forward = getattr(type(model), "__wrapped__", type(model)).forward
     with torch.no_grad():
-        forward(
-            model,
+        model(
             hidden_states=[given(4, 2, 4, 4, seed=3)],
             timestep=torch.tensor([1.0]),
             encoder_hidden_states=[text],
@@ -251,8 +249,8 @@ def ltx2(model: nn.Module, step: int) -> dict:
     **LTX2,
 )
 def sana_wm_refiner(model: nn.Module, step: int) -> dict:
-    rotary = type(model).build_rotary_emb_for_absolute_positions(
-        model, batch_size=1, frame_positions=[0, 1], height=3, width=3, device=torch.device("cpu"), fps=16.0
+    rotary = model.build_rotary_emb_for_absolute_positions(
+        batch_size=1, frame_positions=[0, 1], height=3, width=3, device=torch.device("cpu"), fps=16.0
     )
     return {
         "hidden_states": noise(step, 1, 18, 4),
