@@ -208,12 +208,14 @@ class CompiledTransformer(ModelFace):
         sampling, tracker = self._sampling, self._sampling.tracker
         name, told = self._named or (None, None)
         timestep = read_timestep(call.timestep)
+        told = sampling.told() if told is None else told
         if name is not None:
             again = tracker.start is not None and name not in tracker.called
         else:  # calls that are counted are a step each
-            again = timestep is not None and tracker.sample is not None and tracker.sample == Seen(call.samples)
+            again = timestep is not None and tracker.sample is not None
+            again = again and (told == tracker.next - 1 or tracker.sample == Seen(call.samples))
         try:
-            place = tracker.locate(timestep, again=again, told=sampling.told() if told is None else told)
+            place = tracker.locate(timestep, again=again, told=told)
         except RuntimeError as error:
             raise RuntimeError(f"{error}{sampling.owner()}") from None
         fresh = self._begun != sampling.runs or (place.step == place.start and not place.again)
