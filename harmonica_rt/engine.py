@@ -22,12 +22,14 @@ class Call(Protocol):
         samples: what is denoised: one tensor, or several.
         timestep: a tensor, a number, or None where the model is told none.
         conditioning: what else the output depends on.
+        batch: how many are denoised together.
         device: of the sample.
     """
 
     samples: tuple[Tensor, ...]
     timestep: Tensor | float | None
     conditioning: tuple[Tensor, ...]
+    batch: int
     device: torch.device
 
 
@@ -97,7 +99,7 @@ class Engine(ABC):
 
     def narrowed(self, run: Run, call: Any, context: Hashable) -> Run | None:
         """`run` for half of its batch, if `call` is for that: where guidance ends midway. None if it is not."""
-        number = half_kept(run.conditioned.tensors, call.conditioning, len(call.samples[0]))
+        number = half_kept(run.conditioned.tensors, call.conditioning, call.batch)
         return None if number is None else self.half_run(run, call, number, context)
 
     @abstractmethod
@@ -129,11 +131,17 @@ def half_kept(were: tuple[Tensor, ...], are: tuple[Tensor, ...], batch: int) -> 
     """Which half of what a call of 2 `batch` samples was conditioned on a call of `batch` samples has; None: neither.
 
     Reads the values: once a run at most, the host waits for the device.
+
+    Args:
+        were, are: tensors over the batch and others, or each argument's lists of a tensor a sample, one after another.
     """
-    if len(were) != len(are) or not any(t.ndim and len(t) == 2 * batch for t in were):
+    listed = len(were) == 2 * len(are) and len(are) % batch == 0
+    if not listed and (len(were) != len(are) or not any(t.ndim and len(t) == 2 * batch for t in were)):
         return None
     for number in (0, 1):
         halves = [t.chunk(2)[number] if t.ndim and len(t) == 2 * batch else t for t in were]
+        if listed:
+            halves = [t for i, t in enumerate(were) if i // batch % 2 == number]
         if all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(halves, are)):
             return number
     return None

@@ -71,6 +71,12 @@ class Values:
         own.slots = [[half_of(t, number, batch).clone() for t in streams] for streams in self.slots]
         return own
 
+    def only(self, numbers: Sequence[int]) -> Values:
+        """Those of some of its streams."""
+        own = Values(self.name, 0, [])
+        own.slots = [[streams[number] for number in numbers] for streams in self.slots]
+        return own
+
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for streams in self.slots for t in streams)

@@ -48,12 +48,14 @@ class ForwardCall:
         samples: tensors of its first argument.
         timestep: its timestep; None where it has no argument of such a name.
         conditioning: all other tensors among its arguments.
+        batch: how many samples there are: of a tensor its first dimension, of a list its tensors.
         args, kwargs: as they came.
     """
 
     samples: tuple[Tensor, ...]
     timestep: Tensor | float | None
     conditioning: tuple[Tensor, ...]
+    batch: int
     shape: CallShape
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -131,7 +133,8 @@ class ForwardEngine(Engine):
         device = sample[0].device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         shape = CallShape(tuple(kinds), device, bool(arguments.get("return_dict", True)), autocast)
-        return ForwardCall(sample, timestep, tuple(t for _, t in rest), shape, args, kwargs)
+        batch = len(sample[0]) if arguments[first] is sample[0] and sample[0].ndim else len(sample)
+        return ForwardCall(sample, timestep, tuple(t for _, t in rest), batch, shape, args, kwargs)
 
     def begin(self, call: ForwardCall, schedule: Schedule, start: int, context: Hashable) -> ForwardRun:
         self._check_model()
@@ -161,7 +164,7 @@ class ForwardEngine(Engine):
         plan.release()
 
     def half_run(self, run: ForwardRun, call: ForwardCall, number: int, context: Hashable) -> ForwardRun:
-        key, batch = (context, call.shape, run.start), 2 * len(call.samples[0])
+        key, batch = (context, call.shape, run.start), 2 * call.batch
         if (stale := self.plans.pop(key, None)) is not None:
             stale.release()
         plan = self.plan(key, lambda: self._captured(run.plan.half(number, batch, call.shape)))

@@ -247,12 +247,29 @@ class ForwardPlan:
         scratch: dict[Blank, Tensor] = {}
         own.entries = {k: entry.half(number, batch, scratch) for k, entry in self.entries.items()}
         if self._outputs is not None:
-            values, spec, rest = self._outputs
-            own._outputs = (values.half(number, batch), spec, rest)
+            own._outputs = self._half_outputs(number, batch)
         if self.macs is not None:
             own.macs = (self.macs[0] // 2, {k: macs // 2 for k, macs in self.macs[1].items()})
         own.uncounted, own._learned = self.uncounted, self._learned
         return own
+
+    def _half_outputs(self, number: int, batch: int) -> tuple[Values, TreeSpec, list[Any]]:
+        """Half of each list over the batch; where there is none, of each tensor."""
+        values, spec, rest = self._outputs
+
+        def half(part: Any) -> Any:
+            return part[number * batch // 2 : (number + 1) * batch // 2] if over_batch(part) else part
+
+        def over_batch(part: Any) -> bool:
+            return isinstance(part, list) and len(part) == batch
+
+        leaves = tree_unflatten([*range(len(rest))], spec)
+        kept, kept_spec = tree_flatten(tree_map(half, leaves, is_leaf=over_batch))
+        if len(kept) == len(rest):
+            return values.half(number, batch), spec, rest
+        streams = [leaf for leaf, part in enumerate(rest) if part is _STREAM]
+        only = values.only([stream for stream, leaf in enumerate(streams) if leaf in kept])
+        return only, kept_spec, [rest[leaf] for leaf in kept]
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""

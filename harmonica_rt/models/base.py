@@ -92,6 +92,10 @@ class Inputs:
         return (self.sample,)
 
     @property
+    def batch(self) -> int:
+        return len(self.sample)
+
+    @property
     def device(self) -> torch.device:
         return self.sample.device
 
