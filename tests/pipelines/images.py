@@ -100,7 +100,7 @@ def sd3(kind: type = StableDiffusion3Pipeline, channels: int = 4) -> DiffusionPi
         patch_size=2,
         in_channels=channels,
         out_channels=channels,
-        num_layers=3,
+        num_layers=5,
         attention_head_dim=8,
         num_attention_heads=4,
         caption_projection_dim=32,
@@ -221,8 +221,8 @@ def pixart() -> DiffusionPipeline:
     return quiet(PixArtSigmaPipeline(vae=None, transformer=model, scheduler=DPMSolverMultistepScheduler(), **NO_TEXT))
 
 
-_FLUX_1_STREAMS = {"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": TEXT_IMAGE}
-_FLUX_2_STREAMS = {"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": IMAGE}
+_IN_PAIRS = {"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": TEXT_IMAGE}
+_IN_ONE = {"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": IMAGE}
 _JOINT = {"transformer_blocks": TEXT_IMAGE}
 _ONE = {"transformer_blocks": IMAGE}
 _Z_IMAGE = {"noise_refiner": ("x",), "context_refiner": ("x",), "layers": ("x",)}
@@ -231,30 +231,28 @@ _QWEN = {"true_cfg_scale": 3.0, **LARGE}
 _NO_BINS = {"negative_prompt": None, "use_resolution_binning": False}
 
 IMAGES = {
-    "flux": Made(flux, lambda: pooled(**SIZE), named=True, streams=_FLUX_1_STREAMS),
-    "flux, true CFG": Made(
-        flux, lambda: pooled(true_cfg_scale=3.0, **SIZE), in_turn, named=True, streams=_FLUX_1_STREAMS
-    ),
+    "flux": Made(flux, lambda: pooled(**SIZE), named=True, streams=_IN_PAIRS),
+    "flux, true CFG": Made(flux, lambda: pooled(true_cfg_scale=3.0, **SIZE), in_turn, named=True, streams=_IN_PAIRS),
     "flux, image to image": Made(
         lambda: flux(FluxImg2ImgPipeline),
         lambda: pooled(strength=STRENGTH, image=picture(), **SIZE),
         first=2,
-        streams=_FLUX_1_STREAMS,
+        streams=_IN_PAIRS,
     ),
     "flux, inpainting": Made(
         lambda: flux(FluxInpaintPipeline),
         lambda: pooled(strength=STRENGTH, image=picture(), mask_image=left_half(), **SIZE),
         first=2,
-        streams=_FLUX_1_STREAMS,
+        streams=_IN_PAIRS,
     ),
     "flux, ControlNet": Made(
         flux_controlled,
         lambda: pooled(control_image=picture(), controlnet_conditioning_scale=0.5, control_guidance_end=0.5, **SIZE),
-        streams=_FLUX_1_STREAMS,
+        streams=_IN_PAIRS,
     ),
-    "flux.2": Made(flux_2, lambda: {"prompt_embeds": noise(1, 5, TEXT), **SIZE}, streams=_FLUX_2_STREAMS),
+    "flux.2": Made(flux_2, lambda: {"prompt_embeds": noise(1, 5, TEXT), **SIZE}, streams=_IN_ONE),
     "flux.2 klein": Made(
-        lambda: flux_2(Flux2KleinPipeline), lambda: text(**SIZE), in_turn, named=True, streams=_FLUX_2_STREAMS
+        lambda: flux_2(Flux2KleinPipeline), lambda: text(**SIZE), in_turn, named=True, streams=_IN_ONE
     ),
     "sd3": Made(sd3, lambda: pooled(**SIZE), one_batch, streams=_JOINT),
     "sd3, skipped layers": Made(
@@ -292,7 +290,7 @@ IMAGES = {
         z_image, lambda: lists_of_text(cfg_truncation=0.2), one_batch, streams=_Z_IMAGE, kept=0
     ),
     "sana": Made(sana, lambda: masked(height=256, width=256, **_NO_BINS), one_batch, streams=_ONE),
-    "chroma": Made(chroma, lambda: masked(dtype=torch.bool, **LARGE), in_turn, streams=_FLUX_1_STREAMS),
+    "chroma": Made(chroma, lambda: masked(dtype=torch.bool, **LARGE), in_turn, streams=_IN_ONE),
     "lumina2": Made(lumina_2, lambda: masked(**LARGE), in_turn, streams=_LUMINA_2),
     "lumina2, guidance cut off": Made(
         lumina_2,
