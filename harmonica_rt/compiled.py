@@ -213,7 +213,8 @@ class CompiledTransformer(ModelFace):
             again = tracker.start is not None and name not in tracker.called
         else:  # calls that are counted are a step each
             again = timestep is not None and tracker.sample is not None
-            again = again and (told == tracker.next - 1 or tracker.sample == Seen(call.samples))
+            same = again and tracker.sample == Seen(call.samples) and not tracker.may_repeat(timestep)
+            again = again and (same or told == tracker.next - 1)
         try:
             place = tracker.locate(timestep, again=again, told=told)
         except RuntimeError as error:

@@ -47,6 +47,7 @@ class RunTracker:
         self.next = entry
         self.called: list[Any] = []
         self.sample: Any = None
+        self._most = 0  # calls of an earlier step of the run
         self._first = self._latest = None  # timesteps of the run under way
         self._listed = True  # whether its timesteps are those of `timesteps`
         self._short = 0  # runs in a row that a risen timestep ended at their first step
@@ -80,9 +81,19 @@ class RunTracker:
             return self._by_count(fresh, again)
         return self._by_order(timestep, fresh, again)
 
+    def may_repeat(self, timestep: float) -> bool:
+        """Whether a call at the same timestep, and on the same sample, may be of the next step.
+
+        Samplers that repeat timesteps do so on the same sample where the step between was reused. It is, once the step
+        under way has had as many calls as one before.
+        """
+        listed = self.timesteps is not None and self.next < self.steps
+        return listed and _close(timestep, self.timesteps[self.next]) and 0 < self._most <= len(self.called)
+
     def commit(self, place: Place, timestep: float | None, context: Any = None, sample: Any = None) -> None:
         step, start, again = place
         if not again:
+            self._most = 0 if step == start else max(self._most, len(self.called))
             self.called, self.sample = [], sample
             rose = self.start is not None and step == start and None not in (timestep, self._latest)
             rose = rose and self.next == 1 and timestep > self._latest

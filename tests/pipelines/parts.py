@@ -55,6 +55,7 @@ class Made:
         first: step of the schedule at which a run enters.
         streams: lists of blocks in the order they run; of each what its blocks return, by the names of the arguments
             that continues. Empty for UNets.
+        steps: of a run; some schedulers make more of them than they are asked for.
         kept: where guidance in a batch ends midway, which half of it goes on.
         around: what a call needs around it.
     """
@@ -66,6 +67,7 @@ class Made:
     denoiser: Callable[[int], str] = lambda step: "transformer"
     first: int = 0
     streams: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    steps: int = STEPS
     kept: int | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -80,7 +82,7 @@ class Made:
         """All calls of denoisers within one run, in turn."""
         return [
             DenoiserCall(step, context, self.denoiser(step))
-            for step in range(self.first, STEPS)
+            for step in range(self.first, self.steps)
             for context in self.contexts(step)
         ]
 

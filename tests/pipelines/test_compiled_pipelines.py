@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler
 from torch import Tensor, nn
 
 import harmonica_rt as hrt
@@ -27,7 +27,7 @@ def models_of(pipe: DiffusionPipeline, made: Made) -> list[nn.Module]:
 
 
 def uniform(pipe: DiffusionPipeline, made: Made, every: int = 2, **fields: Any) -> hrt.Schedule:
-    return hrt.Schedule.uniform(getattr(pipe, made.denoisers[0]), STEPS, every, **fields)
+    return hrt.Schedule.uniform(getattr(pipe, made.denoisers[0]), made.steps, every, **fields)
 
 
 def check_against(pipe: DiffusionPipeline, made: Made, oracle: ByHand, models: list[nn.Module], plain: Tensor) -> None:
@@ -128,6 +128,31 @@ def test_order_2_and_no_order_are_as_by_hand() -> None:
         plain, models = made.call(pipe), models_of(pipe, made)
         hrt.compile(pipe, uniform(pipe, made, level="blocks", order=order), backend="eager")
         check_against(pipe, made, ByHand(made.make(), made, trunk, order=order), models, plain)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        (PNDMScheduler(steps_offset=1), 15),
+        (PNDMScheduler(steps_offset=1, skip_prk_steps=True), 7),
+        (HeunDiscreteScheduler(), 11),
+        (KDPM2DiscreteScheduler(), 11),
+    ],
+)
+@pytest.mark.parametrize("every", [2, 3])
+def test_samplers_of_more_steps_than_asked_for(scheduler: Any, steps: int, every: int) -> None:
+    """Two or more calls make one of their steps, some at the same timestep: each is a step of the schedule."""
+    made = replace(MADE["sd"], steps=steps)
+
+    def make() -> DiffusionPipeline:
+        pipe = made.make()
+        pipe.scheduler = type(scheduler).from_config(scheduler.config)
+        return pipe
+
+    pipe = make()
+    plain, models = made.call(pipe), models_of(pipe, made)
+    hrt.compile(pipe, uniform(pipe, made, every, level="output"), backend="eager")
+    check_against(pipe, made, ByHand(make(), made, whole, every=lambda call: every), models, plain)
 
 
 @pytest.mark.parametrize("name", [name for name in MADE if MADE[name].kept is None])
