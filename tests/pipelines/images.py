@@ -52,6 +52,7 @@ from .parts import (
     SIZE,
     TEXT,
     Made,
+    cutoff,
     filled,
     in_turn,
     left_half,
@@ -112,13 +113,6 @@ def sd3(kind: type = StableDiffusion3Pipeline, channels: int = 4) -> DiffusionPi
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return quiet(kind(transformer=filled(model), scheduler=scheduler, vae=tiny_vae(channels), **NO_TEXT_3))
-
-
-def cutoff() -> dict[str, Any]:
-    """Guidance ends after step 2."""
-    callback = SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=2)
-    tensors = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
-    return pooled(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=tensors, **SIZE)
 
 
 def with_skipped(step: int) -> tuple[str, ...]:
@@ -261,7 +255,9 @@ IMAGES = {
         with_skipped,
         streams=_JOINT,
     ),
-    "sd3, guidance cut off": Made(sd3, cutoff, one_batch, streams=_JOINT, kept=1),
+    "sd3, guidance cut off": Made(
+        sd3, lambda: pooled(**cutoff(SD3CFGCutoffCallback), **SIZE), one_batch, streams=_JOINT, kept=1
+    ),
     "sd3, image to image": Made(
         lambda: sd3(StableDiffusion3Img2ImgPipeline),
         lambda: pooled(strength=STRENGTH, image=picture(), **SIZE),

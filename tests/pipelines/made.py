@@ -28,6 +28,7 @@ scheduler's: a tensor [batch] unless said otherwise. "Counts": the scheduler's `
 | ltx | `cond_uncond`, [uncond, cond] | t | flow Euler, counts | |
 | hunyuan | `cond`, `uncond` | t | flow Euler, counts | |
 | cogvideox | `cond_uncond`, [uncond, cond] | t | CogVideoX's DDIM, does not count | |
+| sd, sdxl, guidance cut off* | as below | as below | as below | from step 3 on the conditional half alone |
 | sd* | one, [uncond, cond] | t, one number | DDIM, does not count | |
 | sdxl* | one, [uncond, cond] | t, one number | Euler, counts | |
 | unidiffuser* | conditional; on noise for a text | `timestep_img` t; `timestep_text` 0, then 1000 | DPM-Solver++, counts | |

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import PipelineCallback
 from torch import Tensor, nn
 
 STEPS = 6
@@ -129,6 +130,12 @@ def masked(name: str = "prompt_attention_mask", dtype: torch.dtype = torch.long,
     """The negative prompt has 3 tokens, the other 5."""
     ones = torch.ones(1, 5, dtype=dtype)
     return text(**{name: ones, f"negative_{name}": ones * (torch.arange(5) < 3)}) | more
+
+
+def cutoff(callback: type[PipelineCallback]) -> dict[str, Any]:
+    """Guidance ends after step 2."""
+    ends = callback(cutoff_step_ratio=None, cutoff_step_index=2)
+    return {"callback_on_step_end": ends, "callback_on_step_end_tensor_inputs": ["latents", *ends.tensor_inputs]}
 
 
 def picture() -> Tensor:

@@ -16,9 +16,25 @@ from diffusers import (
     UniDiffuserPipeline,
     UniDiffuserTextDecoder,
 )
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from .parts import LARGE, NO_TEXT, NO_TEXT_2, POOLED, SIZE, TEXT, Made, filled, one_batch, pooled, quiet, text, tiny_vae
+from .parts import (
+    LARGE,
+    NO_TEXT,
+    NO_TEXT_2,
+    POOLED,
+    SIZE,
+    TEXT,
+    Made,
+    cutoff,
+    filled,
+    one_batch,
+    pooled,
+    quiet,
+    text,
+    tiny_vae,
+)
 
 
 def unet(**more: Any) -> UNet2DConditionModel:
@@ -97,6 +113,10 @@ _U_VIT = _UNET  # its blocks are no direct children of the denoiser
 
 UNETS = {
     "sd": Made(sd, lambda: text(**LARGE), one_batch, **_UNET),
+    "sd, guidance cut off": Made(sd, lambda: text(**cutoff(SDCFGCutoffCallback), **LARGE), one_batch, kept=1, **_UNET),
+    "sdxl, guidance cut off": Made(
+        sdxl, lambda: pooled(**cutoff(SDXLCFGCutoffCallback), **LARGE), one_batch, kept=1, **_UNET
+    ),
     "sdxl": Made(sdxl, lambda: pooled(**LARGE), one_batch, **_UNET),
     "unidiffuser": Made(unidiffuser, lambda: text(**SIZE), lambda step: ("cond", "without text"), **_U_VIT),
     "unidiffuser, joint": Made(
