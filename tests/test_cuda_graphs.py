@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,29 @@ def test_replays_and_launches_are_measured_and_graphs_can_be_given_up() -> None:
     plan.graphs.release()
     assert_close(calls.run(fast), wanted, 0.0)
     assert fast.report().plans[0].graphs == 0
+
+
+@pytest.mark.parametrize(("replayed", "launched"), [(1.0, 2.0), (2.0, 1.0)])
+def test_measuring_waits_for_the_device(replayed: float, launched: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only moves when the host waits for what it has queued."""
+    fast, _ = compile_graphs(make_dit(), random_schedule(2))
+    Calls(6).run(fast)
+    plan = next(iter(fast._plans.values()))
+    now, queued = [0.0], [0.0]
+
+    def wait() -> None:
+        now[0], queued[0] = now[0] + queued[0], 0.0
+
+    def queue(seconds: float) -> None:
+        queued[0] += seconds
+
+    monkeypatch.setattr("harmonica_rt.cuda_graphs.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(plan.graphs.recorder, "synchronize", wait)
+    monkeypatch.setattr(plan.graphs, "run", lambda step, sample: queue(replayed))
+    monkeypatch.setattr(plan, "run_plainly", lambda step, sample: queue(launched))
+    queue(100.0)  # by others, before
+    assert plan.graphs.measure(rounds=1) == (replayed < launched)
+    assert plan.measured == (6 * replayed, 6 * launched)
 
 
 def test_the_backend_by_name_needs_cuda() -> None:

@@ -135,3 +135,10 @@ def test_steps_alike_are_equal() -> None:
     # order 1: the first two steps have no history; after them computed steps alternate between two sets of slots,
     # and so do the reused ones
     assert lower(Schedule(compute, model="Tiny", branches=("a", "b"), order=1)).distinct_steps == 5
+
+
+def test_branches_of_different_periods_keep_their_slots() -> None:
+    """As many kinds of step as there are sets of branches computed: both, one, the other, none."""
+    compute = np.zeros((12, 1, 2), bool)
+    compute[::2, 0, 0] = compute[::3, 0, 1] = True
+    assert lower(Schedule(compute, model="Tiny", branches=("a", "b"), order=0)).distinct_steps == 4
