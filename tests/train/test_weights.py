@@ -104,6 +104,15 @@ def test_checkpointing_changes_no_gradient() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
+def test_iterations_go_round_the_pool() -> None:
+    task, seen = make_task(), []
+    trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT, accumulate=2))
+    run = trainer.starts.run
+    trainer.starts.run = lambda start, end: seen.append((start, end)) or run(start, end)
+    trainer.run()
+    assert seen == [(0, 2), (2, 4), (4, 6), (6, 8)] * 6
+
+
 @pytest.mark.parametrize(("tie", "axes"), [("none", ()), ("branch", (1,)), ("step", (1, 2))])
 def test_ties(tie: str, axes: tuple[int, ...]) -> None:
     schedule = schedule_for(make_task(), outputs=True)
