@@ -4,7 +4,7 @@ BIN := .venv/bin
 OLDEST := .venv-oldest
 OUT := out
 
-.PHONY: help demo test test-oldest lint bench bench-gpu kernels roofline clean
+.PHONY: help demo test test-oldest lint bench bench-gpu gpu-bundle kernels roofline clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
@@ -40,8 +40,12 @@ bench: .venv/ready  ## The figures of README.md, the suites, and peers in short 
 	$(BIN)/pytest bench/suites --benchmark-only
 	$(BIN)/python bench/run_quality.py --peers all --quick --out $(OUT)
 
-bench-gpu: .venv/ready  ## On a CUDA machine: kernels, latency, capture, in out/gpu/
-	$(BIN)/python bench/run_gpu.py
+bench-gpu: .venv/ready  ## On a CUDA machine: correct, capture, latency, kernels, profile, in out/gpu/
+	$(BIN)/python bench/run_gpu.py --out $(OUT)/gpu
+	$(BIN)/python bench/run_gpu.py --report $(OUT)/gpu
+
+gpu-bundle: .venv/ready  ## A folder that does bench-gpu on a machine without network: out/gpu-bundle/run.sh
+	$(BIN)/python bench/gpu/bundle.py --out $(OUT)/gpu-bundle
 
 kernels: .venv/ready  ## Compile the Triton kernels for sm_80 to sm_120, without a GPU: registers, spills, loads
 	$(BIN)/python bench/aot.py

@@ -111,6 +111,7 @@ def environment() -> dict[str, Any]:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = names[0] if names else cpu
     root = Path(__file__).parent
+    packed = root / "COMMIT"  # where bench/ was packed up without its repository
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
@@ -121,5 +122,5 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() or (packed.read_text().strip() if packed.exists() else "unknown"),
     }
