@@ -183,10 +183,10 @@ class Candidates:
     def __init__(self, machine: Machine, bench: Bench, schedule: hrt.Schedule, log: Log) -> None:
         self.machine, self.bench, self.work, self.schedule, self.log = machine, bench, bench.work, schedule, log
         self.expected: Tensor | None = None  # by reuse at module level
-        self.made: list[PixelPipeline] = []
+        self.made: dict[str, PixelPipeline] = {}  # by backend
 
     def close(self) -> None:
-        for fast in self.made:
+        for fast in self.made.values():
             hrt.uncompile(fast)
         self.made.clear()
 
@@ -255,11 +255,15 @@ class Candidates:
             return partial(work.sample, whole), dict
         if name == TAYLORSEER:
             return self._taylorseer(), dict
-        fast = work.compiled(self.schedule, OURS.get(name, "cudagraph"))
-        self.made.append(fast)
-        if name == TRAJECTORY:
+        if name == TRAJECTORY:  # on the plan of the step graphs, where there is one: slots are large
+            fast = self.made.get("cudagraph") or self._compiled("cudagraph")
             return work.trajectory(fast), partial(self._captured, fast)
+        fast = self._compiled(OURS[name])
         return partial(work.sample, fast), partial(self._captured, fast)
+
+    def _compiled(self, backend: str) -> PixelPipeline:
+        self.made[backend] = self.work.compiled(self.schedule, backend)
+        return self.made[backend]
 
     def _captured(self, fast: PixelPipeline) -> dict[str, Any]:
         (plan,) = fast.transformer._plans.values()
