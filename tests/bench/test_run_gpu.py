@@ -19,9 +19,11 @@ import torch
 pytest.importorskip("triton")
 
 from bench import run_gpu
-from bench.gpu import gap, profile, report
-from bench.gpu.machine import Rehearsal
+from bench.gpu import environment, gap, profile, report
+from bench.gpu.machine import Machine, Rehearsal
 from bench.gpu.record import SHARES, STAGES, Case, DeviceLost, Log, Record, read
+
+from ..emulator import Emulator
 
 SCRIPT = Path(run_gpu.__file__)
 
@@ -201,6 +203,83 @@ def test_a_case_over_its_limit_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     record.run([case(endless, "one", seconds=0.01), case(figure, "two")])
     assert "TookTooLong: took more than 0 s" in lines(record.path, "failed")[0]["error"]
     assert [line["case"] for line in lines(record.path, "done")] == ["two"]
+
+
+# ---- what a rehearsal puts others in place of
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine as it is on CUDA, on fakes."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 250.0  # ms
+
+    fakes = {
+        "Event": Event,
+        "current_device": lambda: 1,
+        "get_device_name": lambda device: "NVIDIA H100 80GB HBM3",
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_allocated": lambda device: 3,
+        "memory_reserved": lambda device: 5,
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 7,
+        "stream": lambda stream: contextlib.nullcontext(stream),
+        "Stream": lambda device: device,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return Machine()
+
+
+def test_a_card_is_clocked_by_events_and_counts_memory(card: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+    card.clocked(lambda: None, seconds)()
+    assert seconds == [0.25]
+    assert card.memory() == {"allocated": 3, "reserved": 5}
+    assert card.peak(lambda: None) == 7
+    assert (card.slug, str(card.device)) == ("nvidia-h100-80gb-hbm3", "cuda:1")
+    with card.another_stream() as stream, card.graphs():
+        assert stream == card.device
+    card.kept = object()
+    card.forget()
+    assert card.kept is None
+    made = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: made(*shape))
+    assert card.usable()
+
+    def lost(*shape: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "ones", lost)
+    assert not card.usable()
+
+
+def test_many_launches_are_one_graph(card: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator, total = Emulator(), torch.zeros(1)
+    monkeypatch.setattr(card, "recorder", lambda: emulator)
+    card.device = torch.device("cpu")
+    replay = card.repeated(lambda: total.add_(1), 5)
+    total.zero_()
+    replay()
+    assert (total.item(), emulator.warm_ups, len(emulator.graphs)) == (5, 1, 1)
+
+
+def test_clocks_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho '580.1, P0, 1980 MHz, 1980 MHz, 2619 MHz, 2619 MHz, 93.1 W, 700.0 W, 31'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = environment._clocks()
+    assert (found["driver_version"], found["clocks.max.sm"], found["temperature.gpu"]) == ("580.1", "1980 MHz", "31")
 
 
 # ---- parts of stages
