@@ -43,7 +43,11 @@ def cases(machine: Machine) -> list[Case]:
     first = [(small, torch.float32), (small, torch.bfloat16)]
     rest = [(size, dtype) for dtype in DTYPES for size in sizes if (size, dtype) not in first]
     made = [_case(machine, size, dtype, (size, dtype) == first[0]) for size, dtype in (*first, *rest)]
-    return [*made[:2], events, *made[2:]]
+    levels = [
+        Case(STAGE, f"{size.name}, levels blocks and output", 15, partial(levels_agree, machine, size))
+        for size in sizes[:2]
+    ]
+    return [*made[:2], events, *levels, *made[2:]]
 
 
 def _case(machine: Machine, size: Size, dtype: torch.dtype, first: bool) -> Case:
@@ -103,6 +107,30 @@ def _module_level(work: Workload, schedule: hrt.Schedule) -> Tensor:
         return work.sample(work.around(reuse))
     finally:
         reuse.remove()
+
+
+def levels_agree(machine: Machine, size: Size, log: Log) -> None:
+    """The model's own forward with blocks or all of it reused, as graphs and launched plainly."""
+    work = _work(machine, size, torch.float32 if machine.dry else torch.bfloat16)
+    sampler = type(work.pipeline.scheduler).__name__
+    with machine.graphs():
+        for level in ("blocks", "output"):
+            schedule = hrt.Schedule.uniform(work.model, work.steps, 2, level=level, sampler=sampler)
+            log.attempt(level, partial(_level_agrees, log, work, level, schedule))
+
+
+def _level_agrees(log: Log, work: Workload, level: str, schedule: hrt.Schedule) -> None:
+    eager = hrt.compile(work.around(work.model), schedule, backend="eager")
+    wanted = work.sample(eager)
+    hrt.uncompile(eager)
+    fast = hrt.compile(work.around(work.model), schedule, backend="cudagraph")
+    try:
+        first = work.sample(fast)
+        again = work.sample(fast)
+        check(log, f"{level}, replays and plain launches", relative_error(first, wanted), GATE[work.dtype])
+        check(log, f"{level}, two runs", relative_error(again, first), GATE[work.dtype])
+    finally:
+        hrt.uncompile(fast)
 
 
 # ---- what happens between replays
