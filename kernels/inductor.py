@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -17,24 +19,53 @@ from torch import Tensor
 
 
 class CompilerMissing(RuntimeError):
-    """A compiler that a backend needs is not on this machine, or too old."""
+    """A compiler that a backend needs is not on this machine, too old, or cannot do its work here."""
 
 
 def compile_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
     """`function` compiled for the shapes, strides, dtypes and device of `examples`.
 
     Raises:
-        CompilerMissing: there is no working C++ (CPU) or Triton (CUDA) compiler.
+        CompilerMissing: there is no working C++ (CPU) or Triton (CUDA) compiler, or nowhere to put what it makes.
     """
-    import torch._inductor as inductor
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     for device in {t.device.type for t in examples}:
         if reason := missing_compiler(device):
             raise CompilerMissing(reason)
+    with _blaming_the_machine(examples[0].device.type):
+        return _compile(function, examples)
+
+
+def _compile(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callable[..., Any]:
+    import torch._inductor as inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     with torch.no_grad():
         graph = make_fx(function, tracing_mode="fake")(*examples)
         return inductor.compile(graph, list(examples))
+
+
+@contextmanager
+def _blaming_the_machine(device: str) -> Iterator[None]:
+    """Turn whatever TorchInductor raises into CompilerMissing.
+
+    What is compiled here is ours, the same on every machine, never a user's model. So a failure is this machine's: no
+    compiler or one that fails (RuntimeErrors of torch and triton), a folder that cannot be written, a full disk
+    (OSError), a library that cannot be loaded (ImportError), a process that died.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+        raise CompilerMissing(f"TorchInductor cannot compile for {device} here: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line: what TorchInductor wraps, and of a compiler's failure the first line that it printed."""
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    printed = lines[lines.index("Output:") + 1 :][:1] if "Output:" in lines else []
+    return ": ".join([type(error).__name__, *lines[:1], *printed])
 
 
 TRITON = (3, 6)  # oldest version the kernels are tested with
@@ -55,15 +86,10 @@ def missing_triton() -> str | None:
 @lru_cache(maxsize=8)
 def missing_compiler(device: str) -> str | None:
     """Why TorchInductor cannot compile for `device`, or None if it can. Found out by compiling one addition."""
-    import torch._inductor as inductor
-    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     example = torch.zeros(8, device=device)
-    with torch.no_grad():
-        graph = make_fx(lambda t: t + 1, tracing_mode="fake")(example)
-        try:
-            inductor.compile(graph, [example])(example)
-        except (InductorError, InvalidCxxCompiler, CppCompileError, ImportError) as error:
-            return f"TorchInductor cannot compile for {device} here: {str(error).strip().splitlines()[0]}"
+    try:
+        with _blaming_the_machine(device), torch.no_grad():
+            _compile(lambda t: t + 1, [example])(example)
+    except CompilerMissing as error:
+        return str(error)
     return None

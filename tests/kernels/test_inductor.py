@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor
 from torch._inductor import config
+from torch._inductor.exc import CppCompileError
 
 import harmonica_rt as hrt
 from harmonica_rt.kernels import inductor
@@ -15,34 +23,105 @@ from harmonica_rt.kernels.gelu import compiled_gelu
 
 from ..conftest import Calls, assert_close, needs_compiler, random_schedule
 
+MEMOS = (compiled_gap, compiled_gelu, inductor.missing_compiler)
+FAILURES = {  # what is wrong with the machine, and what of it the reason must name
+    "no compiler": r"InvalidCxxCompiler: No working C\+\+ compiler found .*no-such-compiler",
+    "a compiler that cannot be run": "PermissionError: .*'.*/compiler'",
+    "a compiler that fails": r"\w+: \S.*",  # which of its calls torch makes first, and how it takes that, varies
+    "a cache folder that cannot be made": "NotADirectoryError: .*/compiler/cache'",
+}
 
-@pytest.fixture
-def no_compiler() -> Iterator[None]:
-    memos = (compiled_gap, compiled_gelu, inductor.missing_compiler)
-    for memo in memos:
+
+@pytest.fixture(params=FAILURES)
+def broken(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A machine that cannot compile; the reason it gives, as a pattern."""
+    for memo in MEMOS:
         memo.cache_clear()
-    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        yield
-    for memo in memos:
+    compiler, cxx = tmp_path / "compiler", "no-such-compiler"
+    fails = "case $* in *.cpp*) echo 'fatal: No space left on device' >&2; exit 1;; esac"
+    compiler.write_text(f"#!/bin/sh\n{fails}\necho 'g++ (GCC) 12.2.0'\n")
+    if request.param.startswith("a compiler"):
+        compiler.chmod(0o755 if request.param == "a compiler that fails" else 0o644)
+        cxx = str(compiler)
+    if request.param == "a cache folder that cannot be made":
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiler / "cache"))
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing lies there ready made
+    with config.patch({} if "cache" in request.param else {"cpp.cxx": (cxx,)}):
+        yield f"TorchInductor cannot compile for cpu here: {FAILURES[request.param]}"
+    for memo in MEMOS:
         memo.cache_clear()
 
 
-@pytest.mark.usefixtures("no_compiler")
-def test_auto_falls_back_to_eager_and_says_why(dit: torch.nn.Module) -> None:
+def test_auto_falls_back_to_eager_and_says_why(broken: str, dit: torch.nn.Module) -> None:
     fast, calls = hrt.compile(dit, hrt.Schedule.full(dit, 3)), Calls(3)
-    with pytest.warns(UserWarning, match="runs its eager backend, not inductor: TorchInductor cannot compile"):
+    with pytest.warns(UserWarning, match=f"runs its eager backend, not inductor: {broken}"):
         outputs = calls.run(fast)
     assert_close(outputs, calls.run(dit), 1e-5)
     assert fast.report().plans[0].backend == "eager"
-    assert "TorchInductor cannot compile" in fast.report().fallback
+    assert re.fullmatch(f"{broken}.*", fast.report().fallback), "one line"
     assert "fallback to eager" in str(fast.report())
 
 
-@pytest.mark.usefixtures("no_compiler")
-def test_inductor_asked_for_by_name_raises(dit: torch.nn.Module) -> None:
+def test_inductor_asked_for_by_name_raises(broken: str, dit: torch.nn.Module) -> None:
     fast = hrt.compile(dit, hrt.Schedule.full(dit, 3), backend="inductor")
-    with pytest.raises(inductor.CompilerMissing, match="cannot compile for cpu"):
+    with pytest.raises(inductor.CompilerMissing, match=broken):
         Calls(3).run(fast)
+
+
+def test_a_machine_that_breaks_later_is_told_as_well(
+    broken: str, dit: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "missing_compiler", lambda device: None)  # it could compile a moment ago
+    fast = hrt.compile(dit, hrt.Schedule.full(dit, 3))
+    with pytest.warns(UserWarning, match=f"runs its eager backend, not inductor: {broken}"):
+        Calls(3).run(fast)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_told_in_a_new_process(tmp_path: Path) -> None:
+    """There importing TorchInductor fails already, before it wraps any error."""
+    (tmp_path / "file").touch()
+    code = "from harmonica_rt.kernels.inductor import missing_compiler; print(missing_compiler('cpu'))"
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.match("TorchInductor cannot compile for cpu here: NotADirectoryError: .*/file/cache'", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "OSError: .*No space left on device: '/tmp/x'"),
+        (
+            CppCompileError(["g++"], "fatal: disk full\n1 error"),
+            "CppCompileError: C\\+\\+ compile error: fatal: disk full$",
+        ),
+        (ImportError("x.so: failed to map segment"), "ImportError: x.so: failed to map segment"),
+        (subprocess.TimeoutExpired("g++", 3), "TimeoutExpired: Command 'g\\+\\+' timed out after 3 seconds"),
+        (RuntimeError("Failed to find C compiler.\nSet CC"), "RuntimeError: Failed to find C compiler.$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_inductor_raises_of_the_machine_is_a_missing_compiler(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    monkeypatch.setattr(inductor, "missing_compiler", lambda device: None)
+    with pytest.raises(inductor.CompilerMissing, match=f"cannot compile for cpu here: {reason}"):
+        inductor.compile_graph(lambda t: t + 1, [torch.zeros(2)])
+
+
+def test_memory_that_runs_out_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    monkeypatch.setattr(inductor, "missing_compiler", lambda device: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        inductor.compile_graph(lambda t: t + 1, [torch.zeros(2)])
 
 
 @needs_compiler
