@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from harmonica_rt import Schedule
 from harmonica_rt.forecast import forecast
 
+from .module_reuse import ModuleReuse
+
+
+def by_hand(model: nn.Module, schedule: Schedule) -> ModuleReuse | BlockReuse:
+    """Reuse on the model itself, at the schedule's level."""
+    return (ModuleReuse if schedule.level == "branches" else BlockReuse)(model, schedule)
+
 
 class BlockReuse(nn.Module):
     """`model` whose groups of blocks, or itself, return what `schedule` says of their last values.

@@ -24,6 +24,7 @@ from bench import run_latency
 from bench.measure import psnr
 from bench.reference import CLASSES, noise
 from bench.sampling import Sampling
+from bench.schedule_specs import parse_schedule
 
 MODEL, STEPS = "dit-fashion", 20
 SCHEDULES = Path(__file__).parent / "schedules"
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling.of(MODEL)
     pipeline = sampling.pipeline
     try:
-        schedule = run_latency.parse_schedule(arguments.schedule, pipeline, STEPS)
+        schedule = parse_schedule(arguments.schedule, pipeline, STEPS)
     except ValueError as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         return 2

@@ -42,7 +42,8 @@ from tqdm import tqdm
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline, PixelPixArtPipeline
 from bench.reference import REFERENCES, TRAINED, load_pipeline, timesteps
-from bench.run_latency import parse_schedule, positive
+from bench.run_latency import positive
+from bench.schedule_specs import parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
 
@@ -110,7 +111,7 @@ def prepare(
 
     Args:
         model: a trained reference model.
-        schedule: a file or a name as in `run_latency.parse_schedule`; diffusers' own model samples unless given.
+        schedule: a file or a name as in `parse_schedule`; diffusers' own model samples unless given.
         guidance: the model's own unless given.
 
     Raises:

@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,10 +27,11 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import breakdown
+from bench.block_reuse import by_hand
 from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
-from bench.module_reuse import ModuleReuse
 from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise, timesteps
+from bench.reference import REFERENCES, load_pipeline, noise
+from bench.schedule_specs import SPECS, parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
 from harmonica_rt.train import models
@@ -43,34 +43,6 @@ GATE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 class WrongResult(RuntimeError):
     """A candidate does not compute what it should: nothing is timed."""
-
-
-def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule:
-    """A schedule file, or for the pipeline ``full``, ``uniform:N[:ORDER]``, ``random:PERCENT[:ORDER[:SEED]]``.
-
-    Random: that share of all entries is reused, the hardest kind for a runtime, no two steps alike.
-    """
-    known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": timesteps(pipeline, steps)}
-    name, *numbers = text.split(":")
-    if name == "full" and not numbers:
-        return hrt.Schedule.full(pipeline.transformer, steps, **known)
-    if name == "uniform" and 1 <= len(numbers) <= 2 and all(n.isdigit() for n in numbers):
-        every, order = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
-        return hrt.Schedule.uniform(pipeline.transformer, steps, every, order, **known)
-    if name == "random" and 1 <= len(numbers) <= 3 and all(n.isdigit() for n in numbers):
-        percent, order, seed = [*map(int, numbers), *(1, 0)[len(numbers) - 1 :]]
-        like = hrt.Schedule.full(pipeline.transformer, steps, order=order, **known)
-        compute, rng = like.compute.copy(), np.random.default_rng(seed)
-        later, reused = compute[1:].size, round(percent / 100 * compute.size)
-        if reused > later:
-            most = 100 * later // compute.size
-            raise ValueError(f"--schedule: expected at most {most} % reused in {steps} steps, got {text!r}")
-        compute[1:].reshape(-1)[rng.permutation(later)[:reused]] = False
-        return like.replace(compute=compute, note=f"random, {percent} % reused, order {order}, seed {seed}")
-    if not Path(text).is_file():
-        expected = "full, uniform:N[:ORDER], random:PERCENT[:ORDER[:SEED]] or a schedule file"
-        raise ValueError(f"--schedule: expected {expected}, got {text!r}")
-    return hrt.Schedule.load(text)
 
 
 def positive(text: str) -> int:
@@ -117,7 +89,7 @@ def measure(
         return images
 
     def naive() -> Tensor:
-        reuse = ModuleReuse(transformer, plan)
+        reuse = by_hand(transformer, plan)
         try:
             return sample(pipeline.around(reuse))
         finally:
@@ -126,7 +98,7 @@ def measure(
     progress(f"{model}: reference runs")
     full = sample(pipeline.around(counted := _Counted(transformer)))
     launches = {EAGER: counted.launches / steps}
-    reuse = ModuleReuse(transformer, plan)
+    reuse = by_hand(transformer, plan)
     expected = sample(pipeline.around(counted := _Counted(reuse)))
     reuse.remove()
     launches[NAIVE] = counted.launches / steps
@@ -145,7 +117,7 @@ def measure(
         _gate(COMPILED, outputs[COMPILED], full, 10 * GATE[dtype])
     candidates[NAIVE] = naive
     reports = {}
-    around = _around_steps(pipeline.around(transformer), plan, sample)
+    around = _around_steps(pipeline, plan, sample) if plan.level == "branches" else 0
     for backend in backends:
         name = f"harmonica_rt, {backend}"
         progress(f"{model}: {name}")
@@ -153,7 +125,11 @@ def measure(
         outputs[name] = sample(fast)
         _gate(name, outputs[name], expected, GATE[dtype])
         report = reports[name] = fast.transformer.report().plans[0]
-        launches[name] = (sum(report.launches) + around) / steps
+        if report.launches is None:  # the model's own forward: its ops are dispatched
+            sample(counting := _counted(pipeline, plan, backend))
+            launches[name] = counting.transformer.launches / steps
+        else:
+            launches[name] = (sum(report.launches) + around) / steps
         seconds[name] = report.seconds
         candidates[name] = lambda fast=fast: sample(fast)
     progress(f"{model}: {rounds} rounds of {len(candidates)} candidates")
@@ -168,7 +144,7 @@ def measure(
         "batch": batch,
         "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
         "guidance": guidance,
-        "layers": plan.layers,
+        "layers": transformer.config.num_layers,
         "size": transformer.config.sample_size,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
@@ -222,15 +198,20 @@ class _Counted(torch.nn.Module):
         return output
 
 
+def _counted(pipeline: PixelPipeline, plan: hrt.Schedule, backend: str) -> PixelPipeline:
+    """A pipeline of its own compiled for `plan`, launches counted."""
+    own = hrt.compile(pipeline.around(pipeline.transformer), plan, backend=backend)
+    object.__setattr__(own, "transformer", _Counted(own.transformer))
+    return own
+
+
 def _around_steps(pipeline: PixelPipeline, plan: hrt.Schedule, sample: Callable[[PixelPipeline], Tensor]) -> int:
     """Launches of a run of ours outside its programs' steps: modulation, once a run, and looking at the labels.
 
     Counted on the eager backend, where every launch is dispatched; it is the same code on all backends.
     """
-    fast = hrt.compile(pipeline, plan, backend="eager").transformer
-    object.__setattr__(pipeline, "transformer", counted := _Counted(fast))
-    sample(pipeline)
-    return counted.launches - sum(fast.report().plans[0].launches)
+    sample(own := _counted(pipeline, plan, "eager"))
+    return own.transformer.launches - sum(own.transformer.denoiser.report().plans[0].launches)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -342,7 +323,7 @@ def plot(result: dict[str, Any], path: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=REFERENCES, default="dit-fashion")
-    parser.add_argument("--schedule", default="uniform:2", help="full, uniform:N[:ORDER] or a schedule file")
+    parser.add_argument("--schedule", default="uniform:2", help=f"{SPECS} or a schedule file")
     parser.add_argument("--backend", default="eager,inductor", help="one of ours, or several with commas")
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--batch", type=positive, default=1, help="images a call; guidance doubles the samples")

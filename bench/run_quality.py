@@ -36,6 +36,7 @@ from bench.peers import PEERS
 from bench.pipelines import PixelPipeline
 from bench.reference import CLASSES, TRAINED, noise
 from bench.sampling import Sampling, accelerated
+from bench.schedule_specs import parse_schedule
 from harmonica_rt.train import models
 
 MODEL = "dit-fashion"
@@ -49,12 +50,12 @@ FULL, PSNR = "full run", ("mean", "pooled", "worst")
 
 
 def load_schedule(text: str, pipeline: PixelPipeline, steps: int) -> tuple[str, hrt.Schedule]:
-    """A row's name and its schedule, `text` as in `run_latency.parse_schedule`.
+    """A row's name and its schedule, `text` as in `parse_schedule`.
 
     Raises:
         ValueError: it was made for another sampler. Another guidance is fine.
     """
-    schedule, sampler = run_latency.parse_schedule(text, pipeline, steps), type(pipeline.scheduler).__name__
+    schedule, sampler = parse_schedule(text, pipeline, steps), type(pipeline.scheduler).__name__
     if schedule.sampler not in (None, sampler):
         raise ValueError(f"{text}: the schedule was made for {schedule.sampler}, --sampler samples with {sampler}")
     return Path(text).stem if Path(text).is_file() else text, schedule
@@ -117,7 +118,7 @@ def measure(
         rows.append({"name": FULL, "cur": 0.0, "theoretical": 1.0} | dict.fromkeys((*PSNR, "by_seed")))
     if frechet:
         progress(f"full run, {steps} steps, {2 * frechet} images")
-        with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, steps)):
+        with accelerated(pipeline, parse_schedule("full", pipeline, steps)):
             judge = Frechet.prepare(sampling, steps, frechet, seed)
             rows[0] |= judge(sampling, steps)
 
@@ -143,7 +144,7 @@ def measure(
         progress(f"{less} steps")
         row = _row(f"{less} steps", 1 - less / steps, steps / less, sampling(start, less), wanted, seeds)
         if judge:
-            with accelerated(pipeline, run_latency.parse_schedule("full", pipeline, less)):
+            with accelerated(pipeline, parse_schedule("full", pipeline, less)):
                 row |= judge(sampling, less)
         rows.append(row)
     run = {"model": model, "steps": steps, "count": count, "frechet": frechet, "seed": seed, "seeds": seeds}

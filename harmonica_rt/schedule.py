@@ -21,7 +21,7 @@ from .checks import (
     positive,
 )
 from .forecast import ORDERS, carried, history, over_entries, unlearned
-from .layout import TRUNK, Group, check_branches, check_groups, panels, shape_of_entries
+from .layout import TRUNK, Group, check_branches, check_groups, panels, shape_of_entries, split_evenly
 
 if TYPE_CHECKING:
     import os
@@ -426,17 +426,21 @@ class Schedule:
         """
         from .models import adapt
 
-        if self.level != "branches":
-            raise ValueError(
-                "speedup: expected a schedule of level branches, whose MACs are known beforehand, got level "
-                f"{self.level}: report() of the compiled model has them once it was called"
-            )
-        adapter = adapt(model)
-        adapter.check_schedule(self)
+        adapter = adapt(model)  # a model without one has its MACs counted as it runs, in report()
         macs = adapter.macs(height, width, batch, context)
-        full = macs.fixed + self.layers * sum(macs.branches)
-        computed = self.compute.sum(axis=(0, 1)) @ np.array(macs.branches, dtype=np.float64)
-        return float(self.steps * full / (int((~self.output).sum()) * macs.fixed + computed))
+        block = sum(macs.branches) + macs.around
+        fixed = macs.fixed - adapter.layers * macs.around
+        run = int((~self.output).sum())
+        if self.level == "branches":
+            adapter.check_schedule(self)
+            computed = self.compute.sum(axis=(0, 1)) @ np.array(macs.branches, dtype=np.float64)
+            computed += run * adapter.layers * macs.around
+        elif self.level == "blocks":
+            parts = [len(part) for part in split_evenly(adapter.layers, self.groups[0].layers)]
+            computed = block * float((self.compute.reshape(self.steps, -1) @ np.array(parts)).sum())
+        else:
+            computed = run * adapter.layers * block
+        return float(self.steps * (fixed + adapter.layers * block) / (run * fixed + computed))
 
     # ---- files and pictures
 

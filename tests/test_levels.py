@@ -133,6 +133,15 @@ def test_macs_are_those_of_the_adapter(dit: nn.Module) -> None:
     assert fast.report().plans[0].full_macs == 2 * (macs.fixed + 3 * sum(macs.branches))
 
 
+def test_the_theory_is_what_was_counted(dit: nn.Module) -> None:
+    for options in ({"level": "blocks"}, {"level": "blocks", "groups": 2}, {"level": "output"}):
+        schedule = hrt.Schedule.uniform(dit, 7, 3, **options)
+        fast = hrt.compile(dit, schedule)
+        Calls(7).run(fast)
+        (plan,) = fast.report().plans
+        assert schedule.speedup(dit, 8, 8) == pytest.approx(plan.full_macs / plan.macs, rel=1e-6)
+
+
 @pytest.mark.parametrize("level", ["blocks", "output", "branches"])
 def test_a_run_may_enter_midway(dit: nn.Module, level: str) -> None:
     schedule = hrt.Schedule.uniform(dit, 6, 3, level=level, timesteps=Calls(6).timesteps)

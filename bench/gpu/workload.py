@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
 from bench.reference import REFERENCES, load_pipeline, noise
-from bench.run_latency import parse_schedule
+from bench.schedule_specs import parse_schedule
 
 from .machine import Machine
 

@@ -102,10 +102,15 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Macs:
-    """Multiply-accumulates of one forward: one evaluation of each branch, and everything that is not a branch."""
+    """Multiply-accumulates of one forward: one evaluation of each branch, and everything that is not a branch.
+
+    Attributes:
+        around: what of `fixed` is in one block.
+    """
 
     branches: tuple[int, ...]
     fixed: int
+    around: int = 0
 
 
 class Adapter(ABC):

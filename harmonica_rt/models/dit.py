@@ -117,12 +117,13 @@ class DiTAdapter(PatchAdapter):
         attn = n * (4 * d * d) + 2 * n * n * d
         hidden = self.blocks[0].ff.net[0].proj.out_features if self.layers else 0
         mlp = 2 * n * d * hidden
-        embedders = [block.norm1.emb.timestep_embedder for block in self.blocks]
-        time = sum(e.linear_1.in_features * d + d * d for e in [*embedders, embedders[0]])  # block 0's twice: the head
+        embedder = self.blocks[0].norm1.emb.timestep_embedder
+        time = embedder.linear_1.in_features * d + d * d
         pixels = self.patches.size**2
         ends = n * d * pixels * (self.config.in_channels + self.model.out_channels)
-        modulation = self.layers * 6 * d * d + 2 * d * d
-        return Macs((batch * attn, batch * mlp), batch * (time + ends + modulation))
+        around, head = time + 6 * d * d, time + 2 * d * d  # the head asks block 0's embedder once more
+        fixed = ends + head + self.layers * around
+        return Macs((batch * attn, batch * mlp), batch * fixed, batch * around)
 
 
 def _embed_condition(embedder: nn.Module, timesteps: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

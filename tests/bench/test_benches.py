@@ -15,6 +15,7 @@ from bench import demo, run_latency, run_quality
 from bench.measure import CountLaunches, Timing, interleave, psnr, ratio
 from bench.module_reuse import ModuleReuse
 from bench.reference import load_pipeline, noise, timesteps
+from bench.schedule_specs import parse_schedule
 from harmonica_rt.train import models
 from harmonica_rt.train.task import Batch, Task
 from harmonica_rt.train.weights import converged, full_run
@@ -94,7 +95,7 @@ def test_bad_arguments_are_one_line(arguments: list[str], match: str, capsys: py
 
 def test_random_schedules_reuse_what_was_asked_for() -> None:
     pipeline = load_pipeline("dit-fashion")
-    one, other = (run_latency.parse_schedule(f"random:75:1:{seed}", pipeline, 20) for seed in (0, 1))
+    one, other = (parse_schedule(f"random:75:1:{seed}", pipeline, 20) for seed in (0, 1))
     assert one.cur == other.cur == 0.75 and one.compute[0].all() and (one.compute != other.compute).any()
 
 
