@@ -152,7 +152,13 @@ class BranchEngine(Engine):
         plan.encode(call.conditioning)
         plan.modulate(0, timesteps, call.conditioning)
         key, images = loop_key(scheduler, guidance_scale), len(call.sample) // (2 if guidance_scale > 1 else 1)
-        return plan.loop(key, lambda: LoopGraph(plan, plan.graphs.recorder, scheduler, guidance_scale, images))
+        try:
+            return plan.loop(key, lambda: LoopGraph(plan, plan.graphs.recorder, scheduler, guidance_scale, images))
+        except CaptureFailed as error:
+            if self.backend != "auto":
+                raise
+            self.fallback = str(error)
+            return None
 
     def _make_plan(self, program: Program, shape: Shape) -> Plan:
         if self.backend != "auto":

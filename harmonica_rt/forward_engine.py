@@ -21,7 +21,10 @@ from .models import UnsupportedModelError
 from .models.blocks import block_lists
 from .schedule import Schedule
 
-TIMESTEPS = ("timestep", "t", "timesteps", "time", "timestep_img", "sigma", "decoder_noise_time", "timestep_ratio")
+TIMESTEPS = (
+    *("timestep", "t", "timesteps", "time", "timestep_img", "sigma", "decoder_noise_time", "timestep_ratio"),
+    *("vision_timesteps", "bb_ca_time"),
+)
 
 
 @dataclass(frozen=True, slots=True)

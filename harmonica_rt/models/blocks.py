@@ -1,4 +1,4 @@
-"""The blocks of any denoiser: the lists of modules that are its direct children."""
+"""The blocks of any denoiser: its lists of modules."""
 
 from __future__ import annotations
 
@@ -8,19 +8,31 @@ NOT_A_TRUNK = ("down_blocks", "up_blocks")  # a UNet's: what is between them is 
 
 
 def block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The blocks of each list, by the list's name. Empty where there is none, as in a UNet.
+    """The blocks of each list that is a direct child, by its name. Empty where there is none, as in a UNet.
 
-    A ModuleDict in a list stands for what it holds. Lists of projections, which have one part or none, are no blocks.
+    Where the model itself has none, those of its children, by dotted names (UniDiffuser's U-ViT is one). A ModuleDict
+    in a list stands for what it holds, a child of a block's class for a list of it (a U-ViT's middle). Lists of
+    projections, which have one part or none, are no blocks.
     """
-    if hasattr(model, "_orig_mod"):  # torch.compile of the whole: its forward runs no block of its own
-        return {}
-    found = {}
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList) and name not in NOT_A_TRUNK:
-            blocks = [part for block in child for part in _parts(block)]
-            if blocks and all(_has_parts(block) for block in blocks):
-                found[name] = blocks
-    return {} if any(hasattr(model, name) for name in NOT_A_TRUNK) else found
+    if hasattr(model, "_orig_mod") or any(hasattr(model, name) for name in NOT_A_TRUNK):
+        return {}  # of a whole that torch.compile took, forward runs no block of its own
+    lists = {name: _blocks(child) for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
+    kinds = {type(block) for blocks in lists.values() for block in blocks}
+    found = {
+        name: lists.get(name) or [child]
+        for name, child in model.named_children()
+        if lists.get(name) or type(child) in kinds
+    }
+    if found:
+        return found
+    children = [(name, child) for name, child in model.named_children() if not isinstance(child, nn.ModuleList)]
+    return {f"{name}.{inner}": blocks for name, child in children for inner, blocks in block_lists(child).items()}
+
+
+def _blocks(child: nn.ModuleList) -> list[nn.Module]:
+    """Of a list; none if it holds something else."""
+    blocks = [part for block in child for part in _parts(block)]
+    return blocks if all(_has_parts(block) for block in blocks) else []
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .parts import DenoiserCall, Made
+from .parts import DenoiserCall, Made, blocks_of
 
 Streams = list[Tensor]
 Group = tuple[nn.Module, nn.Module, tuple[str, ...]]  # first and last block, and which of its arguments go on
@@ -31,7 +31,7 @@ def halves(made: Made, model: nn.Module) -> list[Group]:
     """Each list in two, the longer half first."""
     groups = []
     for name, streams in made.streams.items():
-        blocks = list(getattr(model, name))
+        blocks = blocks_of(model, name)
         cut = (len(blocks) + 1) // 2
         groups += [(part[0], part[-1], streams) for part in (blocks[:cut], blocks[cut:])]
     return groups

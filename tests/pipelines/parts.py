@@ -56,6 +56,7 @@ class Made:
         first: step of the schedule at which a run enters.
         streams: lists of blocks in the order they run; of each what its blocks return, by the names of the arguments
             that continues. Empty for UNets.
+        skips: blocks hand streams to later ones past those between.
         steps: of a run; some schedulers make more of them than they are asked for.
         kept: where guidance in a batch ends midway, which half of it goes on.
         around: what a call needs around it.
@@ -68,6 +69,7 @@ class Made:
     denoiser: Callable[[int], str] = lambda step: "transformer"
     first: int = 0
     streams: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skips: bool = False
     steps: int = STEPS
     kept: int | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -92,7 +94,14 @@ class Made:
         return tuple(dict.fromkeys(call.denoiser for call in self.calls))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [block for name in self.streams for block in getattr(model, name)]
+        return [block for name in self.streams for block in blocks_of(model, name)]
+
+
+def blocks_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """Of the list `name`, or the one block of that name; what a dict of blocks holds counts each."""
+    listed = model.get_submodule(name)
+    blocks = listed if isinstance(listed, nn.ModuleList) else [listed]
+    return [part for block in blocks for part in (block.values() if isinstance(block, nn.ModuleDict) else [block])]
 
 
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:

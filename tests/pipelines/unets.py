@@ -109,7 +109,8 @@ def unidiffuser_joint() -> UniDiffuserPipeline:
 
 
 _UNET = {"denoiser": lambda step: "unet"}
-_U_VIT = _UNET  # its blocks are no direct children of the denoiser
+_LISTS = ("transformer_in_blocks", "transformer_mid_block", "transformer_out_blocks")
+_U_VIT = {**_UNET, "streams": {f"transformer.{name}": ("hidden_states",) for name in _LISTS}, "skips": True}
 
 UNETS = {
     "sd": Made(sd, lambda: text(**LARGE), one_batch, **_UNET),
