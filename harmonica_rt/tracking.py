@@ -55,7 +55,7 @@ class RunTracker:
 
     def abandon(self) -> None:
         """The run under way cannot go on: the next call must start one."""
-        broken = None if self.start is None else (self._first, self._latest)
+        broken = self._abandoned if self.start is None else (self._first, self._latest)
         self.reset()
         self._abandoned = broken
 

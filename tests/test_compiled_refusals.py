@@ -182,6 +182,18 @@ def test_weights_loaded_within_a_run_end_it() -> None:
     assert_close(calls.run(fast), calls.run(other), 1e-5)
 
 
+def test_weights_moved_within_a_run_end_it() -> None:
+    model, calls = make_dit(), Calls(4)
+    fast = hrt.compile(model, hrt.Schedule.full(model, 4), backend="eager")
+    calls.call(fast, 0)
+    fast.to("cpu", torch.float32)  # where they are already
+    calls.call(fast, 1)
+    fast.half().float()
+    with pytest.raises(RuntimeError, match="cut short"):
+        calls.call(fast, 2)
+    assert_close(calls.run(fast), calls.run(model), 1e-5)
+
+
 def test_transposed_weights_are_seen() -> None:
     model, calls = make_dit(), Calls(3)
     fast = hrt.compile(model, hrt.Schedule.full(model, 3), backend="eager")

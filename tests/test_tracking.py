@@ -72,6 +72,20 @@ def test_a_step_beyond_the_last_is_refused_until_reset(kind: str) -> None:
     assert follow(tracker, times) == run(0, 4)
 
 
+@pytest.mark.parametrize("kind", ["unknown", "counted"])
+@pytest.mark.parametrize("times_abandoned", [1, 2])
+def test_a_run_abandoned_cannot_go_on(kind: str, times_abandoned: int) -> None:
+    make, times = KINDS[kind]
+    tracker = make()
+    follow(tracker, times[:2])
+    for _ in range(times_abandoned):
+        tracker.abandon()
+    with pytest.raises(RuntimeError, match="cut short by an error"):
+        tracker.locate(times[2])
+    tracker.reset()
+    assert follow(tracker, times) == run(0, 4)
+
+
 @kinds
 def test_reset_starts_over_at_any_time(kind: str) -> None:
     make, times = KINDS[kind]
