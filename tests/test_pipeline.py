@@ -158,6 +158,28 @@ def test_a_run_entering_midway_follows_the_schedulers_timesteps() -> None:
     oracle.remove()
 
 
+def test_a_run_entering_midway_where_timesteps_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler then tells the step; twice, since it forgets its count when it gets new timesteps."""
+    pipeline = make_pipeline()
+    pipeline.scheduler = scheduler = DPMSolverMultistepScheduler()
+    hrt.compile(pipeline, random_schedule(4), backend="eager")
+    noise, labels = torch.randn(2, 2, 8, 8), torch.tensor([1, 2])
+
+    def enter(step: int) -> torch.Tensor:
+        x = noise
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(step)
+        for t in scheduler.timesteps[step:]:
+            output = pipeline.transformer(x, timestep=t.expand(2), class_labels=labels).sample
+            x = scheduler.step(output[:, :2], t, x).prev_sample
+        return x
+
+    wanted = [enter(step) for step in (2, 0, 4)]
+    monkeypatch.setattr("harmonica_rt.compiled.read_timestep", lambda timestep: None)
+    for step, expected in zip((2, 0, 4), wanted):
+        assert relative_error(enter(step), expected) < 1e-5
+
+
 def test_another_scheduler_is_noticed() -> None:
     pipeline = make_pipeline()
     hrt.compile(pipeline, hrt.Schedule.full(pipeline.transformer, 6), backend="eager")

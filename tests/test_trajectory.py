@@ -18,7 +18,7 @@ from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.executor import LOOPS
 from harmonica_rt.loop import trajectory
 
-from .conftest import make_dit, random_schedule, relative_error
+from .conftest import Calls, assert_close, make_dit, random_schedule, relative_error
 from .emulator import Emulator
 
 LABELS = torch.tensor([1, 2, 5, 5])  # two images, and the null label of each
@@ -208,3 +208,11 @@ def test_graphs_and_loops_go_with_the_last_reference(emulated: list[Emulator]) -
         assert plan() is None
     finally:
         gc.enable()
+
+
+def test_calls_after_a_trajectory_are_not_held_to_its_timesteps() -> None:
+    model, calls = make_dit(in_channels=2, out_channels=2), Calls(6)
+    fast = hrt.compile(model, random_schedule(3), backend="eager")
+    wanted = calls.run(fast)
+    fast.trajectory(noise(), scheduler(), 1.5, class_labels=LABELS)
+    assert_close(calls.run(fast), wanted, 0.0)
