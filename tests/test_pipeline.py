@@ -24,7 +24,7 @@ import harmonica_rt as hrt
 from bench.module_reuse import ModuleReuse
 from bench.pipelines import PixelDiTPipeline
 
-from .conftest import make_dit, random_schedule, relative_error
+from .conftest import assert_close, make_dit, random_schedule, relative_error
 
 
 def make_pipeline(model: torch.nn.Module | None = None) -> PixelDiTPipeline:
@@ -195,6 +195,10 @@ def test_a_schedule_for_other_steps_names_both() -> None:
     hrt.compile(pipeline, hrt.Schedule.full(pipeline.transformer, 6), backend="eager")
     with pytest.raises(ValueError, match=r"the schedule has 6 steps, but DDIMScheduler has 5 timesteps"):
         sample(pipeline, steps=5)
+    x, labels = torch.randn(2, 2, 8, 8), torch.tensor([1, 2])
+    for _ in range(2):  # also when the same timesteps come again
+        with pytest.raises(ValueError, match="6 steps, but DDIMScheduler has 5"):
+            pipeline.transformer(x, timestep=pipeline.scheduler.timesteps[0].expand(2), class_labels=labels)
     assert sample(pipeline, steps=6).isfinite().all()
 
 
@@ -261,6 +265,23 @@ def test_labels_made_anew_at_each_call_fill_rows_one_by_one(monkeypatch: pytest.
     for t in pipeline.scheduler.timesteps:
         pipeline.transformer(torch.randn(2, 2, 8, 8), t.expand(2), torch.tensor([0, 1]))
     assert filled == [6, 1, 1, 1, 1, 1]
+
+
+def test_labels_that_change_within_a_run_are_followed_where_they_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of the steps ahead were filled for the labels before."""
+    pipeline = hrt.compile(make_pipeline(), random_schedule(3), backend="eager")
+    x, labels = torch.randn(6, 2, 2, 8, 8), [torch.tensor([0, 1])] * 2 + [torch.tensor([2, 3])] * 4
+
+    def run() -> list[torch.Tensor]:
+        pipeline.scheduler.set_timesteps(6)
+        steps = zip(x, pipeline.scheduler.timesteps, labels)
+        return [pipeline.transformer(s, timestep=t.expand(2), class_labels=c).sample for s, t, c in steps]
+
+    wanted = run()
+    monkeypatch.setattr("harmonica_rt.compiled.read_timestep", lambda timestep: None)
+    assert_close(run(), wanted, 1e-5)
 
 
 def test_a_copied_pipeline_runs_on_its_own() -> None:

@@ -202,3 +202,14 @@ def test_a_move_that_diverges_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     found = search.run()  # each is judged as it was carried over
     assert found.best.errors.isfinite().all() and np.isfinite(found.schedule().weights).all()
     assert found.best.errors.mean() <= trainer.best.errors.mean()
+
+
+@pytest.mark.parametrize(("change", "taken"), [(-0.1, 0), (-0.3, 4)])
+def test_a_move_is_taken_if_it_is_better_than_by_chance(
+    change: float, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standard error of 0.2 dB; one move a round, each followed."""
+    monkeypatch.setattr("harmonica_rt.train.search._difference", lambda trainer, other: (change, 0.2))
+    search = Search(trained(), moves=4, drawn=1, followed=1, iterations=1)
+    search.run()
+    assert (search.judged, search.taken) == (4, taken)

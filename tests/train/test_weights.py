@@ -104,6 +104,18 @@ def test_checkpointing_changes_no_gradient() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
+def test_steps_warm_up_and_fall_to_nothing() -> None:
+    task = make_task()
+    trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT))
+    lengths = []
+    for share in (0.0, 0.0, 0.0, 0.0, 0.5, 1.0):
+        before = trainer.weights.change.clone()
+        trainer._iterate(share)
+        trainer.iteration += 1
+        lengths.append((trainer.weights.change - before).square().mean().sqrt().item())
+    assert lengths == pytest.approx([0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.01, 0.0], abs=1e-6)
+
+
 def test_iterations_go_round_the_pool() -> None:
     task, seen = make_task(), []
     trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT, accumulate=2))
