@@ -26,11 +26,13 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from harmonica_rt.kernels import combine
 from harmonica_rt.kernels.gap import gap_kernel, launch_config
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = ("fp32", "fp16", "bf16")
 WIDTHS = (384, 1152)  # DiT-S and DiT-XL, PixArt
+SUMS = (1, 2, 3, 7)  # values: orders 0 to 2, and order 2 with a carry
 NORMS = (("none", False), ("layer", False), ("layer", True), ("rms", False), ("rms", True))
 SCALARS = 4  # loads of one number each: the step, and a term's slot, gate and weight
 
@@ -41,9 +43,8 @@ class Built:
 
     architecture: int
     dtype: str
-    width: int
-    norm: str
-    affine: bool
+    variant: tuple[str, ...]  # width, norm and affine of a Gap; of a sum its values and weights
+    scalars: int  # loads of one number each
     registers: int
     spilled: int  # bytes of stack and local memory
     shared: int
@@ -54,7 +55,7 @@ class Built:
 
     @property
     def good(self) -> bool:
-        return self.spilled == 0 and self.loads - self.wide_loads == SCALARS and self.stores == self.wide_stores
+        return self.spilled == 0 and self.loads - self.wide_loads == self.scalars and self.stores == self.wide_stores
 
 
 def build(architecture: int, dtype: str, width: int, norm: str, affine: bool) -> Built:
@@ -68,19 +69,52 @@ def build(architecture: int, dtype: str, width: int, norm: str, affine: bool) ->
     kinds = tensors | strides | numbers | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds[name] for name in gap_kernel.arg_names}
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in tensors | strides}
+    variant = (str(width), norm + (", affine" if affine else ""))
+    return _built(architecture, dtype, variant, SCALARS, gap_kernel, signature, constants, divisible, config.warps)
+
+
+def build_sum(architecture: int, dtype: str, terms: int, per_channel: bool) -> Built:
+    """Compile the weighted sum likewise. Weights per channel are read one by one: 4 elements of a thread each."""
+    numbers = {name: "fp32" if name[0] == "w" else "i32" for name in combine._NUMBERS}
+    tensors = dict.fromkeys(("out_ptr", *(f"v{k}" for k in range(combine.MOST))), f"*{dtype}")
+    tensors["channels_ptr"] = "*fp32"
+    constants = {"TERMS": terms, "CHANNELS": per_channel, "BLOCK": combine.BLOCK}
+    kinds = tensors | numbers | dict.fromkeys(("total", "inner", "count"), "i32")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds[name] for name in combine.combine_kernel.arg_names}
+    aligned = {*tensors, "total"}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+    each = combine.BLOCK // (32 * combine.WARPS)
+    variant = (f"{terms} values", "per channel" if per_channel else "numbers")
+    scalars = terms * each if per_channel else 0
+    return _built(
+        architecture, dtype, variant, scalars, combine.combine_kernel, signature, constants, divisible, combine.WARPS
+    )
+
+
+def _built(
+    architecture: int,
+    dtype: str,
+    variant: tuple[str, ...],
+    scalars: int,
+    function: triton.JITFunction,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    divisible: dict[tuple[int], list],
+    warps: int,
+) -> Built:
     kernel = triton.compile(
-        ASTSource(gap_kernel, signature, constants, divisible),
+        ASTSource(function, signature, constants, divisible),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": config.warps},
+        options={"num_warps": warps},
     )
     registers, stack, shared, local = _resources(kernel.asm["cubin"])
     loads, stores = (re.findall(rf"\b{op}\.global\S*", kernel.asm["ptx"]) for op in ("ld", "st"))
     return Built(
         architecture,
         dtype,
-        width,
-        norm,
-        affine,
+        variant,
+        scalars,
         registers,
         stack + local,
         shared,
@@ -113,22 +147,41 @@ def variants(architectures: tuple[int, ...] = ARCHITECTURES, widths: tuple[int, 
                     yield architecture, dtype, width, norm, affine
 
 
+def sum_variants(architectures: tuple[int, ...] = ARCHITECTURES) -> list[tuple]:
+    return [
+        (sm, dtype, terms, own) for sm in architectures for dtype in DTYPES for terms in SUMS for own in (False, True)
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sm", type=int, action="append", help=f"architecture; by default {ARCHITECTURES}")
     arguments = parser.parse_args(argv)
     console = Console(width=120)
     wanted = list(variants(tuple(arguments.sm or ARCHITECTURES)))
-    built = [build(*variant) for variant in track(wanted, "compiling", console=console, transient=True)]
-    out = Table(title=f"Gap, compiled ahead of time with triton {triton.__version__} (no GPU involved)")
-    columns = ("sm", "dtype", "width", "norm", "registers", "spilled", "shared", "128-bit loads", "128-bit stores", "")
+    sums = sum_variants(tuple(arguments.sm or ARCHITECTURES))
+    jobs = [(build, variant) for variant in wanted] + [(build_sum, variant) for variant in sums]
+    built = [make(*variant) for make, variant in track(jobs, "compiling", console=console, transient=True)]
+    out = Table(title=f"Kernels, compiled ahead of time with triton {triton.__version__} (no GPU involved)")
+    columns = (
+        "sm",
+        "dtype",
+        "width, values",
+        "norm, weights",
+        "registers",
+        "spilled",
+        "shared",
+        "128-bit loads",
+        "128-bit stores",
+        "",
+    )
     for column in columns:
         out.add_column(column, justify="right")
     for b in built:
         out.add_row(
-            *(str(b.architecture), b.dtype, str(b.width), b.norm + (", affine" if b.affine else "")),
+            *(str(b.architecture), b.dtype, *b.variant),
             *(str(b.registers), str(b.spilled), str(b.shared)),
-            f"{b.wide_loads} of {b.loads - SCALARS}",
+            f"{b.wide_loads} of {b.loads - b.scalars}",
             f"{b.wide_stores} of {b.stores}",
             "" if b.good else "BAD",
         )

@@ -19,6 +19,7 @@ from .face import ModelFace
 from .forward_engine import ForwardEngine
 from .inspection import Snapshot, read_timestep, refuse_gradient
 from .loop import copied, trajectory
+from .models import no_finer
 from .report import Report, describe_plan
 from .sampling import Sampling
 from .schedule import Schedule
@@ -62,7 +63,7 @@ class CompiledTransformer(ModelFace):
         self._signature = ForwardSignature(model)
         self._runs: dict[Hashable, Run] = {}  # by context
         self._begun = self._sampling.runs  # the sampler's run that these belong to
-        self._named: tuple[str, int | None] | None = None  # context of the call under way, and its step if told
+        self._named: tuple[str, int | None, Any] | None = None  # context of the call, its step and sigma if told
         self._exclusive = Exclusive()
 
     # ---- the model's own face
@@ -127,9 +128,9 @@ class CompiledTransformer(ModelFace):
         """Calls within are of context `name`, as diffusers' pipelines say it.
 
         Args:
-            fields: where the run is; ``step_index`` tells the step, others are not used.
+            fields: where the run is: ``step_index`` tells the step, ``sigma`` stands in for a timestep not read.
         """
-        before, self._named = self._named, (name, fields.get("step_index"))
+        before, self._named = self._named, (name, fields.get("step_index"), fields.get("sigma"))
         try:
             yield
         finally:
@@ -181,9 +182,10 @@ class CompiledTransformer(ModelFace):
             self._sampling.end_run()
 
     def report(self) -> Report:
-        """What the plans made so far cost: slots, bytes, launches, MACs, compile time."""
+        """Level, and what the plans made so far cost: slots, bytes, launches, MACs, compile time."""
         plans = tuple(describe_plan(plan, context) for (context, *_), plan in self._plans.items())
-        return Report(repr(self.schedule), self._engine.fallback, plans)
+        level = self._sampling.schedules[0].level
+        return Report(repr(self.schedule), level, no_finer(self.model, level), self._engine.fallback, plans)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
@@ -206,8 +208,10 @@ class CompiledTransformer(ModelFace):
 
     def _step(self, call: Any) -> Any:
         sampling, tracker = self._sampling, self._sampling.tracker
-        name, told = self._named or (None, None)
+        name, told, sigma = self._named or (None, None, None)
         timestep = read_timestep(call.timestep)
+        if timestep is None and told is None:
+            timestep = read_timestep(sigma)
         told = sampling.told() if told is None else told
         if name is not None:
             again = tracker.start is not None and name not in tracker.called

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .kernels.combine import combine
+from .kernels.combine_torch import combine_eager
 from .models import UnsupportedModelError
 from .program import Addend, Combine
+
+Sum = Callable[[list[Tensor], list[float], list[int], Tensor | None, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,10 @@ class Values:
                 )
             buffer.copy_(stream)
 
-    def combined(self, terms: Sequence[Addend], channels: Tensor | None) -> list[Tensor]:
+    def combined(self, terms: Sequence[Addend], channels: Tensor | None, combine: Sum) -> list[Tensor]:
         """The sum over `terms` of each stream."""
-        if not terms:
-            return [torch.zeros_like(t) for t in self.slots[0]]
         return [
-            combine(
-                [self.slots[term.slot][number] for term in terms],
-                [weight_of(term, channels, like, self.name) for term in terms],
-            )
+            weighted_sum(terms, [self.slots[term.slot][number] for term in terms], like, channels, self.name, combine)
             for number, like in enumerate(self.slots[0])
         ]
 
@@ -219,12 +216,18 @@ class Entry:
         return result
 
     def reuse(
-        self, combination: Combine | None, channels: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        combination: Combine | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        channels: Tensor | None = None,
+        combine: Sum = combine_eager,
     ) -> Any:
         """What stands in for the next call; without a combination the values that were just learned.
 
         Args:
             channels: rows of weights per channel, [rows, width].
+            combine: adds up, as `combine_eager` does.
         """
         number = self._next()
         if number == 0 and combination is not None and combination.carries:
@@ -235,17 +238,13 @@ class Entry:
             if call == number and combination is None:
                 leaves[leaf] = self.latest[call, leaf].clone()
             elif call == number:
-                leaves[leaf] = self._combine(stream, combination, channels)
+                leaves[leaf] = self._combine(stream, combination, channels, combine)
         return tree_unflatten(leaves, result.spec)
 
-    def _combine(self, stream: int, combination: Combine, channels: Tensor | None) -> Tensor:
+    def _combine(self, stream: int, combination: Combine, channels: Tensor | None, combine: Sum) -> Tensor:
         like, sources = self.values.slots[0][stream], {"value": self.values, "before": self.befores}
-        if not combination.terms:
-            return torch.zeros_like(like)
-        return combine(
-            [self.x[stream] if t.of == "now" else sources[t.of].slots[t.slot][stream] for t in combination.terms],
-            [weight_of(term, channels, like, self.name) for term in combination.terms],
-        )
+        values = [self.x[stream] if t.of == "now" else sources[t.of].slots[t.slot][stream] for t in combination.terms]
+        return weighted_sum(combination.terms, values, like, channels, self.name, combine)
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The streams before the group, among its first call's arguments."""
@@ -282,17 +281,22 @@ def _half_shape(shape: torch.Size, batch: int) -> torch.Size:
     return torch.Size((batch // 2, *shape[1:])) if shape and shape[0] == batch else shape
 
 
-def weight_of(term: Addend, channels: Tensor | None, like: Tensor, name: str) -> float | Tensor:
-    """A term's weight, to multiply tensors as `like`: per channel along the last axis, of pictures along the second.
+def weighted_sum(
+    terms: Sequence[Addend], values: list[Tensor], like: Tensor, channels: Tensor | None, name: str, combine: Sum
+) -> Tensor:
+    """The sum of `values`; weights per channel are along the last axis, of pictures along the second.
 
     Raises:
         ValueError: there are not as many channels.
     """
-    if term.channel is None:
-        return term.weight
-    row = channels[term.channel]
-    axes = [1, 0, like.ndim - 1] if like.ndim >= 4 else [like.ndim - 1]
-    axis = next((axis for axis in axes if like.shape[axis] == len(row)), None)
-    if axis is None:
-        raise ValueError(f"weights per channel: expected {name} of {len(row)} channels, got {kind_of(like)}")
-    return row.view(-1, *(1,) * (like.ndim - 1 - axis))
+    if not terms:
+        return torch.zeros_like(like)
+    rows, inner = [-1 if term.channel is None else term.channel for term in terms], 1
+    if max(rows) >= 0:
+        count = channels.shape[1]
+        axes = [1, 0, like.ndim - 1] if like.ndim >= 4 else [like.ndim - 1]
+        axis = next((axis for axis in axes if like.shape[axis] == count), None)
+        if axis is None:
+            raise ValueError(f"weights per channel: expected {name} of {count} channels, got {kind_of(like)}")
+        inner = like.shape[axis + 1 :].numel()
+    return combine([v.contiguous() for v in values], [t.weight for t in terms], rows, channels, inner)

@@ -14,9 +14,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .counting import CountMacs, uncountable
 from .cuda_graphs import Recorder
-from .entry import Blank, Entry, Values, is_stream
+from .entry import Blank, Entry, Sum, Values, is_stream
 from .forward_graphs import ForwardGraphs
 from .interception import intercepted
+from .kernels.combine_torch import combine_eager
+from .kernels.inductor import missing_triton
 from .models import UnsupportedModelError
 from .program import ForwardProgram, ForwardStep, Keep, ReuseOutput
 from .streams import Streams
@@ -56,13 +58,18 @@ class ForwardPlan:
         self._outputs: tuple[Values, TreeSpec, list[Any]] | None = None
         self._learned = False
         self.graphs: ForwardGraphs | None = None
+        self._combine: Sum = combine_eager
 
     @property
     def backend(self) -> str:
         return "eager" if self.graphs is None else "cudagraph"
 
     def capture(self, recorder: Recorder) -> None:
-        """Have computed steps captured where they first come, and replayed from then on."""
+        """Have steps captured where they first come, and replayed from then on; sums are one launch each."""
+        if missing_triton() is None:
+            from .kernels.combine import combine  # imports triton
+
+            self._combine = combine
         owner = weakref.proxy(self)  # the plan owns its graphs
         self.graphs = ForwardGraphs(
             lambda step, args, kwargs: owner.launch(step, (args, kwargs)),
@@ -105,7 +112,7 @@ class ForwardPlan:
         entry, what = self.entries[number], step.entries[number]
         if isinstance(what, Keep):
             return entry.compute(what.slot, run, args, kwargs)
-        return entry.reuse(what, self._channels, args, kwargs)
+        return entry.reuse(what, args, kwargs, self._channels, self._combine)
 
     def _forward(self, arguments: Arguments, handle: Callable[..., Any]) -> Any:
         """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments)."""
@@ -209,7 +216,7 @@ class ForwardPlan:
             entry = self.entries[number]
             if entry.carries and entry.done == 0:
                 pairs.extend((a, b.clone()) for a, b in zip(entry.x, entry.before(*call)))
-            return entry.reuse(None, None, *call) if number in numbers else entry.compute(None, run, *call)
+            return entry.reuse(None, *call) if number in numbers else entry.compute(None, run, *call)
 
         reused = self._forward(arguments, handle)
         pairs += zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
@@ -236,7 +243,7 @@ class ForwardPlan:
 
     def _reuse_output(self, instructions: ReuseOutput) -> Any:
         values, spec, rest = self._outputs
-        streams = iter(values.combined(instructions.terms, self._output_channels))
+        streams = iter(values.combined(instructions.terms, self._output_channels, self._combine))
         return tree_unflatten([next(streams) if leaf is _STREAM else leaf for leaf in rest], spec)
 
     # ---- the rest

@@ -82,14 +82,22 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`fallback`: why ``backend="auto"`` did not take its first choice, or None."""
+    """What a compiled model's plans cost.
+
+    Attributes:
+        level: of its schedule.
+        finer: why the model runs at no finer level, or None.
+        fallback: why ``backend="auto"`` did not take its first choice, or None.
+    """
 
     schedule: str
+    level: str
+    finer: str | None
     fallback: str | None
     plans: tuple[PlanReport, ...]
 
     def __str__(self) -> str:
-        lines = [self.schedule]
+        lines = [self.schedule, f"level {self.level}" + (f", no finer one: {self.finer}" if self.finer else "")]
         if self.fallback:
             lines.append(f"fallback to eager: {self.fallback}")
         return "\n".join(lines + [str(plan) for plan in self.plans] if self.plans else [*lines, "no plan made yet"])

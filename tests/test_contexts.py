@@ -159,6 +159,32 @@ def test_a_told_step_index_goes_before_counting(dit: nn.Module) -> None:
             assert_close([rising.call(fast, step)], [want[step]], 1e-6)
 
 
+def test_a_sigma_stands_for_a_timestep_that_cannot_be_read(dit: nn.Module) -> None:
+    """Here none is: the model is told none."""
+
+    class Untimed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 4), nn.Tanh())]
+            )
+
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](self.blocks[0](sample))
+
+    model = Untimed().eval()
+    fast = hrt.compile(model, hrt.Schedule.uniform(model, 4, 2))
+    sigmas, x = (0.9, 0.6, 0.3, 0.1), torch.randn(4, 2, 4)
+    for _ in range(2):
+        for step, sigma in enumerate(sigmas):
+            for name in ("cond", "uncond"):
+                with fast.cache_context(name, sigma=sigma):
+                    output = fast(x[step])
+                assert torch.equal(output, model(x[step])) == (step % 2 == 0), (step, name)
+    with fast.cache_context("cond", sigma=0.9):
+        assert torch.equal(fast(x[0]), model(x[0])), "a rise starts a run"
+
+
 def test_a_new_run_begins_for_all_contexts(dit: nn.Module, calls: tuple[Calls, Calls]) -> None:
     """One cut short between the two calls of a step leaves nothing behind."""
     schedule = schedule_of(dit, "blocks", timesteps=calls[0].timesteps)

@@ -124,6 +124,18 @@ def test_what_a_level_costs_is_reported(dit: nn.Module) -> None:
     assert "theoretical" in text
 
 
+def test_the_report_says_why_no_finer_level_runs(dit: nn.Module) -> None:
+    def text(model: nn.Module, **options: Any) -> str:
+        return str(hrt.compile(model, hrt.Schedule.full(model, 2, **options)).report())
+
+    assert "\nlevel branches\n" in text(dit)
+    assert "level blocks, no finer one: the schedule asks for it" in text(dit, level="blocks")
+    assert "level output, no finer one: the schedule asks for it" in text(dit, level="output")
+    assert "level output, no finer one: Flat has no lists of blocks" in text(Flat().eval())
+    dit.transformer_blocks[1].register_forward_hook(lambda *_: None)
+    assert "level blocks, no finer one: transformer_blocks.1: expected no forward hooks, got some" in text(dit)
+
+
 def test_macs_are_those_of_the_adapter(dit: nn.Module) -> None:
     from harmonica_rt.models import adapt
 

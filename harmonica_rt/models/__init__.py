@@ -17,7 +17,7 @@ ADAPTERS = {
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Layout", "UnsupportedModelError", "adapt", "layout_of"]
+__all__ = ["ADAPTERS", "Adapter", "Layout", "UnsupportedModelError", "adapt", "layout_of", "no_finer", "own_model"]
 
 
 class Layout(NamedTuple):
@@ -61,6 +61,18 @@ def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
 def own_model(model: Any) -> Any:
     """A `CompiledTransformer` stands for its model."""
     return vars(model).get("model", model) if isinstance(model, nn.Module) else model
+
+
+def no_finer(model: Any, level: str) -> str | None:
+    """Why `model` runs at no finer level than `level`."""
+    if level == "branches":
+        return None
+    model = own_model(model)
+    lists = block_lists(model)
+    if level == "output" and not lists:
+        return f"{type(model).__name__} has no lists of blocks"
+    reason = refusal(model)
+    return "the schedule asks for it" if level == "output" or reason is None else reason
 
 
 def refusal(model: Any) -> str | None:
