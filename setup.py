@@ -39,6 +39,9 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
             "transformers>=5,<6",  # diffusers' text-to-image pipelines
+            "peft>=0.21.2,<0.22",  # what people pair with it: tests/pairings
+            "torchao>=0.18,<0.19",
+            "gguf>=0.19,<0.20",
         ],
     },
 )

@@ -18,7 +18,7 @@ from .inspection import Snapshot, check_model, shape_of
 from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph, loop_key
 from .lowering import lower
-from .models import Adapter, UnsupportedModelError, adapt
+from .models import Adapter, adapt, adapt_at_branches
 from .models.base import Branch, Inputs, Norm
 from .program import Program
 from .schedule import Schedule
@@ -86,14 +86,7 @@ class BranchEngine(Engine):
         self._bound: tuple[Adapter, list[Branch], Norm] | None = None
 
     def check(self, schedule: Schedule) -> None:
-        try:
-            adapter = adapt(self.model)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{error}. Levels 'blocks' and 'output' run such a model as it is: Schedule.uniform(model, ..., "
-                "level='blocks')"
-            ) from None
-        adapter.check_schedule(schedule)
+        adapt_at_branches(self.model).check_schedule(schedule)
         check_model(self.model)
 
     @property
@@ -120,7 +113,7 @@ class BranchEngine(Engine):
         if seen == self._seen:
             adapter, kind = self.adapter, self._kind
         else:
-            adapter, kind = adapt(self.model), check_model(self.model)
+            adapter, kind = adapt_at_branches(self.model), check_model(self.model)
         shape = shape_of(adapter, call)
         if (shape.dtype, shape.device) != kind:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
 from .forward_plan import ForwardPlan
+from .inspection import check_eval
 from .layout import TRUNK, split_evenly
 from .lowering import lower_forward
 from .models import UnsupportedModelError
@@ -192,10 +193,7 @@ class ForwardEngine(Engine):
                 f"expected a model without a cache of its own, got one with {type(config).__name__}: call "
                 "disable_cache() first"
             )
-        if training := [name or "model" for name, module in self.model.named_modules() if module.training]:
-            raise ValueError(
-                f"expected a model in eval mode, got {training[0]} in training mode: call eval() on the model"
-            )
+        check_eval(self.model)
 
 
 def _is_trunk(schedule: Schedule) -> bool:

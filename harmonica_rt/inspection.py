@@ -15,6 +15,8 @@ from .executor import Shape
 from .models import Adapter
 from .models.base import Inputs
 
+SAME_IN_TRAINING = (nn.Linear, nn.Conv2d, nn.Embedding, nn.Identity, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
+
 
 def refuse_gradient(*tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -91,10 +93,28 @@ def _hooks(registry: Any) -> Iterator[Any]:
     yield from registry._global_forward_pre_hooks.values()
 
 
+def check_eval(model: nn.Module) -> None:
+    """Raise ValueError for a model in training mode.
+
+    peft adds its layers in training mode, and only their dropout cares; so may be, below the model itself, what is the
+    same in both modes.
+    """
+    for name, module in model.named_modules():
+        if module.training and (module is model or not _same_in_training(module)):
+            raise ValueError(
+                f"expected a model in eval mode, got {name or 'model'} in training mode: call eval() on the model"
+            )
+
+
+def _same_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.Dropout):
+        return module.p == 0.0
+    return isinstance(module, SAME_IN_TRAINING) or type(module).__module__.startswith("peft.")
+
+
 def check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """The one floating dtype and device of an eval-mode model."""
-    if training := [name or "model" for name, module in model.named_modules() if module.training]:
-        raise ValueError(f"expected a model in eval mode, got {training[0]} in training mode: call eval() on the model")
+    check_eval(model)
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
     kinds = {(p.dtype, p.device) for p in model.parameters()}

@@ -17,7 +17,17 @@ ADAPTERS = {
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Layout", "UnsupportedModelError", "adapt", "layout_of", "no_finer", "own_model"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Layout",
+    "UnsupportedModelError",
+    "adapt",
+    "adapt_at_branches",
+    "layout_of",
+    "no_finer",
+    "own_model",
+]
 
 
 class Layout(NamedTuple):
@@ -49,7 +59,7 @@ def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
     if level == "output":
         return Layout(name, level, ())
     if level == "branches":
-        adapter = adapt(model)
+        adapter = adapt_at_branches(model)
         return Layout(adapter.model_class, level, (Group("transformer_blocks", adapter.layers, adapter.branches),))
     if not lists:
         raise UnsupportedModelError(f"{name} has no lists of blocks: expected level 'output', got 'blocks'")
@@ -101,6 +111,17 @@ def adapt(model: nn.Module) -> Adapter:
         f"expected a diffusers model of a supported class ({', '.join(sorted(ADAPTERS))}), "
         f"got {type(model).__module__}.{type(model).__name__}{hint}"
     )
+
+
+def adapt_at_branches(model: nn.Module) -> Adapter:
+    """`adapt`, whose error says which levels take `model`."""
+    try:
+        return adapt(model)
+    except UnsupportedModelError as error:
+        level = "'blocks' takes" if isinstance(model, nn.Module) and block_lists(own_model(model)) else "'output' takes"
+        raise UnsupportedModelError(
+            f"{error}. Level {level} such a model as it is: Schedule.uniform(model, ..., level={level.split()[0]})"
+        ) from None
 
 
 def _offloads(model: nn.Module) -> bool:
