@@ -43,7 +43,7 @@ class ForwardGraphs:
         self.launch, self.recorder, self.limit = launch, recorder, 2 * steps
         self.graphs: dict[Hashable, tuple[Replayable, Any]] = {}
         self._inputs: dict[Hashable, _Inputs] = {}
-        self._state = _state_of(model)
+        self._model, self._state = weakref.ref(model), _state_of(model)
 
     def follow(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since: other modules, tensors, hooks, numbers (a LoRA's scale)."""
@@ -66,9 +66,12 @@ class ForwardGraphs:
             graph = self.graphs.get(key)
         except TypeError as error:
             raise CaptureFailed(f"expected arguments that can be compared from call to call: {error}") from None
-        inputs = self._fill(call, leaves, spec)
         if graph is None:
-            graph = self._capture(key, step, inputs)
+            self._warm_up(step, leaves, spec)
+            self.follow(self._model())  # hooks may have brought the weights only now
+            graph = self._capture(key, step, self._fill(call, leaves, spec))
+        else:
+            self._fill(call, leaves, spec)
         replayable, output = graph
         replayable.replay()
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
@@ -88,22 +91,30 @@ class ForwardGraphs:
                 inputs.filled[number] = (weakref.ref(leaf), version)
         return inputs
 
-    def _capture(self, key: Hashable, step: ForwardStep, inputs: _Inputs) -> tuple[Replayable, Any]:
+    def _warm_up(self, step: ForwardStep, leaves: list[Any], spec: TreeSpec) -> None:
         if len(self.graphs) == self.limit:
             raise CaptureFailed(
                 f"expected at most {self.limit} graphs, got more: arguments that are no tensors change from call to "
                 "call"
             )
-
-        def launch() -> Any:  # models take from the dicts they are given
-            return self.launch(step, *tree_unflatten(inputs.leaves, inputs.spec))
-
-        try:
-            self.recorder.warm_up(launch)
-            self.graphs[key] = self.recorder.capture(launch)
+        try:  # models take from the dicts they are given
+            self.recorder.warm_up(lambda: self.launch(step, *tree_unflatten(leaves, spec)))
         except Exception as error:
             raise capture_failed(error, "a call of the model's own forward") from error
-        return self.graphs[key]
+
+    def _capture(self, key: Hashable, step: ForwardStep, inputs: _Inputs) -> tuple[Replayable, Any]:
+        try:
+            graph = self.recorder.capture(lambda: self.launch(step, *tree_unflatten(inputs.leaves, inputs.spec)))
+        except Exception as error:
+            raise capture_failed(error, "a call of the model's own forward") from error
+        if Snapshot.of(self._model()).places != self._state[0].places:
+            graph[0].reset()
+            raise CaptureFailed(
+                "expected a forward that leaves the model's weights where they are, got one that moved some: layerwise "
+                "casting, or offloading within it"
+            )
+        self.graphs[key] = graph
+        return graph
 
     def release(self) -> None:
         """Free the graphs' memory once no replay is under way."""
