@@ -201,7 +201,8 @@ class CompiledTransformer(ModelFace):
         with self._exclusive, without_gradients():
             call = self._read(args, kwargs)
             self._sampling.watch()
-            return self._step(call)
+            output = self._step(call)
+        return output if hook is None else hook.post_forward(self, output)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._engine.read(self._signature.bind(args, kwargs), args, kwargs)

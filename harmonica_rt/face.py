@@ -64,7 +64,10 @@ class ModelFace(nn.Module, metaclass=LooksLike):
         return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
+        if name == "_diffusers_hook":  # diffusers' own hooks go around the model: it is what they offload, cast, ...
+            value._module_ref = self.model
+            setattr(self.model, name, value)
+        elif name.startswith("_"):
             super().__setattr__(name, value)
         elif name == "forward" and "_old_forward" in vars(self):
             pass  # accelerate puts a hook here, or takes it away: `_forward` runs the hook itself
