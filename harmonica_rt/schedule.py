@@ -266,7 +266,7 @@ class Schedule:
             method: ``"harmonica"`` or ``"l2c"``.
         """
         from .models import adapt
-        from .schedule_files import read_router
+        from .router_files import read_router
 
         if method not in ("harmonica", "l2c"):
             raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")

@@ -1,20 +1,16 @@
-"""Files of a `Schedule`: its own JSON, and the published router checkpoints. Nothing read here can run code."""
+"""Files of a `Schedule`: JSON, or safetensors with weights per channel. Nothing read here can run code."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .layout import Group, check_groups, panels, reading_order
 from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from .models import Adapter
 
 FORMAT = "harmonica_rt.schedule"
 VERSIONS = (1, 2)  # 1: one group at level branches
@@ -131,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> Schedule:
         if Path(path).suffix == ".safetensors":
             text, arrays = _read_tensors(path)
         else:
-            _check_size(path, "schedule file", MAX_BYTES)
+            check_size(path, "schedule file", MAX_BYTES)
             text = Path(path).read_text(encoding="utf-8")
         fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except RecursionError:
@@ -149,7 +145,7 @@ def read(path: str | os.PathLike[str]) -> Schedule:
 def _read_tensors(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
-    _check_size(path, "schedule file", MAX_TENSOR_BYTES)
+    check_size(path, "schedule file", MAX_TENSOR_BYTES)
     try:
         with safe_open(path, framework="numpy") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
@@ -181,7 +177,7 @@ def _with_arrays(schedule: Schedule, arrays: dict[str, np.ndarray]) -> Schedule:
     return schedule.replace(**fields) if fields else schedule
 
 
-def _check_size(path: str | os.PathLike[str], what: str, most: int) -> None:
+def check_size(path: str | os.PathLike[str], what: str, most: int) -> None:
     """A regular file of at most `most` bytes, or ValueError; FileNotFoundError if there is none."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such {what}")
@@ -228,7 +224,7 @@ def _from_fields(fields: Any) -> Schedule:
     output = fields.get("output")
     if output is not None:
         if not isinstance(output, str) or len(output) != steps or set(output) - set("01"):
-            raise ValueError(f"output: expected {steps} digits 0 or 1 (one a step), got {_short(output)}")
+            raise ValueError(f"output: expected {steps} digits 0 or 1 (one a step), got {short(output)}")
         output = np.array([digit == "1" for digit in output])
     output_weights = fields.get("output_weights")
     if output_weights is not None:
@@ -274,7 +270,7 @@ def _read_compute(rows: Any, steps: int, groups: tuple[Group, ...]) -> np.ndarra
             each = f"{lengths[0]} digits" if len(set(lengths)) == 1 else f"{lengths} digits"
             raise ValueError(
                 f"compute, step {i}: expected {len(lengths)} groups (one a branch) of {each} 0 or 1 "
-                f"(one a layer), got {_short(row)}"
+                f"(one a layer), got {short(row)}"
             )
     return np.array([[digit == "1" for digit in row.replace(" ", "")] for row in rows], dtype=bool)
 
@@ -305,7 +301,7 @@ def _read_carry(rows: Any, by_row: np.ndarray) -> np.ndarray:
         if not isinstance(row, list) or len(row) != reused:
             raise ValueError(f"carry, step {i}: expected {reused} numbers (one a reused group), got {_size(row)}")
         if not all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in row):
-            raise TypeError(f"carry, step {i}: expected numbers, got {_short(row)}")
+            raise TypeError(f"carry, step {i}: expected numbers, got {short(row)}")
         carry[i][~computed] = row
     return carry
 
@@ -316,9 +312,9 @@ def _read_rows(rows: Any, count: int, order: int, what: str) -> np.ndarray:
         raise ValueError(f"{what}: expected {count} lists, got {_size(rows)}")
     for row in rows:
         if not isinstance(row, list) or len(row) != order + 1:
-            raise ValueError(f"{what}: expected lists of {order + 1} numbers, got {_short(row)}")
+            raise ValueError(f"{what}: expected lists of {order + 1} numbers, got {short(row)}")
         if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in row):
-            raise TypeError(f"{what}: expected numbers, got {_short(row)}")
+            raise TypeError(f"{what}: expected numbers, got {short(row)}")
     return np.array(rows, dtype=np.float64)
 
 
@@ -326,89 +322,6 @@ def _size(value: Any) -> str:
     return f"{len(value)}" if isinstance(value, list) else type(value).__name__
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _holds_its_numbers(value: Any) -> bool:
-    """Whether `value` is a plain float tensor with a number in the file for each of its elements."""
-    import torch
-
-    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout is not torch.strided:
-        return False
-    if value.device.type != "cpu" or not value.is_floating_point():
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-
-def read_router(path: str | os.PathLike[str], adapter: Adapter, method: str, tau: float) -> np.ndarray:
-    """What a published router checkpoint computes of a model: bool [T, L, B], as `Schedule.from_router` says."""
-    logits, kinds = _read_logits(path), len(adapter.branches)
-    if logits.shape[1] != (entries := adapter.layers * kinds):
-        raise ValueError(
-            f"{path}: the router has {logits.shape[1]} logits a step, but {adapter.model_class} has "
-            f"{adapter.layers} layers x {kinds} branches = {entries}"
-        )
-    with np.errstate(over="ignore"):  # a logit far below 0 is a sigmoid of 0
-        compute = 1.0 / (1.0 + np.exp(-logits)) > tau
-    if method == "l2c":
-        compute[len(compute) - 1 - np.arange(len(compute)) & 1 == 1] = True
-    compute[0] = True
-    return compute.reshape(-1, adapter.layers, kinds)
-
-
-def _read_logits(path: str | os.PathLike[str]) -> np.ndarray:
-    """Logits of a published router checkpoint, float64 [T, entries], in the order the steps run.
-
-    The file numbers the other way: ``<k>.prob`` is step i = T-1-k. Only tensors and an argparse.Namespace may be in it.
-
-    Raises:
-        ValueError: not such a checkpoint; a pickle that wants anything else is refused before it runs.
-    """
-    import argparse
-    import pickle
-    import zipfile
-
-    import torch
-
-    _check_size(path, "router checkpoint", MAX_BYTES)
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                inflated = sum(entry.file_size for entry in archive.infolist())
-            if inflated > MAX_BYTES:
-                raise ValueError(f"expected at most {MAX_BYTES} bytes, got {inflated} once inflated")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # refused, or corrupt: there is no end to what the unpickler can trip over
-        reason = "it holds more than tensors and an argparse.Namespace, or is damaged"
-        if not isinstance(error, pickle.UnpicklingError):  # torch's text would advise to load it unsafely
-            reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a router checkpoint that can be read safely: {reason}") from None
-    routers = checkpoint.get("routers") if isinstance(checkpoint, dict) else None
-    if not isinstance(routers, dict) or not routers:
-        raise ValueError(f'{path}: expected a dict with a state dict under "routers", got {type(checkpoint).__name__}')
-    rows: dict[int, np.ndarray] = {}
-    for name, value in routers.items():
-        match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.prob", name) if isinstance(name, str) else None
-        if match is None or not _holds_its_numbers(value):
-            raise ValueError(
-                f"{path}: expected floating-point tensors named '<k>.prob' under \"routers\", got {_short(name)}"
-            )
-        if value.numel() * len(routers) > MAX_BYTES:
-            raise ValueError(
-                f"{path}: expected at most {MAX_BYTES} logits, got {value.numel()} in each of {len(routers)} steps"
-            )
-        rows[int(match[1])] = value.detach().double().flatten().numpy()
-    if sorted(rows) != list(range(len(rows))):
-        raise ValueError(f"{path}: expected routers 0 to {len(rows) - 1}, got {sorted(rows)}")
-    sizes = {len(row) for row in rows.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"{path}: expected as many logits in every step, got {sorted(sizes)}")
-    logits = np.stack([rows[k] for k in reversed(range(len(rows)))])
-    if not np.isfinite(logits).all():
-        raise ValueError(
-            f"{path}: expected finite logits, got NaN or infinity in step {np.argwhere(~np.isfinite(logits))[0][0]}"
-        )
-    return logits

@@ -1,0 +1,97 @@
+"""Published router checkpoints (HarmoniCa, Learning-to-Cache), read without running what they pickle."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .schedule_files import MAX_BYTES, check_size, short
+
+if TYPE_CHECKING:
+    from .models import Adapter
+
+
+def _holds_its_numbers(value: Any) -> bool:
+    """Whether `value` is a plain float tensor with a number in the file for each of its elements."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.layout is not torch.strided:
+        return False
+    if value.device.type != "cpu" or not value.is_floating_point():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def read_router(path: str | os.PathLike[str], adapter: Adapter, method: str, tau: float) -> np.ndarray:
+    """What a published router checkpoint computes of a model: bool [T, L, B], as `Schedule.from_router` says."""
+    logits, kinds = _read_logits(path), len(adapter.branches)
+    if logits.shape[1] != (entries := adapter.layers * kinds):
+        raise ValueError(
+            f"{path}: the router has {logits.shape[1]} logits a step, but {adapter.model_class} has "
+            f"{adapter.layers} layers x {kinds} branches = {entries}"
+        )
+    with np.errstate(over="ignore"):  # a logit far below 0 is a sigmoid of 0
+        compute = 1.0 / (1.0 + np.exp(-logits)) > tau
+    if method == "l2c":
+        compute[len(compute) - 1 - np.arange(len(compute)) & 1 == 1] = True
+    compute[0] = True
+    return compute.reshape(-1, adapter.layers, kinds)
+
+
+def _read_logits(path: str | os.PathLike[str]) -> np.ndarray:
+    """Logits of a published router checkpoint, float64 [T, entries], in the order the steps run.
+
+    The file numbers the other way: ``<k>.prob`` is step i = T-1-k. Only tensors and an argparse.Namespace may be in it.
+
+    Raises:
+        ValueError: not such a checkpoint; a pickle that wants anything else is refused before it runs.
+    """
+    import argparse
+    import pickle
+    import zipfile
+
+    import torch
+
+    check_size(path, "router checkpoint", MAX_BYTES)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                inflated = sum(entry.file_size for entry in archive.infolist())
+            if inflated > MAX_BYTES:
+                raise ValueError(f"expected at most {MAX_BYTES} bytes, got {inflated} once inflated")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # refused, or corrupt: there is no end to what the unpickler can trip over
+        reason = "it holds more than tensors and an argparse.Namespace, or is damaged"
+        if not isinstance(error, pickle.UnpicklingError):  # torch's text would advise to load it unsafely
+            reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a router checkpoint that can be read safely: {reason}") from None
+    routers = checkpoint.get("routers") if isinstance(checkpoint, dict) else None
+    if not isinstance(routers, dict) or not routers:
+        raise ValueError(f'{path}: expected a dict with a state dict under "routers", got {type(checkpoint).__name__}')
+    rows: dict[int, np.ndarray] = {}
+    for name, value in routers.items():
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,5})\.prob", name) if isinstance(name, str) else None
+        if match is None or not _holds_its_numbers(value):
+            raise ValueError(
+                f"{path}: expected floating-point tensors named '<k>.prob' under \"routers\", got {short(name)}"
+            )
+        if value.numel() * len(routers) > MAX_BYTES:
+            raise ValueError(
+                f"{path}: expected at most {MAX_BYTES} logits, got {value.numel()} in each of {len(routers)} steps"
+            )
+        rows[int(match[1])] = value.detach().double().flatten().numpy()
+    if sorted(rows) != list(range(len(rows))):
+        raise ValueError(f"{path}: expected routers 0 to {len(rows) - 1}, got {sorted(rows)}")
+    sizes = {len(row) for row in rows.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"{path}: expected as many logits in every step, got {sorted(sizes)}")
+    logits = np.stack([rows[k] for k in reversed(range(len(rows)))])
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            f"{path}: expected finite logits, got NaN or infinity in step {np.argwhere(~np.isfinite(logits))[0][0]}"
+        )
+    return logits
