@@ -108,5 +108,10 @@ class ModelFace(nn.Module, metaclass=LooksLike):
             "harmonica_rt.uncompile gives back the plain model, for torch.compile or torch.jit"
         )
 
-    compile_repeated_blocks = compile
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """The model's, at levels whose programs call its blocks."""
+        if not self._engine.runs_forward:
+            self.compile()
+        self.model.compile_repeated_blocks(*args, **kwargs)
+
     _torchdynamo_orig_callable = property(compile)  # what torch.compile first looks for on what it is given

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_flatten
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
 from .forward_plan import ForwardPlan
-from .inspection import check_eval
+from .inspection import check_eval, own_cache
 from .layout import TRUNK, split_evenly
 from .lowering import lower_forward
 from .models import UnsupportedModelError
-from .models.blocks import block_lists
+from .models.blocks import block_lists, class_name, no_blocks
 from .schedule import Schedule
 
 TIMESTEPS = (
@@ -106,16 +106,14 @@ class ForwardEngine(Engine):
                 f"backend: expected 'auto', 'eager' or 'cudagraph' at level {schedule.level}, got 'inductor' (blocks "
                 "that torch.compile compiled run as they are: compile_repeated_blocks)"
             )
-        name = type(self.model).__name__
+        name = class_name(self.model)
         if schedule.model != name:
             raise ValueError(f"schedule does not fit the model: model expected {name}, got {schedule.model}")
         if schedule.level == "blocks":
             blocks = {name: len(blocks) for name, blocks in block_lists(self.model).items()}
             groups = {group.name: group.layers for group in schedule.groups}
             if not blocks:
-                raise UnsupportedModelError(
-                    f"{name} has no lists of blocks: level 'output' takes it, level 'blocks' not"
-                )
+                raise UnsupportedModelError(f"{no_blocks(self.model)}: level 'output' takes it, level 'blocks' not")
             if not _is_trunk(schedule) and (
                 groups.keys() != blocks.keys() or any(groups[n] > blocks[n] for n in blocks)
             ):
@@ -188,10 +186,10 @@ class ForwardEngine(Engine):
         ]
 
     def _check_model(self) -> None:
-        if (config := getattr(self.model, "_cache_config", None)) is not None:
+        if (cache := own_cache(self.model)) is not None:
             raise UnsupportedModelError(
-                f"expected a model without a cache of its own, got one with {type(config).__name__}: call "
-                "disable_cache() first"
+                f"expected a model without a cache of its own, got one with {cache}: take that off first "
+                "(disable_cache)"
             )
         check_eval(self.model)
 

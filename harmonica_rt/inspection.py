@@ -106,6 +106,16 @@ def check_eval(model: nn.Module) -> None:
             )
 
 
+def own_cache(model: nn.Module) -> str | None:
+    """The cache of diffusers' that is on `model`, by `enable_cache` or as hooks; None without one."""
+    if (config := getattr(model, "_cache_config", None)) is not None:
+        return type(config).__name__
+    registries = (vars(module).get("_diffusers_hook") for module in model.modules())
+    hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
+    # Of diffusers' hooks its caches alone keep a state; those that offload or cast do not
+    return next((type(hook).__name__ for hook in hooks if hook._is_stateful), None)
+
+
 def _same_in_training(module: nn.Module) -> bool:
     if isinstance(module, nn.Dropout):
         return module.p == 0.0

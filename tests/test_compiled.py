@@ -290,7 +290,7 @@ def test_an_unchanged_model_is_checked_once(dit: torch.nn.Module, monkeypatch: p
     fast = hrt.compile(dit, random_schedule(0), backend="eager")
     calls, looked = Calls(6), []
     calls.run(fast)
-    for name in ("adapt", "check_model"):
+    for name in ("adapt_at_branches", "check_model"):
         check = getattr(branch_engine, name)
         monkeypatch.setattr(branch_engine, name, lambda model, check=check: looked.append(1) or check(model))
     calls.run(fast)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layout import BLOCKS, LEVELS, TRUNK, Group
 from .base import Adapter, UnsupportedModelError
-from .blocks import block_lists
+from .blocks import block_lists, class_name, no_blocks
 
 ADAPTERS = {
     "DiTTransformer2DModel": ("dit", "DiTAdapter"),
@@ -55,14 +55,14 @@ def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
         level = "branches" if refusal(model) is None and groups == 1 else "blocks" if lists else "output"
     if level != "blocks" and groups != 1:
         raise ValueError(f"groups: expected 1 at level {level}, got {groups}")
-    name = type(model).__name__
+    name = class_name(model)
     if level == "output":
         return Layout(name, level, ())
     if level == "branches":
         adapter = adapt_at_branches(model)
         return Layout(adapter.model_class, level, (Group("transformer_blocks", adapter.layers, adapter.branches),))
     if not lists:
-        raise UnsupportedModelError(f"{name} has no lists of blocks: expected level 'output', got 'blocks'")
+        raise UnsupportedModelError(f"{no_blocks(model)}: expected level 'output', got 'blocks'")
     if groups == 1:
         return Layout(name, level, (Group(TRUNK, 1, (BLOCKS,)),))
     return Layout(name, level, tuple(Group(n, min(groups, len(b)), (BLOCKS,)) for n, b in lists.items()))

@@ -35,6 +35,18 @@ def _blocks(child: nn.ModuleList) -> list[nn.Module]:
     return blocks if all(_has_parts(block) for block in blocks) else []
 
 
+def class_name(model: nn.Module) -> str:
+    """By which schedules know `model`: that of what torch.compile wrapped, not of the wrapper."""
+    return type(getattr(model, "_orig_mod", model)).__name__
+
+
+def no_blocks(model: nn.Module) -> str:
+    """Why `block_lists` is empty."""
+    if hasattr(model, "_orig_mod"):
+        return f"{class_name(model)} is compiled whole by torch.compile and calls no blocks (compile_repeated_blocks)"
+    return f"{class_name(model)} has no lists of blocks"
+
+
 def _parts(block: nn.Module) -> list[nn.Module]:
     return list(block.values()) if isinstance(block, nn.ModuleDict) else [block]
 
