@@ -26,6 +26,9 @@ class Blank:
     dtype: torch.dtype
     device: torch.device
 
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
     def half(self, batch: int) -> Blank:
         return Blank(_half_shape(self.shape, batch), self.dtype, self.device)
 
@@ -93,6 +96,7 @@ class Entry:
         chain: of these, leaf of what a call returned -> leaf of the next call's arguments that is the same tensor.
         values, befores: the streams after and before it.
         latest, x: the same of the forward that was learned from.
+        given: streams among the arguments of the first call, by position or name.
         done: calls made in the forward under way.
     """
 
@@ -108,6 +112,7 @@ class Entry:
         self.befores: Values | None = None
         self.scratch: dict[Blank, Tensor] = {}
         self._kind: TreeSpec | None = None  # of the first call's arguments
+        self.given: dict[int | str, Blank] = {}
         self.done = 0
         self.x: list[Any] = []
 
@@ -116,6 +121,7 @@ class Entry:
     def learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number, (arguments, kind) = len(self.calls), tree_flatten((args, kwargs))
         if number == 0:
+            self.given = _given(args, kwargs)
             self.x = [t.clone() if is_stream(t) else t for t in arguments] if self.carries else []
             self._kind = kind
         if 0 < number == self.alike and kind == self._kind:
@@ -188,6 +194,7 @@ class Entry:
         """The same for one half of a batch, with the values it holds."""
         own = Entry(self.name, self.carries)
         own.kept, own.sources = self.kept, self.sources
+        own.given = {name: blank.half(batch) for name, blank in self.given.items()}
         own.values = self.values.half(number, batch)
         own.befores = None if self.befores is None else self.befores.half(number, batch)
         for result in self.calls:
@@ -230,6 +237,8 @@ class Entry:
             combine: adds up, as `combine_eager` does.
         """
         number = self._next()
+        if number == 0:
+            self._check_given(_given(args, kwargs))
         if number == 0 and combination is not None and combination.carries:
             self.x = self.before(args, kwargs)
         result = self.calls[number]
@@ -251,17 +260,36 @@ class Entry:
         leaves = tree_flatten((args, kwargs))[0]
         return [leaves[i] for i in self.sources]
 
+    def _check_given(self, given: dict[int | str, Blank]) -> None:
+        """Arguments may come and go, but what is kept is as long as the streams were."""
+        for name in given.keys() & self.given.keys():
+            if given[name] != self.given[name]:
+                raise ValueError(
+                    f"{self.name}: expected {self.given[name]} as {name} of its first block as at the first call, got "
+                    f"{given[name]}; level 'output' takes such calls"
+                )
+
     def _next(self) -> int:
         if self.done == len(self.calls):
-            raise RuntimeError(f"{self.name}: expected {self.done} calls of its blocks as at the first call, got more")
+            raise RuntimeError(
+                f"{self.name}: expected {self.done} calls of its blocks as at the first call, got more: level 'output' "
+                "takes such calls, or a cache_context of their own"
+            )
         self.done += 1
         return self.done - 1
 
     def finish(self) -> None:
         if self.done != len(self.calls):
             raise RuntimeError(
-                f"{self.name}: expected {len(self.calls)} calls of its blocks as at the first call, got {self.done}"
+                f"{self.name}: expected {len(self.calls)} calls of its blocks as at the first call, got {self.done}: "
+                "level 'output' takes such calls, or a cache_context of their own"
             )
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Blank]:
+    """The streams that are arguments themselves, by position or name."""
+    arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    return {name: Blank(t.shape, t.dtype, t.device) for name, t in arguments.items() if is_stream(t) and t.ndim >= 3}
 
 
 def is_stream(leaf: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ class CallShape:
     device: torch.device
     return_dict: bool
     autocast: torch.dtype | None
+
+    def goes_on(self, other: CallShape) -> bool:
+        """Whether `other` is the same but for arguments that one of them leaves out: ControlNet residuals, say."""
+        if self == other:
+            return True
+        common = {name for name, *_ in self.tensors} & {name for name, *_ in other.tensors}
+        own, theirs = (replace(s, tensors=tuple(t for t in s.tensors if t[0] in common)) for s in (self, other))
+        return own == theirs
 
     def __str__(self) -> str:
         kinds = ", ".join(
@@ -77,7 +85,7 @@ class ForwardRun(Run):
         self.engine = engine
 
     def shape_of(self, call: ForwardCall) -> CallShape:
-        return call.shape
+        return self.plan.shape if self.plan.shape.goes_on(call.shape) else call.shape
 
     def step(self, step: int, call: ForwardCall, timestep: float | None, known: tuple[float, ...] | None) -> Any:
         try:
