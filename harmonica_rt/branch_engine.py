@@ -6,6 +6,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,6 +129,9 @@ class BranchEngine(Engine):
         self._seen, self._kind = seen, kind
         plan = self.plan((context, shape, start), lambda: self._make_plan(lower(schedule.starting_at(start)), shape))
         return BranchRun(plan, start)
+
+    def halves(self, was: Shape, call: Inputs) -> bool:
+        return was == replace(shape := shape_of(self.adapter, call), batch=2 * shape.batch)
 
     def half_run(self, run: BranchRun, call: Inputs, number: int, context: Hashable) -> BranchRun:
         old, shape = run.plan, run.shape_of(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,10 +85,15 @@ class Seen:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Seen) or len(self.tensors) != len(other.tensors):
             return False
-        return all(
-            (a is b and v == w) or (a is not b and a.device.type == b.device.type == "cpu" and _equal(a, b))
-            for a, v, b, w in zip(self.tensors, self.versions, other.tensors, other.versions)
-        )
+        return all(self._pairs(other))
+
+    def alike(self, other: Seen) -> int:
+        """How many are equal, if there are as many."""
+        return sum(self._pairs(other)) if len(self.tensors) == len(other.tensors) else 0
+
+    def _pairs(self, other: Seen) -> Iterator[bool]:
+        for a, v, b, w in zip(self.tensors, self.versions, other.tensors, other.versions):
+            yield (a is b and v == w) or (a is not b and a.device.type == b.device.type == "cpu" and _equal(a, b))
 
     __hash__ = None
 

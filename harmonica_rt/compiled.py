@@ -6,7 +6,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ from .report import Report, describe_plan
 from .sampling import Sampling
 from .schedule import Schedule
 from .tracking import Place
+
+_CONFUSED = (
+    "calls of a step without names: expected {} as in the step before, got {}; tell them apart by "
+    "cache_context(name), or condition each alike at all steps"
+)
+
+
+class _Named(NamedTuple):
+    """A context that was entered: its name, and step and sigma if told."""
+
+    name: str | None
+    step: int | None
+    sigma: Any
+
 
 ENGINES: dict[str, type[Engine]] = {"branches": BranchEngine, "blocks": ForwardEngine, "output": ForwardEngine}
 Schedules = Schedule | Mapping[str, Schedule]
@@ -63,7 +77,8 @@ class CompiledTransformer(ModelFace):
         self._signature = ForwardSignature(model)
         self._runs: dict[Hashable, Run] = {}  # by context
         self._begun = self._sampling.runs  # the sampler's run that these belong to
-        self._named: tuple[str, int | None, Any] | None = None  # context of the call, its step and sigma if told
+        self._named: list[_Named] = []  # contexts entered, the call's last
+        self._unsure = False  # whether order alone told the last call's context from others
         self._exclusive = Exclusive()
 
     # ---- the model's own face
@@ -130,11 +145,17 @@ class CompiledTransformer(ModelFace):
         Args:
             fields: where the run is: ``step_index`` tells the step, ``sigma`` stands in for a timestep not read.
         """
-        before, self._named = self._named, (name, fields.get("step_index"), fields.get("sigma"))
+        if not isinstance(name, str):
+            raise TypeError(f"cache_context: expected a name, got {name!r}")
+        index = fields.get("step_index")
+        if index is not None and (isinstance(index, bool) or not isinstance(index, int) or index < 0):
+            raise TypeError(f"cache_context: expected a step_index from 0 on, got {index!r}")
+        entered = _Named(name, index, fields.get("sigma"))
+        self._named.append(entered)
         try:
             yield
         finally:
-            self._named = before
+            self._named.remove(entered)
 
     def trajectory(self, noise: Tensor, scheduler: Any, guidance_scale: float = 1.0, **conditioning: Any) -> Tensor:
         """The whole sampling loop in one call; with the cudagraph backend one graph, one launch an image.
@@ -209,7 +230,7 @@ class CompiledTransformer(ModelFace):
 
     def _step(self, call: Any) -> Any:
         sampling, tracker = self._sampling, self._sampling.tracker
-        name, told, sigma = self._named or (None, None, None)
+        name, told, sigma = self._named[-1] if self._named else _Named(None, None, None)
         timestep = read_timestep(call.timestep)
         if timestep is None and told is None:
             timestep = read_timestep(sigma)
@@ -243,19 +264,35 @@ class CompiledTransformer(ModelFace):
             sampling.abandon()
             self._runs = {}
             raise
-        run.next, run.conditioned = place.step + 1, Seen(call.conditioning)
+        run.next, run.before, run.conditioned = place.step + 1, run.conditioned, Seen(call.conditioning)
         self._runs, self._begun = {**runs, context: run}, sampling.runs
         tracker.commit(place, timestep, context, Seen(call.samples))
         return output
 
     def _which(self, name: str | None, call: Any, place: Place, runs: dict[Hashable, Run]) -> Hashable:
-        """The context of a call: its name, or a number, in the order of the first step's calls."""
+        """The context of a call: its name, or a number: the one conditioned alike, else in the first step's order.
+
+        Raises:
+            RuntimeError: calls that are conditioned anew at each step came in another order or number than before.
+        """
         if name is not None:
             return name
-        called = self._sampling.tracker.called if place.again else []
-        free = [number for number in sorted(k for k in runs if isinstance(k, int)) if number not in called]
-        alike = [number for number in free if runs[number].conditioned == Seen(call.conditioning)]
-        return (alike or free or [sum(isinstance(key, int) for key in runs)])[0]
+        tracker = self._sampling.tracker
+        numbers = sorted(k for k in runs if isinstance(k, int))
+        called = tracker.called if place.again else []
+        if not place.again and self._unsure and len(tracker.called) < len(numbers):
+            raise RuntimeError(_CONFUSED.format(f"{len(numbers)} calls", len(tracker.called)))
+        free = [number for number in numbers if number not in called]
+        seen = Seen(call.conditioning)
+        alike = {number: runs[number].conditioned.alike(seen) for number in free}
+        best = max(alike.values(), default=0)
+        if place.again and best < len(seen.tensors):
+            for number in called:
+                if isinstance(number, int) and runs[number].before == seen and runs[number].conditioned != seen:
+                    raise RuntimeError(_CONFUSED.format(f"call {number} first", "another one before it"))
+        likely = [number for number in free if alike[number] == best]
+        self._unsure = len(numbers) > 1 and len(likely) > 1
+        return (likely or [len(numbers)])[0]
 
     def _schedule_of(self, context: Hashable) -> Schedule:
         if isinstance(self.schedule, Schedule):

@@ -54,6 +54,11 @@ def compile(
         raise TypeError(f"strict: expected True or False, got {strict!r}")
     options = {"backend": backend, "plans": plans, "strict": strict}
     if not (denoisers := _denoisers(model_or_pipeline)):
+        if not isinstance(model_or_pipeline, nn.Module):
+            raise TypeError(
+                f"expected a torch.nn.Module, or a pipeline with a scheduler and one as {', '.join(DENOISERS[:-1])} or "
+                f"{DENOISERS[-1]}, got {type(model_or_pipeline).__name__}"
+            )
         _check_schedules(schedule)
         return CompiledTransformer(own_model(model_or_pipeline), schedule, **options)
     by_denoiser = _by_denoiser(schedule, denoisers)
@@ -93,7 +98,7 @@ def _denoisers(candidate: Any) -> dict[str, nn.Module]:
     if isinstance(candidate, nn.Module) or not hasattr(candidate, "scheduler"):
         return {}
     found = {name: getattr(candidate, name, None) for name in DENOISERS}
-    return {name: denoiser for name, denoiser in found.items() if denoiser is not None}
+    return {name: denoiser for name, denoiser in found.items() if isinstance(denoiser, nn.Module)}
 
 
 def _by_denoiser(schedule: Any, denoisers: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -109,6 +114,9 @@ def _check_schedules(schedule: Any) -> list[Schedule]:
     schedules = [*schedule.values()] if isinstance(schedule, Mapping) else [schedule]
     if not schedules:
         raise ValueError("schedule: expected at least one context, got an empty mapping")
+    for name in schedule if isinstance(schedule, Mapping) else ():
+        if not isinstance(name, str):
+            raise TypeError(f"schedule: expected names of contexts, got {name!r}")
     for each in schedules:
         if not isinstance(each, Schedule):
             raise TypeError(

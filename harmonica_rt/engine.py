@@ -47,7 +47,7 @@ class Run(ABC):
 
     def __init__(self, plan: Any, start: int) -> None:
         self.plan, self.start, self.next = plan, start, start
-        self.conditioned = Seen(())  # what the last call was conditioned on
+        self.conditioned = self.before = Seen(())  # what the last call was conditioned on, and the one before
 
     @abstractmethod
     def step(self, step: int, call: Any, timestep: float | None, known: tuple[float, ...] | None) -> Any:
@@ -99,8 +99,14 @@ class Engine(ABC):
 
     def narrowed(self, run: Run, call: Any, context: Hashable) -> Run | None:
         """`run` for half of its batch, if `call` is for that: where guidance ends midway. None if it is not."""
+        if not self.halves(run.plan.shape, call):
+            return None
         number = half_kept(run.conditioned.tensors, call.conditioning, call.batch)
         return None if number is None else self.half_run(run, call, number, context)
+
+    @abstractmethod
+    def halves(self, was: Any, call: Any) -> bool:
+        """Whether `call` is for half of the samples of a plan for `was`, and the same otherwise."""
 
     @abstractmethod
     def half_run(self, run: Run, call: Any, number: int, context: Hashable) -> Run:
@@ -128,7 +134,9 @@ class Engine(ABC):
 
 
 def half_kept(were: tuple[Tensor, ...], are: tuple[Tensor, ...], batch: int) -> int | None:
-    """Which half of what a call of 2 `batch` samples was conditioned on a call of `batch` samples has; None: neither.
+    """Which half of what a call of 2 `batch` samples was conditioned on a call of `batch` samples has.
+
+    None if it has neither, or both: nothing then tells which samples go on.
 
     Reads the values: once a run at most, the host waits for the device.
 
@@ -138,10 +146,11 @@ def half_kept(were: tuple[Tensor, ...], are: tuple[Tensor, ...], batch: int) -> 
     listed = len(were) == 2 * len(are) and len(are) % batch == 0
     if not listed and (len(were) != len(are) or not any(t.ndim and len(t) == 2 * batch for t in were)):
         return None
+    kept = []
     for number in (0, 1):
         halves = [t.chunk(2)[number] if t.ndim and len(t) == 2 * batch else t for t in were]
         if listed:
             halves = [t for i, t in enumerate(were) if i // batch % 2 == number]
         if all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(halves, are)):
-            return number
-    return None
+            kept.append(number)
+    return kept[0] if len(kept) == 1 else None

@@ -33,6 +33,10 @@ class Blank:
         return Blank(_half_shape(self.shape, batch), self.dtype, self.device)
 
 
+class ForwardChanged(ValueError):
+    """The model's forward does other things with its blocks than in the call it was learned from."""
+
+
 @dataclass(slots=True)
 class _Result:
     """What a block returned: a tree of tensors and constants."""
@@ -53,15 +57,23 @@ class Values:
         """Copy `streams` into `slot`, from its stream number `first` on."""
         for buffer, stream in zip(self.slots[slot][first:], streams):
             if kind_of(buffer) != kind_of(stream):
-                raise ValueError(
+                raise ForwardChanged(
                     f"{self.name}: expected a stream {kind_of(buffer)} as at the first call, got {kind_of(stream)}"
                 )
             buffer.copy_(stream)
 
-    def combined(self, terms: Sequence[Addend], channels: Tensor | None, combine: Sum) -> list[Tensor]:
-        """The sum over `terms` of each stream."""
+    def combined(self, terms: Sequence[Addend], channels: Tensor | None, combine: Sum, listed: bool) -> list[Tensor]:
+        """The sum over `terms` of each stream; channels of pictures are their second axis, the first if `listed`."""
         return [
-            weighted_sum(terms, [self.slots[term.slot][number] for term in terms], like, channels, self.name, combine)
+            weighted_sum(
+                terms,
+                [self.slots[term.slot][number] for term in terms],
+                like,
+                channels,
+                self.name,
+                combine,
+                axis=-1 if like.ndim < 4 else 0 if listed else 1,
+            )
             for number, like in enumerate(self.slots[0])
         ]
 
@@ -130,6 +142,7 @@ class Entry:
         result = run(*args, **kwargs)
         leaves, spec = tree_flatten(result)
         self.alike += number == self.alike and kind == self._kind and (number == 0 or spec == self.calls[0].spec)
+        expect_tensors(f"a block of {self.name}", leaves)
         alive = [weakref.ref(t) if is_stream(t) else None for t in leaves]
         blanks = [Blank(t.shape, t.dtype, t.device) if is_stream(t) else t for t in leaves]
         self.calls.append(_Result(spec, blanks, alive))
@@ -156,6 +169,11 @@ class Entry:
 
     def settle(self, slots: int, scratch: dict[Blank, Tensor]) -> None:
         """Buffers for what `learn` has seen; `scratch` is shared by all entries, one tensor a kind."""
+        if not self.returned():
+            raise UnsupportedModelError(
+                f"expected tensors from the last block of {self.name}, got {self.calls[-1].spec}: level 'output' takes "
+                "this model"
+            )
         self.kept = sorted({*self.kept, *self.returned()})
         streams = [self.latest[key] for key in self.kept]
         self.values = Values(self.name, slots, streams)
@@ -213,7 +231,9 @@ class Entry:
         leaves, spec = tree_flatten(result)
         was = self.calls[number]
         if spec != was.spec:
-            raise RuntimeError(f"{self.name}: expected {was.spec} of its call {number}, got {spec}")
+            raise ForwardChanged(
+                f"{self.name}: expected {was.spec} of its call {number} as at the first call, got {spec}"
+            )
         if number == len(self.calls) - 1:  # what it returns beside streams stays as it is now
             was.leaves = [old if isinstance(old, Blank) else new for old, new in zip(was.leaves, leaves)]
         if slot is not None:
@@ -271,7 +291,7 @@ class Entry:
 
     def _next(self) -> int:
         if self.done == len(self.calls):
-            raise RuntimeError(
+            raise ForwardChanged(
                 f"{self.name}: expected {self.done} calls of its blocks as at the first call, got more: level 'output' "
                 "takes such calls, or a cache_context of their own"
             )
@@ -280,7 +300,7 @@ class Entry:
 
     def finish(self) -> None:
         if self.done != len(self.calls):
-            raise RuntimeError(
+            raise ForwardChanged(
                 f"{self.name}: expected {len(self.calls)} calls of its blocks as at the first call, got {self.done}: "
                 "level 'output' takes such calls, or a cache_context of their own"
             )
@@ -293,7 +313,17 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Bla
 
 
 def is_stream(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def expect_tensors(what: str, leaves: Sequence[Any]) -> None:
+    """Nothing that could hide a tensor."""
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise UnsupportedModelError(
+                f"expected tensors in lists, tuples and dicts from {what}, got {type(leaf).__module__}."
+                f"{type(leaf).__name__}: what it holds cannot be seen"
+            )
 
 
 def kind_of(t: Tensor) -> str:
@@ -310,9 +340,15 @@ def _half_shape(shape: torch.Size, batch: int) -> torch.Size:
 
 
 def weighted_sum(
-    terms: Sequence[Addend], values: list[Tensor], like: Tensor, channels: Tensor | None, name: str, combine: Sum
+    terms: Sequence[Addend],
+    values: list[Tensor],
+    like: Tensor,
+    channels: Tensor | None,
+    name: str,
+    combine: Sum,
+    axis: int = -1,
 ) -> Tensor:
-    """The sum of `values`; weights per channel are along the last axis, of pictures along the second.
+    """The sum of `values`; weights per channel are along `axis`.
 
     Raises:
         ValueError: there are not as many channels.
@@ -322,9 +358,8 @@ def weighted_sum(
     rows, inner = [-1 if term.channel is None else term.channel for term in terms], 1
     if max(rows) >= 0:
         count = channels.shape[1]
-        axes = [1, 0, like.ndim - 1] if like.ndim >= 4 else [like.ndim - 1]
-        axis = next((axis for axis in axes if like.shape[axis] == count), None)
-        if axis is None:
+        axis = like.ndim + axis if axis < 0 else axis
+        if like.shape[axis] != count:
             raise ValueError(f"weights per channel: expected {name} of {count} channels, got {kind_of(like)}")
         inner = like.shape[axis + 1 :].numel()
     return combine([v.contiguous() for v in values], [t.weight for t in terms], rows, channels, inner)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
+from .entry import ForwardChanged
 from .forward_plan import ForwardPlan
 from .inspection import check_eval, own_cache
 from .layout import TRUNK, split_evenly
@@ -36,6 +37,23 @@ class CallShape:
     device: torch.device
     return_dict: bool
     autocast: torch.dtype | None
+    listed: bool = False  # samples are a list of single ones, not a batch
+
+    def halves(self, was: CallShape) -> bool:
+        """Whether this is `was` with half of its samples."""
+        if replace(self, tensors=()) != replace(was, tensors=()) or self.tensors[0][0] != was.tensors[0][0]:
+            return False
+        if self.listed:
+            name = self.tensors[0][0]
+            mine, theirs = ([t for t in shape.tensors if t[0] == name] for shape in (self, was))
+            return 2 * len(mine) == len(theirs)
+        if len(self.tensors) != len(was.tensors):
+            return False
+        batch = was.tensors[0][1][:1]
+        half = (batch[0] // 2,) if batch and batch[0] % 2 == 0 and batch[0] else None
+        return half is not None and self.tensors == tuple(
+            (name, half + shape[1:] if shape[:1] == batch else shape, dtype) for name, shape, dtype in was.tensors
+        )
 
     def goes_on(self, other: CallShape) -> bool:
         """Whether `other` is the same but for arguments that one of them leaves out: ControlNet residuals, say."""
@@ -90,6 +108,11 @@ class ForwardRun(Run):
     def step(self, step: int, call: ForwardCall, timestep: float | None, known: tuple[float, ...] | None) -> Any:
         try:
             return self.plan.run(step - self.start, (call.args, call.kwargs))
+        except ForwardChanged:
+            if step != self.start:
+                raise
+            self.plan = self.engine.renewed(self.plan)  # between runs a forward may change: learn it anew
+            return self.plan.run(0, (call.args, call.kwargs))
         except CaptureFailed as error:
             self.engine.give_up_graphs(self.plan, error)
             return self.plan.run(step - self.start, (call.args, call.kwargs))
@@ -136,14 +159,15 @@ class ForwardEngine(Engine):
         if not sample:
             raise TypeError(f"{first}: expected tensors, got {type(arguments[first]).__name__}")
         timestep = next((arguments[name] for name in TIMESTEPS if arguments.get(name) is not None), None)
-        others = [(name, value) for name, value in arguments.items() if name != first and value is not timestep]
+        others = [(n, value) for n, value in sorted(arguments.items()) if n != first and value is not timestep]
         rest = [(name, t) for name, value in others for t in _tensors(value)]
         kinds = [(first, tuple(t.shape), t.dtype) for t in sample]
         kinds += [(name, tuple(t.shape), t.dtype) for name, t in rest if t.ndim >= 3]
         device = sample[0].device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        shape = CallShape(tuple(kinds), device, bool(arguments.get("return_dict", True)), autocast)
-        batch = len(sample[0]) if arguments[first] is sample[0] and sample[0].ndim else len(sample)
+        listed = arguments[first] is not sample[0] or not sample[0].ndim
+        shape = CallShape(tuple(kinds), device, bool(arguments.get("return_dict", True)), autocast, listed)
+        batch = len(sample) if listed else len(sample[0])
         return ForwardCall(sample, timestep, tuple(t for _, t in rest), batch, shape, args, kwargs)
 
     def begin(self, call: ForwardCall, schedule: Schedule, start: int, context: Hashable) -> ForwardRun:
@@ -172,6 +196,16 @@ class ForwardEngine(Engine):
             warnings.warn(f"harmonica_rt runs its eager backend, not cudagraph: {error}", stacklevel=7)
         self.fallback = str(error)
         plan.release()
+
+    def renewed(self, plan: ForwardPlan) -> ForwardPlan:
+        """A plan for the same, which has learned nothing yet."""
+        key = next(key for key, each in self.plans.items() if each is plan)
+        plan.release()
+        self.plans[key] = self._captured(ForwardPlan(self.model, plan.program, plan.groups, plan.shape))
+        return self.plans[key]
+
+    def halves(self, was: CallShape, call: ForwardCall) -> bool:
+        return call.shape.halves(was)
 
     def half_run(self, run: ForwardRun, call: ForwardCall, number: int, context: Hashable) -> ForwardRun:
         key, batch = (context, call.shape, run.start), 2 * call.batch

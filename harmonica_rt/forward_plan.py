@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .counting import CountMacs, uncountable
 from .cuda_graphs import Recorder
-from .entry import Blank, Entry, Sum, Values, is_stream
+from .entry import Blank, Entry, ForwardChanged, Sum, Values, expect_tensors, is_stream
 from .forward_graphs import ForwardGraphs
 from .interception import intercepted
 from .kernels.combine_torch import combine_eager
@@ -138,21 +138,38 @@ class ForwardPlan:
         there: both are kept beside its streams; if that does not help, the model cannot be reused so.
         """
         started = time.perf_counter()
-        spare = _own_containers(arguments)  # models take from the dicts they are given
-        output, between = self._observe(arguments)
-        if self.entries and not self._is_same(output, spare):
-            for number, entry in self.entries.items():
-                entry.forget(between[number])
-            self._observe(_own_containers(spare))
-            if not self._is_same(output, spare):
-                names = ", ".join(entry.name for entry in self.entries.values())
-                raise UnsupportedModelError(
-                    f"expected an output that depends on nothing but the streams after {names}, got another one when "
-                    "these were put in place of the blocks: level 'output' takes this model"
-                )
+        spare = _copied(arguments) if self.entries else arguments  # models write into what they are given
+        try:
+            output, between = self._observe(arguments)
+            if self.entries:
+                on = self.shape.device
+                with torch.random.fork_rng([on] if on.type == "cuda" else []):
+                    self._check(output, between, spare)
+        except BaseException:  # the next call learns anew
+            for entry in self.entries.values():
+                entry.forget(set())
+            raise
         self._learned = True
         self.seconds = time.perf_counter() - started
         return output
+
+    def _check(self, output: Any, between: dict[int, set[tuple[int, int]]], spare: Arguments) -> None:
+        """Raise UnsupportedModelError unless groups can stand for their blocks, `between` kept too if need be."""
+        leaves, spec = tree_flatten(output)
+        expect_tensors("the model's output", leaves)
+        if not any(map(is_stream, leaves)):
+            raise UnsupportedModelError(f"expected tensors in the model's output, got {spec}")
+        if self._is_same(output, spare):
+            return
+        for number, entry in self.entries.items():
+            entry.forget(between[number])
+        self._observe(_copied(spare))
+        if not self._is_same(output, spare):
+            names = ", ".join(entry.name for entry in self.entries.values())
+            raise UnsupportedModelError(
+                f"expected an output that depends on nothing but the streams after {names}, got another one when "
+                "these were put in place of the blocks: level 'output' takes this model"
+            )
 
     def _observe(self, arguments: Arguments) -> tuple[Any, dict[int, set[tuple[int, int]]]]:
         """Learn from each call of a forward: its output, and what of each entry others may read."""
@@ -194,7 +211,7 @@ class ForwardPlan:
             entry.settle(self.program.slots[number], scratch)
         for t in scratch.values():
             t.fill_(torch.nan)
-        same = all(self._is_same_reusing(numbers, output, _own_containers(arguments)) for numbers in self._sets())
+        same = all(self._is_same_reusing(numbers, output, _copied(arguments)) for numbers in self._sets())
         for t in scratch.values():
             t.zero_()
         return same
@@ -218,7 +235,15 @@ class ForwardPlan:
                 pairs.extend((a, b.clone()) for a, b in zip(entry.x, entry.before(*call)))
             return entry.reuse(None, *call) if number in numbers else entry.compute(None, run, *call)
 
-        reused = self._forward(arguments, handle)
+        try:
+            reused = self._forward(arguments, handle)
+        except (UnsupportedModelError, ForwardChanged):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                "expected a forward that needs nothing of its blocks but what they return, got "
+                f"{type(error).__name__}: {error}; level 'output' takes this model"
+            ) from error
         pairs += zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
         return all(_close(a, b) for a, b in pairs if is_stream(a))
 
@@ -235,15 +260,18 @@ class ForwardPlan:
     def _keep_output(self, slot: int, output: Any) -> None:
         leaves, spec = tree_flatten(output)
         streams = [t for t in leaves if is_stream(t)]
+        expect_tensors("the model's output", leaves)
         if not streams:
             raise UnsupportedModelError(f"output: expected tensors in the model's output, got {spec}")
+        if self._outputs is not None and (spec, len(streams)) != (self._outputs[1], len(self._outputs[0].slots[0])):
+            raise ForwardChanged(f"output: expected {self._outputs[1]} as at the first call, got {spec}")
         values = Values("output", self.program.outputs, streams) if self._outputs is None else self._outputs[0]
         self._outputs = (values, spec, [_STREAM if is_stream(t) else t for t in leaves])
         values.keep(slot, streams)
 
     def _reuse_output(self, instructions: ReuseOutput) -> Any:
         values, spec, rest = self._outputs
-        streams = iter(values.combined(instructions.terms, self._output_channels, self._combine))
+        streams = iter(values.combined(instructions.terms, self._output_channels, self._combine, self.shape.listed))
         return tree_unflatten([next(streams) if leaf is _STREAM else leaf for leaf in rest], spec)
 
     # ---- the rest
@@ -312,10 +340,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     wide = torch.promote_types(a.dtype, torch.float32)
-    tolerance = SAME[a.dtype] * a.to(wide).abs().max().item() if a.numel() else 0.0
-    return torch.allclose(a.to(wide), b.to(wide), rtol=0.0, atol=tolerance, equal_nan=True)
+    share = SAME.get(a.dtype, SAME[torch.float32])
+    a, b = a.to(wide), b.to(wide)
+    finite = a[a.isfinite()].abs()
+    tolerance = share * finite.max().item() if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _own_containers(arguments: Arguments) -> Arguments:
-    """The same tensors in lists and dicts of their own."""
-    return tree_map(lambda leaf: leaf, arguments)
+def _copied(arguments: Arguments) -> Arguments:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)

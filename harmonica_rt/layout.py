@@ -79,6 +79,8 @@ def check_groups(level: Any, groups: Any) -> tuple[str, tuple[Group, ...]]:
     if (level == "output") != (not checked):
         expected = "no groups" if level == "output" else "at least one group"
         raise ValueError(f"groups: expected {expected} at level {level}, got {len(checked)}")
+    if level == "blocks" and any(group.name == TRUNK for group in checked) and checked != (Group(TRUNK, 1, (BLOCKS,)),):
+        raise ValueError(f"groups: expected ('{TRUNK}', 1, ('{BLOCKS}',)) alone, got {tuple(map(tuple, checked))}")
     for group in checked:
         if level == "blocks" and group.branches != (BLOCKS,):
             raise ValueError(f"groups: expected branches ('{BLOCKS}',) at level blocks, got {group.branches}")

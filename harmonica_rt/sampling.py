@@ -20,7 +20,12 @@ def _nothing() -> None:
 
 
 def _reference(something: Any) -> Callable[[], Any]:
-    return _nothing if something is None else weakref.ref(something)
+    if something is None:
+        return _nothing
+    try:
+        return weakref.ref(something)
+    except TypeError:  # a dict, say
+        return lambda: something
 
 
 class Sampling:
@@ -54,7 +59,7 @@ class Sampling:
         """Of the pipeline these denoisers were compiled for; once that is gone, as long as another one uses it."""
         scheduler = getattr(self.pipeline(), "scheduler", None)
         if scheduler is not None and scheduler is not self._last_scheduler():
-            self._last_scheduler = weakref.ref(scheduler)
+            self._last_scheduler = _reference(scheduler)
         return self._last_scheduler()
 
     def end_run(self, entry: int = 0) -> None:
@@ -71,7 +76,7 @@ class Sampling:
         """A pipeline's scheduler makes new timesteps for each run: check them against the schedules, once a run."""
         scheduler = self.scheduler()
         timesteps = None if scheduler is None else scheduler.timesteps
-        if timesteps is self._timesteps:
+        if timesteps is self._timesteps or self._is_made_anew(scheduler, timesteps):
             return
         if scheduler is not None:
             self.follow(scheduler)
@@ -79,6 +84,12 @@ class Sampling:
             self.end_run()
             self.tracker.timesteps = self._own_timesteps
         self._timesteps = timesteps
+
+    def _is_made_anew(self, scheduler: Any, timesteps: Any) -> bool:
+        """Whether a scheduler hands out the same timesteps in another tensor at every look: that starts no run."""
+        if self._timesteps is None or scheduler is None or scheduler.timesteps is timesteps:
+            return False
+        return [*map(float, timesteps)] == [*map(float, self._timesteps)]
 
     def follow(self, scheduler: Any) -> None:
         """Start a run on `scheduler`'s timesteps, if they are the schedules'."""

@@ -289,9 +289,11 @@ class Schedule:
         for name in ("weights", "output_weights"):
             if name not in changes and ({"compute", "output", "order", "forecast"} & set(changes) or not self.learned):
                 known[name] = None
-        for name in ("carry", "channels", "output_channels"):
+        for name in ("channels", "output_channels"):
             if name not in changes and {"compute", "output", "order"} & set(changes):
                 known[name] = None
+        if "carry" not in changes and {"compute", "output"} & set(changes):
+            known["carry"] = self._carry_for(known | changes)
         if "output" not in changes and np.shape(changes.get("compute", self.compute))[:1] != (self.steps,):
             known["output"] = None
         for name in ("timesteps", "log_snr"):
@@ -299,6 +301,13 @@ class Schedule:
                 known[name] = None
         known.update(changes)
         return Schedule(known.pop("compute"), **known)
+
+    def _carry_for(self, fields: dict[str, Any]) -> np.ndarray | None:
+        """The carry of what other fields still reuse, if they are of the same shape."""
+        compute, output = (np.asarray(fields[name]) for name in ("compute", "output"))
+        if compute.shape != self.compute.shape or output.shape != self.output.shape or compute.dtype != bool:
+            return None
+        return np.where(compute | over_entries(output.astype(bool), compute), 0.0, self.carry)
 
     def starting_at(self, step: int) -> Schedule:
         """What is left of the plan for a run that enters at `step` with nothing cached yet (image to image).

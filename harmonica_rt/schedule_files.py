@@ -15,6 +15,7 @@ from .schedule import Schedule
 FORMAT = "harmonica_rt.schedule"
 VERSIONS = (1, 2)  # 1: one group at level branches
 MAX_BYTES = 16 * 2**20  # a schedule of 250 steps x 100 layers x 3 branches with order 2 weights is about 5 MB
+MAX_STEPS = 100_000
 MAX_TENSOR_BYTES = 2**30  # weights per channel of 250 steps x 60 layers x 2 branches of width 3072 are about 1 GB
 _REQUIRED = {"format", "version", "model", "steps", "order"}
 _OPTIONAL = {"sampler", "timesteps", "guidance_scale", "note", "cur", "weights", "output", "output_weights"}
@@ -167,8 +168,11 @@ def _with_arrays(schedule: Schedule, arrays: dict[str, np.ndarray]) -> Schedule:
     for name, mask in (("channels", reused), ("output_channels", schedule.output)):
         if (rows := arrays.get(name)) is None:
             continue
-        if rows.ndim != 3 or len(rows) != mask.sum():
-            raise ValueError(f"{name}: expected [{mask.sum()}, values, channels], got {list(rows.shape)}")
+        values = schedule.order + 1 + (name == "channels" and schedule.level == "blocks")
+        if rows.ndim != 3 or rows.shape[:2] != (mask.sum(), values):
+            raise ValueError(f"{name}: expected [{mask.sum()}, {values}, channels], got {list(rows.shape)}")
+        if mask.size * values * rows.shape[2] * 4 > MAX_TENSOR_BYTES:
+            raise ValueError(f"{name}: expected at most {MAX_TENSOR_BYTES} bytes for all steps, got {list(rows.shape)}")
         full = np.zeros((*mask.shape, *rows.shape[1:]), dtype=np.float32)
         full[mask] = rows
         if name == "channels":
@@ -200,7 +204,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _from_fields(fields: Any) -> Schedule:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f'not a schedule file: expected a JSON object with "format": "{FORMAT}"')
-    if (version := fields.get("version")) not in VERSIONS or isinstance(version, bool):
+    if type(version := fields.get("version")) is not int or version not in VERSIONS:
         raise ValueError(f"schema version: this harmonica_rt reads versions 1 and 2, got {version!r}")
     if missing := sorted((_REQUIRED | _LAYOUT[version]) - set(fields)):
         raise ValueError(f"missing field {missing[0]!r}")
@@ -213,6 +217,8 @@ def _from_fields(fields: Any) -> Schedule:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise TypeError(f"{name}: expected an integer from {least} on, got {value!r}")
     level, groups = _read_layout(fields)
+    if not groups and steps > MAX_STEPS:  # no row a step, whose number would say so
+        raise ValueError(f"steps: expected at most {MAX_STEPS}, got {steps}")
     by_row = _read_compute(fields.get("compute"), steps, groups) if groups else None
     flat = np.argsort(reading_order(groups))
     shape = (steps, groups[0].layers, len(groups[0].branches)) if len(groups) == 1 else (steps, len(flat))

@@ -51,6 +51,7 @@ class RunTracker:
         self._first = self._latest = None  # timesteps of the run under way
         self._listed = True  # whether its timesteps are those of `timesteps`
         self._short = 0  # runs in a row that a risen timestep ended at their first step
+        self._begun_at: float | None = None  # the first timestep of the last of them
         self._abandoned: tuple[float | None, float | None] | None = None
 
     def abandon(self) -> None:
@@ -97,6 +98,8 @@ class RunTracker:
             self.called, self.sample = [], sample
             rose = self.start is not None and step == start and None not in (timestep, self._latest)
             rose = rose and self.next == 1 and timestep > self._latest
+            if rose:
+                self._begun_at = self._first
             self._short = self._short + 1 if rose else self._short if step == start else 0
         self.called.append(context)
         if step == start and not again:
@@ -162,11 +165,10 @@ class RunTracker:
             return Place(self.next - 1, self.start, True)
         if self._latest is None or timestep > self._latest or timestep == self._first:
             if self._short and self.next == 1 and self._latest is not None and timestep > self._latest:
-                raise RuntimeError(
-                    f"timesteps rise, {self._latest:g} to {timestep:g}: expected them to fall from step to step; for a "
-                    "sampler whose timesteps rise give the schedule its timesteps"
-                )
+                raise self._rising(timestep)
             return Place(0, 0)
+        if self._short and timestep == self._begun_at:  # it fell to where a run began that then rose
+            raise self._rising(timestep)
         if timestep == self._latest:
             raise RuntimeError(
                 f"timestep {timestep:g} came twice, on another sample: expected the same sample for all calls of a "
@@ -175,6 +177,12 @@ class RunTracker:
         if self.next >= self.steps:
             raise self._beyond(f"timestep {timestep:g}")
         return Place(self.next, self.start)
+
+    def _rising(self, timestep: float) -> RuntimeError:
+        return RuntimeError(
+            f"timesteps rise, {self._begun_at:g} to {self._first:g}, then {timestep:g}: expected them to fall from "
+            "step to step; for a sampler whose timesteps rise give the schedule its timesteps"
+        )
 
     def _beyond(self, what: str) -> RuntimeError:
         first = "" if self.timesteps is None else f", {self.timesteps[0]:g}"

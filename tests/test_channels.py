@@ -199,7 +199,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         ({"weight": np.zeros(3)}, None, "unknown tensor 'weight'"),
         (rows, None, "expected the schedule's text in its metadata, got none"),
         (rows, text, "schema version"),
-        (rows, good, r"channels: expected \[\d+, values, channels\], got \[2, 4, 16\]"),
+        (rows, good, r"channels: expected \[\d+, 4, channels\], got \[2, 4, 16\]"),
     ]:
         save_file(arrays, path, metadata=metadata)
         with pytest.raises(ValueError, match=message):

@@ -290,6 +290,12 @@ def test_equal_timesteps_of_a_list_are_steps_unless_the_sample_is_the_same() -> 
 def test_timesteps_that_rise_are_refused_once_it_is_plain_that_they_do() -> None:
     tracker = RunTracker(4)
     assert follow(tracker, [0.0, 0.3]) == [(0, 0)] * 2
-    with pytest.raises(RuntimeError, match=r"timesteps rise, 0.3 to 0.6: expected them to fall .* give the schedule"):
+    with pytest.raises(RuntimeError, match=r"timesteps rise, 0 to 0.3, then 0.6: expected .* give the schedule"):
         tracker.locate(0.6)
+    with pytest.raises(RuntimeError, match=r"timesteps rise, 0 to 0.3, then 0: expected"):
+        tracker.locate(0.0)
+    tracker = RunTracker(2)
+    follow(tracker, [0.0, 0.5])
+    with pytest.raises(RuntimeError, match=r"timesteps rise, 0 to 0.5, then 0: expected"):
+        tracker.locate(0.0)  # the next image
     assert follow(RunTracker(4, (0.0, 0.3, 0.6, 0.9)), [0.0, 0.3, 0.6, 0.9]) == run(0, 4)

@@ -50,6 +50,10 @@ def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
     if level not in ("auto", *LEVELS):
         raise ValueError(f"level: expected one of {('auto', *LEVELS)}, got {level!r}")
     model = own_model(model)
+    if not isinstance(model, nn.Module):
+        parts = [name for name in ("transformer", "unet") if isinstance(getattr(model, name, None), nn.Module)]
+        hint = f": pass its .{parts[0]}" if parts else ""
+        raise UnsupportedModelError(f"expected a denoiser, a torch.nn.Module, got {_named(model)}{hint}")
     lists = block_lists(model)
     if level == "auto":
         level = "branches" if refusal(model) is None and groups == 1 else "blocks" if lists else "output"
@@ -144,3 +148,7 @@ def _check_unhooked(model: nn.Module) -> None:
                 f"{name or type(model).__name__}: expected no forward hooks, got some (a cache, offloading or casting "
                 "hook?); remove them before compiling"
             )
+
+
+def _named(something: Any) -> str:
+    return f"the class {something.__name__}" if isinstance(something, type) else type(something).__name__

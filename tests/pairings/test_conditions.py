@@ -214,7 +214,7 @@ def test_layers_skipped_in_a_context_of_their_own(way: dict[str, Any]) -> None:
 def test_layers_skipped_from_some_step_on_are_refused(way: dict[str, Any]) -> None:
     """Level output takes it."""
     sampler = Sampler("sd3", each=lambda step: {"skip_layers": [1, 2]} if step > 1 else {})
-    with pytest.raises(RuntimeError, match=r"calls of its blocks as at the first call, got .*level 'output' takes"):
+    with pytest.raises(ValueError, match=r"calls of its blocks as at the first call, got .*level 'output' takes"):
         sampler.run(compiled(make_sd3(), way))
     outputs = sampler.run(compiled(make_sd3(), WAYS["output"]))
     plain = sampler.run(make_sd3())
