@@ -15,6 +15,10 @@ from .inspection import Snapshot
 from .program import ForwardStep
 
 PLAIN = (bool, int, float, str, bytes, type(None))
+PRIVATE = (
+    "_active_adapter",
+    "_attention_backend",
+)  # of peft's layers, diffusers' processors; others are torch's
 
 
 class _Inputs(NamedTuple):
@@ -128,11 +132,14 @@ class ForwardGraphs:
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:
     """All that a captured forward of `model` has baked in, as far as its modules tell."""
+    holders = [(name, vars(module)) for name, module in model.named_modules()]
+    processors = [(f"{name}.processor", own["processor"]) for name, own in holders if "processor" in own]
+    holders += [(name, vars(processor)) for name, processor in processors if hasattr(processor, "__dict__")]
     numbers = [
         (name, attribute, _plain(value))
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if (isinstance(value, (*PLAIN, dict, list, tuple)) and attribute[:1] != "_") or attribute == "_active_adapter"
+        for name, own in holders
+        for attribute, value in own.items()
+        if isinstance(value, (*PLAIN, dict, list, tuple)) and (attribute[:1] != "_" or attribute in PRIVATE)
     ]
     return Snapshot.of(model), numbers, torch.is_autocast_enabled()
 

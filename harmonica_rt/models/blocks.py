@@ -14,6 +14,8 @@ def block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     in a list stands for what it holds, a child of a block's class for a list of it (a U-ViT's middle). Lists of
     projections, which have one part or none, are no blocks.
     """
+    if _is_of_peft(model):
+        return block_lists(model.get_base_model())
     if hasattr(model, "_orig_mod") or any(hasattr(model, name) for name in NOT_A_TRUNK):
         return {}  # of a whole that torch.compile took, forward runs no block of its own
     lists = {name: _blocks(child) for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
@@ -36,8 +38,14 @@ def _blocks(child: nn.ModuleList) -> list[nn.Module]:
 
 
 def class_name(model: nn.Module) -> str:
-    """By which schedules know `model`: that of what torch.compile wrapped, not of the wrapper."""
+    """By which schedules know `model`: that of what torch.compile or peft wrapped, not of the wrapper."""
+    if _is_of_peft(model):
+        return class_name(model.get_base_model())
     return type(getattr(model, "_orig_mod", model)).__name__
+
+
+def _is_of_peft(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model")
 
 
 def no_blocks(model: nn.Module) -> str:

@@ -149,7 +149,8 @@ def check_follows(
     fast: nn.Module, sampler: Sampler, way: dict[str, Any], change: Callable[[], Any], tolerance: float = 0.0
 ) -> None:
     """The run after `change` is what the model has become, and not what it was."""
-    before = sampler.run(fast)
+    sampler.run(fast)
+    before = sampler.run(fast)  # where steps are captured, all of them are by now
     change()
     after = check(fast, sampler, way, tolerance)
     for step in range(STEPS):

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import harmonica_rt as hrt
 from tests.conftest import assert_close, make_pixart
+from tests.emulator import Emulator
 
 from .made import (
     BLOCK_WAYS,
@@ -120,8 +121,10 @@ def test_torch_compile_of_what_is_compiled_is_refused() -> None:
 
 
 class Halves(FluxAttnProcessor):
+    factor = 0.5
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return tuple(t * 0.5 for t in super().__call__(*args, **kwargs))
+        return tuple(t * self.factor for t in super().__call__(*args, **kwargs))
 
 
 class Thirds(FluxAttnProcessor):
@@ -142,6 +145,23 @@ def test_attention_processors_swapped(build: Any, tolerance: float, way: dict[st
     check_follows(fast, sampler, way, lambda: fast.set_attn_processor(Thirds()), tolerance)
     half = fast.transformer_blocks[0].attn.set_processor
     check_follows(fast, sampler, way, lambda: half(Halves()), tolerance)
+    processor = fast.transformer_blocks[0].attn.processor
+    check_follows(fast, sampler, way, lambda: setattr(processor, "factor", 2.0), tolerance)
+
+
+def test_another_attention_backend_is_captured_anew() -> None:
+    recorders: list[Emulator] = []
+    fast, sampler = compiled(make_flux(), WAYS["trunk"], backend="cudagraph"), Sampler("flux")
+    fast._recorder = lambda device: recorders.append(Emulator()) or recorders[-1]
+    for _ in range(2):
+        sampler.run(fast)
+    count = len(recorders[0].graphs)
+    sampler.run(fast)
+    assert len(recorders[0].graphs) == count
+    fast.set_attention_backend("_native_math")
+    sampler.run(fast)
+    assert len(recorders[0].graphs) > count
+    fast.set_attention_backend("native")
 
 
 @over(WAYS)

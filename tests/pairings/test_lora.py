@@ -226,16 +226,22 @@ def test_auto_is_the_level_that_takes_adapters() -> None:
             refused()
 
 
-def test_a_model_that_peft_wraps_has_level_output() -> None:
+@over(WAYS)
+def test_a_model_that_peft_wraps_is_run_as_what_it_wraps(way: dict[str, Any]) -> None:
     """As for PixArt, which diffusers loads no adapters into."""
-    wrapped = get_peft_model(make_pixart(), adapter()).eval()
-    assert hrt.Schedule.uniform(wrapped, STEPS).level == "output"
-    check_works(wrapped, Sampler("pixart"), WAYS["output"])
-    for way in BLOCK_WAYS.values():
-        with pytest.raises(
-            hrt.UnsupportedModelError, match="PeftModel has no lists of blocks: expected level 'output'"
-        ):
-            compiled(wrapped, way)
+    wrapped, sampler = get_peft_model(make_pixart(), adapter()), Sampler("pixart")
+    assert hrt.Schedule.uniform(wrapped, STEPS).level == "blocks"
+    schedule = hrt.Schedule.uniform(wrapped, STEPS, **way)
+    assert schedule == hrt.Schedule.uniform(make_pixart(), STEPS, **way)
+    fast = check_works(wrapped.eval(), sampler, way)
+    with fast.disable_adapter():
+        without = check(fast, sampler, way)
+    assert_close(without, sampler.run(compiled(make_pixart(), way)), 0.0)
+    torch.manual_seed(1)  # another one than the first
+    fast.add_adapter("two", adapter())
+    check_follows(fast, sampler, way, lambda: fast.set_adapter("two"))
+    fast.merge_adapter()
+    check(fast, sampler, way)
 
 
 @over(BLOCK_WAYS)

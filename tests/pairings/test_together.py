@@ -14,7 +14,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tests.conftest import assert_close
 
-from .made import MODELS, STEPS, WAYS, Sampler, check, check_follows, check_works, compiled, make_flux, over
+from .made import MODELS, WAYS, Sampler, check, check_follows, check_works, compiled, make_flux, over
 from .test_conditions import residuals, with_ip_adapter
 from .test_lora import HOW, adapter, captured, with_adapters
 
@@ -148,4 +148,3 @@ def test_captured_steps_of_a_model_whose_weights_are_brought(way: dict[str, Any]
         wanted = sampler.run(compiled(model, way, backend="eager"))
         assert_close(got, wanted, 1e-5)
         assert_close(sampler.run(fast), wanted, 1e-5)
-    assert len(sampler.samples) == STEPS
