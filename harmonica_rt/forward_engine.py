@@ -25,7 +25,7 @@ from .schedule import Schedule
 
 TIMESTEPS = (
     *("timestep", "t", "timesteps", "time", "timestep_img", "sigma", "decoder_noise_time", "timestep_ratio"),
-    *("vision_timesteps", "bb_ca_time"),
+    "vision_timesteps",
 )
 
 
