@@ -347,6 +347,15 @@ class Schedule:
             log_snr=snr,
         )
 
+    def between(self, steps: int, **fields: Any) -> Schedule:
+        """This plan for a run of `steps` steps: every entry computed as often, at the same places of the run.
+
+        Carries come along. Weights are the forecast's, timesteps gone, unless given: `fields` are as in `replace`.
+        """
+        from .resampling import between
+
+        return between(self, steps, fields)
+
     def with_compute(self, compute: np.ndarray) -> Schedule:
         """The same plan computing other entries, shaped as `compute`; none at steps that reuse the output.
 
