@@ -1,4 +1,4 @@
-"""A schedule carried to another number of steps, by where in the run each of its steps is."""
+"""A schedule for other runs: of another number of steps, or entered late."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .checks import positive
-from .schedule import Schedule
+from .forecast import history, unlearned
+from .schedule import Schedule, where
 
 
 def between(schedule: Schedule, steps: int, fields: dict[str, Any]) -> Schedule:
@@ -65,3 +66,34 @@ def respaced(computed: np.ndarray, steps: int, count: int) -> np.ndarray:
     out = np.zeros(steps, dtype=bool)
     out[np.minimum(at, steps - count + numbers)] = True
     return out
+
+
+def starting_at(schedule: Schedule, step: int) -> Schedule:
+    """`Schedule.starting_at` of a later step than the first."""
+    compute, output = schedule.compute[step:].copy(), schedule.output[step:].copy()
+    compute[0], output[0] = True, False
+    timesteps = None if schedule.timesteps is None else schedule.timesteps[step:]
+    snr = None if schedule.log_snr is None else schedule.log_snr[step:]
+    positions = schedule.positions
+    left = None if positions is None else positions[step:]
+    weights, output_weights = unlearned(compute, output, schedule.order, left)
+    kept: list[np.ndarray] = []
+    for new, old, was, now in (
+        (weights, schedule.weights, schedule.compute, compute),
+        (output_weights, schedule.output_weights, ~schedule.output, ~output),
+    ):
+        before, after = (history(c, schedule.order) for c in (was, now))
+        same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
+        new[same] = old[step:][same]
+        kept.append(same)
+    return schedule.replace(
+        compute=compute,
+        weights=weights,
+        carry=np.where(compute, 0.0, schedule.carry[step:]),
+        channels=where(kept[0], schedule.channels, step),
+        output=output,
+        output_weights=output_weights,
+        output_channels=where(kept[1], schedule.output_channels, step),
+        timesteps=timesteps,
+        log_snr=snr,
+    )

@@ -317,35 +317,9 @@ class Schedule:
         """
         if not isinstance(step, (int, np.integer)) or isinstance(step, bool) or not 0 <= step < self.steps:
             raise ValueError(f"starting_at: expected a step from 0 to {self.steps - 1}, got {step!r}")
-        if step == 0:
-            return self
-        compute, output = self.compute[step:].copy(), self.output[step:].copy()
-        compute[0], output[0] = True, False
-        timesteps = None if self.timesteps is None else self.timesteps[step:]
-        snr = None if self.log_snr is None else self.log_snr[step:]
-        positions = self.positions
-        left = None if positions is None else positions[step:]
-        weights, output_weights = unlearned(compute, output, self.order, left)
-        kept: list[np.ndarray] = []
-        for new, old, was, now in (
-            (weights, self.weights, self.compute, compute),
-            (output_weights, self.output_weights, ~self.output, ~output),
-        ):
-            before, after = (history(c, self.order) for c in (was, now))
-            same = ((old[step:] == 0) | (after >= 0) & (after == before[step:] - step)).all(-1) & ~now
-            new[same] = old[step:][same]
-            kept.append(same)
-        return self.replace(
-            compute=compute,
-            weights=weights,
-            carry=np.where(compute, 0.0, self.carry[step:]),
-            channels=_where(kept[0], self.channels, step),
-            output=output,
-            output_weights=output_weights,
-            output_channels=_where(kept[1], self.output_channels, step),
-            timesteps=timesteps,
-            log_snr=snr,
-        )
+        from .resampling import starting_at
+
+        return starting_at(self, step) if step else self
 
     def between(self, steps: int, **fields: Any) -> Schedule:
         """This plan for a run of `steps` steps: every entry computed as often, at the same places of the run.
@@ -372,7 +346,7 @@ class Schedule:
         kept["output_channels"] = self.output_channels
         if self.channels is not None:
             alike = (history(compute, self.order) == history(self.compute, self.order)).all(-1)
-            kept["channels"] = _where(alike & ~compute & ~self.compute, self.channels, 0)
+            kept["channels"] = where(alike & ~compute & ~self.compute, self.channels, 0)
         return self.replace(compute=compute, weights=weights, carry=np.where(compute, 0.0, self.carry), **kept)
 
     # ---- statistics
@@ -478,6 +452,21 @@ class Schedule:
 
         return read(path)
 
+    def push_to_hub(
+        self, repo: str, filename: str | None = None, revision: str | None = None, token: str | bool | None = None
+    ) -> str:
+        """Commit what `save` writes to a repository of the Hub, made if need be, and its figures to the card there."""
+        from .hub import push
+
+        return push(self, repo, filename, revision, token)
+
+    @classmethod
+    def from_hub(cls, repo: str, file: str, revision: str | None = None, token: str | bool | None = None) -> Schedule:
+        """`load` of a file in a repository of the Hub. FileNotFoundError says what of these is not there."""
+        from .hub import pull
+
+        return pull(repo, file, revision, token)
+
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Heatmap, steps by layers, one panel a branch; written to `path` if given. Needs matplotlib."""
         from .plotting import plot_schedule
@@ -519,6 +508,6 @@ def _rebuild(fields: dict[str, Any]) -> Schedule:
     return Schedule(fields.pop("compute"), **fields)
 
 
-def _where(kept: np.ndarray, channels: np.ndarray | None, step: int) -> np.ndarray | None:
+def where(kept: np.ndarray, channels: np.ndarray | None, step: int) -> np.ndarray | None:
     """`channels` from `step` on, 0 but where `kept`."""
     return None if channels is None else np.where(kept[..., None, None], channels[step:], np.float32(0))
