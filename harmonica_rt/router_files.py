@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checks import finite
+from .models import Adapter, adapt
+from .schedule import Schedule
 from .schedule_files import MAX_BYTES, check_size, short
 
 if TYPE_CHECKING:
-    from .models import Adapter
+    from torch import nn
 
 
 def _holds_its_numbers(value: Any) -> bool:
@@ -25,8 +28,20 @@ def _holds_its_numbers(value: Any) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def read_router(path: str | os.PathLike[str], adapter: Adapter, method: str, tau: float) -> np.ndarray:
-    """What a published router checkpoint computes of a model: bool [T, L, B], as `Schedule.from_router` says."""
+def from_router(
+    path: str | os.PathLike[str], model: nn.Module, method: str, tau: float, fields: dict[str, Any]
+) -> Schedule:
+    """`Schedule.from_router`."""
+    if method not in ("harmonica", "l2c"):
+        raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")
+    tau, adapter = finite("tau", tau), adapt(model)
+    own = {"note": f"{method} router, tau {tau:g}", "order": 0} | fields
+    compute = _computed(path, adapter, method, tau)
+    return Schedule(compute, model=adapter.model_class, branches=adapter.branches, **own)
+
+
+def _computed(path: str | os.PathLike[str], adapter: Adapter, method: str, tau: float) -> np.ndarray:
+    """What a published router checkpoint computes of a model: bool [T, L, B]."""
     logits, kinds = _read_logits(path), len(adapter.branches)
     if logits.shape[1] != (entries := adapter.layers * kinds):
         raise ValueError(

@@ -265,17 +265,32 @@ class Schedule:
             model: the diffusers model whose layers and branches it must match.
             method: ``"harmonica"`` or ``"l2c"``.
         """
-        from .models import adapt
-        from .router_files import read_router
+        from .router_files import from_router
 
-        if method not in ("harmonica", "l2c"):
-            raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")
-        tau = finite("tau", tau)
-        adapter = adapt(model)
-        compute = read_router(path, adapter, method, tau)
-        fields.setdefault("note", f"{method} router, tau {tau:g}")
-        fields.setdefault("order", 0)
-        return cls(compute, model=adapter.model_class, branches=adapter.branches, **fields)
+        return from_router(path, model, method, tau, fields)
+
+    @classmethod
+    def from_mask(
+        cls, mask: Any, model: nn.Module, level: str = "blocks", order: int = 0, carry: float = 1.0, **fields: Any
+    ) -> Schedule:
+        """All of `model` computed at the steps where `mask`, text or numbers, is 1, reused at those where it is 0."""
+        from .imports import from_mask
+
+        return from_mask(mask, model, level, order, carry, fields)
+
+    @classmethod
+    def from_ecad(cls, path: str | os.PathLike[str], model: nn.Module, **fields: Any) -> Schedule:
+        """Read a schedule of ECAD's: of PixArt the branches, of Flux the blocks, computed if a component of one is."""
+        from .imports import from_ecad
+
+        return from_ecad(path, model, fields)
+
+    @classmethod
+    def from_smoothcache(cls, path: str | os.PathLike[str], model: nn.Module, **fields: Any) -> Schedule:
+        """Read a schedule of SmoothCache's, at level branches; what it does not list is computed."""
+        from .imports import from_smoothcache
+
+        return from_smoothcache(path, model, fields)
 
     def replace(self, **changes: Any) -> Schedule:
         """A changed copy, validated. Learned weights are kept only if what is computed and `order` stay."""

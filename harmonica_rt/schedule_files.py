@@ -124,23 +124,29 @@ def _json(fields: dict[str, Any]) -> str:
 def read(path: str | os.PathLike[str]) -> Schedule:
     """Read a file of `write`. Raises ValueError that names the file and what is wrong with it."""
     arrays: dict[str, np.ndarray] = {}
-    try:
-        if Path(path).suffix == ".safetensors":
-            text, arrays = _read_tensors(path)
-        else:
-            check_size(path, "schedule file", MAX_BYTES)
-            text = Path(path).read_text(encoding="utf-8")
-        fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except RecursionError:
-        raise ValueError(f"{path}: not a schedule file: JSON nested too deeply") from None
-    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: not a schedule file: {error}") from None
+    text = None
+    if Path(path).suffix == ".safetensors":
+        text, arrays = _read_tensors(path)
+    fields = read_json(path, "schedule file", text)
     try:
         return _with_arrays(_from_fields(fields), arrays)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_json(path: str | os.PathLike[str], what: str, text: str | None = None) -> Any:
+    """What the JSON file `path` holds, or `text` from it; ValueError says that it is no `what`, or too large."""
+    try:
+        if text is None:
+            check_size(path, what, MAX_BYTES)
+            text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise ValueError(f"{path}: not a {what}: JSON nested too deeply") from None
+    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: not a {what}: {error}") from None
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarray]]:
@@ -151,12 +157,12 @@ def _read_tensors(path: str | os.PathLike[str]) -> tuple[str, dict[str, np.ndarr
         with safe_open(path, framework="numpy") as file:
             metadata, names = file.metadata() or {}, set(file.keys())
             if unknown := sorted(names - {"channels", "output_channels"}):
-                raise ValueError(f"unknown tensor {unknown[0]!r}")
+                raise ValueError(f"{path}: not a schedule file: unknown tensor {unknown[0]!r}")
             arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError) as error:  # a dtype numpy has not
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{path}: not a schedule file: {error}") from None
     if "schedule" not in metadata:
-        raise ValueError("expected the schedule's text in its metadata, got none")
+        raise ValueError(f"{path}: not a schedule file: expected the schedule's text in its metadata, got none")
     return metadata["schedule"], arrays
 
 

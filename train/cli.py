@@ -54,6 +54,14 @@ class Tie(StrEnum):
 class Method(StrEnum):
     harmonica = "harmonica"
     l2c = "l2c"
+    ecad = "ecad"
+    smoothcache = "smoothcache"
+    mask = "mask"
+
+
+class MaskLevel(StrEnum):
+    blocks = "blocks"
+    output = "output"
 
 
 class Dtype(StrEnum):
@@ -234,14 +242,28 @@ def plot(
 
 @app.command(no_args_is_help=True)
 def convert(
-    router: Annotated[Path, typer.Argument(help="A published router checkpoint (.pt).")],
+    source: Annotated[str, typer.Argument(help="A published file; with --method mask the digits, 1 a computed step.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
-    method: Annotated[Method, typer.Option(help="Which paper's checkpoint it is.")] = Method.harmonica,
-    tau: Annotated[float, typer.Option(help="An entry is computed iff sigmoid(logit) > tau.")] = 0.1,
+    method: Annotated[Method, typer.Option(help="Whose it is; mask: cache-dit's step masks.")] = Method.harmonica,
+    tau: Annotated[float, typer.Option(help="Routers: an entry is computed iff sigmoid(logit) > tau.")] = 0.1,
+    level: Annotated[MaskLevel, typer.Option(help="Masks: what is reused, all blocks or the output.")] = (
+        MaskLevel.blocks
+    ),
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, e.g. fp16.")] = None,
 ) -> None:
-    """Turn a published router checkpoint into a schedule file, without running what it pickles."""
+    """Turn what another method fixes into a schedule file, without running what a file pickles.
+
+    A router of HarmoniCa's or Learning-to-Cache's (.pt), a schedule of ECAD's or SmoothCache's (.json), a step mask.
+
+    [bold]Examples[/bold]
+
+    harmonica convert router.pt --model facebook/DiT-XL-2-256 --tau 0.1 --out dit.json
+
+    harmonica convert ours_fast.json --method ecad --model PixArt-alpha/PixArt-XL-2-256x256 --out pixart.json
+
+    harmonica convert 1111110100100000100001000001 --method mask --model black-forest-labs/FLUX.1-dev --out flux.json
+    """
     from harmonica_rt import Schedule
 
     from .models import load
@@ -250,7 +272,15 @@ def convert(
     with _errors():
         check_tau(tau)
         transformer, _ = load(model, "ddim", variant=variant)
-        schedule = Schedule.from_router(router, transformer, method=method.value, tau=tau)
+        match method:
+            case Method.ecad:
+                schedule = Schedule.from_ecad(source, transformer)
+            case Method.smoothcache:
+                schedule = Schedule.from_smoothcache(source, transformer)
+            case Method.mask:
+                schedule = Schedule.from_mask(source, transformer, level=level.value)
+            case _:
+                schedule = Schedule.from_router(source, transformer, method=method.value, tau=tau)
         schedule.save(out)
         console.print(f"wrote {out}: {schedule!r}", highlight=False, markup=False, soft_wrap=True)
 

@@ -223,3 +223,16 @@ def test_convert_refuses_other_files(model: Path, tmp_path: Path, content: bytes
 def test_convert_refuses_another_models_router(model: Path, tmp_path: Path) -> None:
     torch.save({"routers": {f"{k}.prob": torch.zeros(8) for k in range(4)}}, tmp_path / "r.pt")
     refused(run("convert", tmp_path / "r.pt", "--model", model, "--out", tmp_path / "s.json"), "8 logits a step")
+
+
+def test_convert_takes_other_methods_plans(model: Path, tmp_path: Path) -> None:
+    out, lists = tmp_path / "s.json", tmp_path / "lists.json"
+    succeeded(run("convert", "110101", "--method", "mask", "--model", model, "--out", out))
+    assert Schedule.load(out) == Schedule.from_mask("110101", make_dit())
+    succeeded(run("convert", "110101", "--method", "mask", "--level", "output", "--model", model, "--out", out))
+    assert Schedule.load(out).output.tolist() == [False, False, True, False, True, False]
+    lists.write_text('{"attn": [1, 0, 1], "mlp": [1, 0, 0]}')
+    succeeded(run("convert", lists, "--method", "smoothcache", "--model", model, "--out", out))
+    assert Schedule.load(out) == Schedule.from_smoothcache(lists, make_dit())
+    refused(run("convert", lists, "--method", "ecad", "--model", model, "--out", out), "lists.json: expected steps")
+    refused(run("convert", "0101", "--method", "mask", "--model", model, "--out", out), "mask: expected 1 at step 0")
