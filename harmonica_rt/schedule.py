@@ -20,8 +20,8 @@ from .checks import (
     finite,
     positive,
 )
-from .forecast import ORDERS, carried, history, over_entries, unlearned
-from .layout import TRUNK, Group, check_branches, check_groups, panels, shape_of_entries, split_evenly
+from .forecast import ORDERS, over_entries, unlearned
+from .layout import TRUNK, Group, check_branches, check_groups, panels, shape_of_entries
 
 if TYPE_CHECKING:
     import os
@@ -351,18 +351,9 @@ class Schedule:
         Weights are carried over: they stay where the values they stand on are the same, and elsewhere are the new
         forecast's, changed as they were from the old one's.
         """
-        if np.shape(compute) != self.compute.shape:
-            raise ValueError(f"compute: expected shape {list(self.compute.shape)}, got {list(np.shape(compute))}")
-        compute = check_compute(compute, self.groups)
-        check_output(self.output, compute)
-        reused = over_entries(self.output, compute)[..., None]
-        weights = np.where(reused, 0.0, carried(self.weights, self.compute, compute, self.positions))
-        kept = {"output": self.output, "output_weights": self.output_weights}
-        kept["output_channels"] = self.output_channels
-        if self.channels is not None:
-            alike = (history(compute, self.order) == history(self.compute, self.order)).all(-1)
-            kept["channels"] = where(alike & ~compute & ~self.compute, self.channels, 0)
-        return self.replace(compute=compute, weights=weights, carry=np.where(compute, 0.0, self.carry), **kept)
+        from .resampling import with_compute
+
+        return with_compute(self, compute)
 
     # ---- statistics
 
@@ -431,23 +422,9 @@ class Schedule:
             batch: samples a call; every MAC of a transformer is per sample, so the ratio does not depend on it.
             context: tokens of a prompt, for a model that reads text; PixArt-alpha's 120 unless given.
         """
-        from .models import adapt
+        from .theory import speedup
 
-        adapter = adapt(model)  # a model without one has its MACs counted as it runs, in report()
-        macs = adapter.macs(height, width, batch, context)
-        block = sum(macs.branches) + macs.around
-        fixed = macs.fixed - adapter.layers * macs.around
-        run = int((~self.output).sum())
-        if self.level == "branches":
-            adapter.check_schedule(self)
-            computed = self.compute.sum(axis=(0, 1)) @ np.array(macs.branches, dtype=np.float64)
-            computed += run * adapter.layers * macs.around
-        elif self.level == "blocks":
-            parts = [len(part) for part in split_evenly(adapter.layers, self.groups[0].layers)]
-            computed = block * float((self.compute.reshape(self.steps, -1) @ np.array(parts)).sum())
-        else:
-            computed = run * adapter.layers * block
-        return float(self.steps * (fixed + adapter.layers * block) / (run * fixed + computed))
+        return speedup(self, model, height, width, batch, context)
 
     # ---- files and pictures
 
