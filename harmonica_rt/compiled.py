@@ -206,7 +206,9 @@ class CompiledTransformer(ModelFace):
         """Level, and what the plans made so far cost: slots, bytes, launches, MACs, compile time."""
         plans = tuple(describe_plan(plan, context) for (context, *_), plan in self._plans.items())
         level = self._sampling.schedules[0].level
-        return Report(repr(self.schedule), level, no_finer(self.model, level), self._engine.fallback, plans)
+        compiled = None if self._engine.compiled is None else self._engine.compiled.report()
+        finer, fallback = no_finer(self.model, level), self._engine.fallback
+        return Report(repr(self.schedule), level, finer, fallback, plans, compiled)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():

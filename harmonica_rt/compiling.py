@@ -31,10 +31,11 @@ def compile(
             one, `transformer_2`, goes on with the same run where the pipeline switches.
         schedule: for a model of this class. Or a schedule each: for the contexts that a pipeline names within a step,
             ``{"cond": a, "uncond": b}``, or for its denoisers, ``{"transformer": a, "transformer_2": b}``.
-        backend: ``"eager"`` (plain torch ops), ``"inductor"`` (pointwise work compiled by TorchInductor),
+        backend: ``"eager"`` (plain torch ops), ``"inductor"`` (TorchInductor: at level branches pointwise work, else
+            the model's own blocks, one compile for all that are alike and another for batches of 1),
             ``"cudagraph"`` (Triton kernels, one CUDA graph for each distinct step) or ``"auto"``: cudagraph on CUDA,
-            where it keeps plain launches if they measure faster, inductor elsewhere, and eager if the first choice
-            cannot be had; `report()` then says why.
+            where it keeps plain launches if they measure faster, inductor elsewhere at level branches, and eager at the
+            other levels or if the first choice cannot be had; `report()` then says why.
         plans: how many (batch, resolution, prompt length, dtype, start) are kept ready of each context; the least
             recently used goes first.
         strict: refuse a pipeline's sampler that the schedule was not made for; a warning names both otherwise.

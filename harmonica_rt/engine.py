@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .calling import Seen
+from .compiled_blocks import CompiledBlocks
 from .cuda_graphs import CudaRecorder, Recorder
 from .schedule import Schedule
 
@@ -69,6 +70,7 @@ class Engine(ABC):
     Attributes:
         plans: by context, shape, step of entry, the least recently used first.
         fallback: why backend ``"auto"`` did not take its first choice, or None.
+        compiled: the model's own blocks, compiled, where the backend does that.
     """
 
     runs_forward: ClassVar[bool]  # the model's own, and so the hooks on it
@@ -79,6 +81,7 @@ class Engine(ABC):
         self.model, self.backend, self.capacity, self.recorder = model, backend, capacity, recorder
         self.plans: OrderedDict[tuple[Hashable, Any, int], Any] = OrderedDict()
         self.fallback: str | None = None
+        self.compiled: CompiledBlocks | None = None
 
     @abstractmethod
     def check(self, schedule: Schedule) -> None:

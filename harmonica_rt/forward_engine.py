@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .compiled_blocks import CompiledBlocks
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
 from .entry import ForwardChanged
@@ -127,17 +128,18 @@ class ForwardEngine(Engine):
         self, model: nn.Module, backend: str, capacity: int, recorder: Callable[[torch.device], Recorder]
     ) -> None:
         super().__init__(model, backend, capacity, recorder)
+        self.compiled = CompiledBlocks(model) if backend == "inductor" else None
         self._first = next(iter(inspect.signature(model.forward).parameters), "")  # the argument that is denoised
 
     def check(self, schedule: Schedule) -> None:
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(self.model).__name__}")
-        if self.backend == "inductor":
-            raise ValueError(
-                f"backend: expected 'auto', 'eager' or 'cudagraph' at level {schedule.level}, got 'inductor' (blocks "
-                "that torch.compile compiled run as they are: compile_repeated_blocks)"
-            )
         name = class_name(self.model)
+        if self.backend == "inductor" and not block_lists(self.model):
+            raise ValueError(
+                f"backend: expected 'auto', 'eager' or 'cudagraph' for {name}, got 'inductor', which compiles blocks: "
+                "it has no lists of them"
+            )
         if schedule.model != name:
             raise ValueError(f"schedule does not fit the model: model expected {name}, got {schedule.model}")
         if schedule.level == "blocks":
@@ -172,11 +174,15 @@ class ForwardEngine(Engine):
 
     def begin(self, call: ForwardCall, schedule: Schedule, start: int, context: Hashable) -> ForwardRun:
         self._check_model()
+        if self.compiled is not None:
+            self.compiled.follow(call.device)
         key, groups = (context, call.shape, start), self._groups(schedule)
         if (plan := self.plans.get(key)) is not None and plan.groups != groups:  # blocks were replaced
             self.plans.pop(key).release()
         program = lower_forward(schedule.starting_at(start))
-        plan = self.plan(key, lambda: self._captured(ForwardPlan(self.model, program, groups, call.shape)))
+        plan = self.plan(
+            key, lambda: self._captured(ForwardPlan(self.model, program, groups, call.shape, self.compiled))
+        )
         if plan.graphs is not None:
             plan.graphs.follow(self.model)
         return ForwardRun(plan, start, self)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from .compiled_blocks import CompiledBlocks
 from .counting import CountMacs, uncountable
 from .cuda_graphs import Recorder
 from .entry import Blank, Entry, ForwardChanged, Sum, Values, expect_tensors, is_stream
@@ -37,13 +38,20 @@ class ForwardPlan:
         macs: multiply-accumulates of one forward, those of each entry within it; None where they cannot be counted.
         uncounted: why not.
         graphs: captured steps, if the plan replays them.
+        compiled: the model's blocks, compiled, if the plan runs these.
         seconds: time it took to learn what the groups are and to check that they can be reused.
     """
 
     def __init__(
-        self, model: nn.Module, program: ForwardProgram, groups: list[tuple[str, list[nn.Module]]], shape: Any
+        self,
+        model: nn.Module,
+        program: ForwardProgram,
+        groups: list[tuple[str, list[nn.Module]]],
+        shape: Any,
+        compiled: CompiledBlocks | None = None,
     ) -> None:
         self.program, self.groups, self.shape, self.seconds = program, groups, shape, 0.0
+        self.compiled = compiled
         self.macs: tuple[int, dict[int, int]] | None = None
         self.uncounted: str | None = None
         self._model, self.streams = weakref.ref(model), Streams(shape.device)
@@ -62,6 +70,8 @@ class ForwardPlan:
 
     @property
     def backend(self) -> str:
+        if self.compiled is not None:
+            return "inductor"
         return "eager" if self.graphs is None else "cudagraph"
 
     def capture(self, recorder: Recorder) -> None:
@@ -104,21 +114,41 @@ class ForwardPlan:
 
     def launch(self, step: ForwardStep, arguments: Arguments) -> Any:
         """`run`, once the plan has learned what its groups are: nothing here depends on data, so it may be captured."""
-        return self._forward(arguments, lambda number, *call: self._do(step, number, *call))
+        if self.compiled is None:
+            return self._forward(arguments, lambda number, *call: self._do(step, number, *call))
+        with self.compiled.compiling():
+            return self._forward(arguments, lambda number, *call: self._do(step, number, *call), self.compiled)
 
     def _do(
-        self, step: ForwardStep, number: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        step: ForwardStep,
+        number: int | None,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
+        if number is None:
+            return run(*args, **kwargs)
         entry, what = self.entries[number], step.entries[number]
         if isinstance(what, Keep):
             return entry.compute(what.slot, run, args, kwargs)
         return entry.reuse(what, args, kwargs, self._channels, self._combine)
 
-    def _forward(self, arguments: Arguments, handle: Callable[..., Any]) -> Any:
-        """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments)."""
+    def _forward(self, arguments: Arguments, handle: Callable[..., Any], compiled: CompiledBlocks | None = None) -> Any:
+        """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments).
+
+        Args:
+            compiled: runs all blocks, those of no entry too.
+        """
         args, kwargs = arguments
+        blocks = self._blocks if compiled is None else list(dict.fromkeys([*self._blocks, *compiled.blocks.values()]))
+
+        def call(number: int, run: Callable[..., Any], *arguments: Any) -> Any:
+            run = run if compiled is None else compiled.of(blocks[number], run)
+            return handle(self._owners[number] if number < len(self._owners) else None, run, *arguments)
+
         try:
-            with intercepted(self._blocks, lambda number, *call: handle(self._owners[number], *call)):
+            with intercepted(blocks, call):
                 output = self._model()(*args, **kwargs)
             for entry in self.entries.values():
                 entry.finish()
@@ -278,7 +308,7 @@ class ForwardPlan:
 
     def half(self, number: int, batch: int, shape: Any) -> ForwardPlan:
         """The same for half `number` of its batch, with the values it holds."""
-        own = ForwardPlan(self._model(), self.program, self.groups, shape)
+        own = ForwardPlan(self._model(), self.program, self.groups, shape, self.compiled)
         scratch: dict[Blank, Tensor] = {}
         own.entries = {k: entry.half(number, batch, scratch) for k, entry in self.entries.items()}
         if self._outputs is not None:

@@ -56,7 +56,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        objects: list[Any] = [*_hooks(everywhere)]
+        objects: list[Any] = [*global_hooks(everywhere)]
         places: list[Any] = []
         todo, seen = [model], {id(model)}
         while todo:
@@ -87,7 +87,7 @@ def _place(t: Tensor) -> tuple[Any, ...]:
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, t.device
 
 
-def _hooks(registry: Any) -> Iterator[Any]:
+def global_hooks(registry: Any) -> Iterator[Any]:
     """Hooks on all modules."""
     yield from registry._global_forward_hooks.values()
     yield from registry._global_forward_pre_hooks.values()

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from .compiled_blocks import CompiledBlocksReport
 from .executor import Plan
 from .forward_plan import ForwardPlan
 from .program import ForwardStep, ReuseOutput, Step
@@ -88,6 +89,7 @@ class Report:
         level: of its schedule.
         finer: why the model runs at no finer level, or None.
         fallback: why ``backend="auto"`` did not take its first choice, or None.
+        compiled: which of the model's own blocks are, at levels blocks and output with the inductor backend.
     """
 
     schedule: str
@@ -95,11 +97,14 @@ class Report:
     finer: str | None
     fallback: str | None
     plans: tuple[PlanReport, ...]
+    compiled: CompiledBlocksReport | None = None
 
     def __str__(self) -> str:
         lines = [self.schedule, f"level {self.level}" + (f", no finer one: {self.finer}" if self.finer else "")]
         if self.fallback:
             lines.append(f"fallback to eager: {self.fallback}")
+        if self.compiled is not None and self.plans:
+            lines.append(str(self.compiled))
         return "\n".join(lines + [str(plan) for plan in self.plans] if self.plans else [*lines, "no plan made yet"])
 
 

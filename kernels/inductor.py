@@ -57,10 +57,10 @@ def _blaming_the_machine(device: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError, ImportError, SubprocessError) as error:
-        raise CompilerMissing(f"TorchInductor cannot compile for {device} here: {_reason(error)}") from error
+        raise CompilerMissing(f"TorchInductor cannot compile for {device} here: {first_line(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """One line: what TorchInductor wraps, and of a compiler's failure the first line that it printed."""
     error = getattr(error, "inner_exception", error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
