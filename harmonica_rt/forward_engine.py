@@ -207,7 +207,7 @@ class ForwardEngine(Engine):
         """A plan for the same, which has learned nothing yet."""
         key = next(key for key, each in self.plans.items() if each is plan)
         plan.release()
-        self.plans[key] = self._captured(ForwardPlan(self.model, plan.program, plan.groups, plan.shape))
+        self.plans[key] = self._captured(ForwardPlan(self.model, plan.program, plan.groups, plan.shape, self.compiled))
         return self.plans[key]
 
     def halves(self, was: CallShape, call: ForwardCall) -> bool:
