@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+KINDS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+ATTENTION = [f"_scaled_dot_product_{kind}" for kind in KINDS]
+
 
 class CountMacs(TorchDispatchMode):
-    """Adds up what matrix products, convolutions and attention do, in torch's own formulas.
+    """Adds up what matrix products and convolutions do, in torch's own formulas, and attention.
 
     Flex attention, which torch compiles within an eager forward, runs in it as without.
     """
@@ -18,12 +22,11 @@ class CountMacs(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # imports triton
+        from torch.utils.flop_counter import flop_registry  # imports triton
 
         super().__init__()
         self.macs = 0
         self._flops = flop_registry
-        self._attention = sdpa_flop_count
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -33,11 +36,17 @@ class CountMacs(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", func)
-        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.macs += self._attention(*(t.shape for t in args[:3])) // 2
+        if getattr(packet, "__name__", "") in ATTENTION:
+            self.macs += _attention(*(t.shape for t in args[:3]))
         elif packet in self._flops:
             self.macs += self._flops[packet](*args, **kwargs, out_val=out) // 2
         return out
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size) -> int:
+    """Of [batch, heads, tokens, width] each; keys and values may have fewer heads (torch 2.11's own wants as many)."""
+    *heads, tokens, width = query
+    return math.prod(heads) * tokens * key[-2] * (width + value[-1])
 
 
 def uncountable(model: nn.Module) -> str | None:

@@ -91,7 +91,9 @@ def test_a_type_is_only_taken_for_its_own_models() -> None:
 def test_from_pipe_casts_what_it_carries(wanted: torch.Tensor) -> None:
     second = from_pipe(compiled(), dtype=torch.bfloat16)
     assert second.dtype == second.transformer.dtype == torch.bfloat16
-    assert relative_error(images(second).float(), wanted) < 0.1
+    got = images(second).float()
+    assert relative_error(got, images(compiled().to(torch.bfloat16)).float()) < 1e-6
+    assert 0 < relative_error(got, wanted) < 0.5, "a sampler of 4 steps in bf16"
 
 
 # ---- schedulers of their own
