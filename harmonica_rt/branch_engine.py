@@ -127,7 +127,9 @@ class BranchEngine(Engine):
             self._bound = (adapter, *adapter.bind())
             seen = Snapshot.of(self.model)  # binding may join tensors
         self._seen, self._kind = seen, kind
-        plan = self.plan((context, shape, start), lambda: self._make_plan(lower(schedule.starting_at(start)), shape))
+        plan = self.plan(
+            (context, shape, start), lambda: self._make_plan(lower(schedule.starting_at(start)), shape, call)
+        )
         return BranchRun(plan, start)
 
     def halves(self, was: Shape, call: Inputs) -> bool:
@@ -135,7 +137,7 @@ class BranchEngine(Engine):
 
     def half_run(self, run: BranchRun, call: Inputs, number: int, context: Hashable) -> BranchRun:
         old, shape = run.plan, run.shape_of(call)
-        plan = self.plan((context, shape, run.start), lambda: self._make_plan(old.program, shape))
+        plan = self.plan((context, shape, run.start), lambda: self._make_plan(old.program, shape, call))
         for kept, buffers in ((old.slots, plan.slots), (old.outputs, plan.outputs)):
             buffers.copy_(kept.narrow(1, number * shape.batch, shape.batch))
         return BranchRun(plan, run.start)
@@ -157,25 +159,32 @@ class BranchEngine(Engine):
             self.fallback = str(error)
             return None
 
-    def _make_plan(self, program: Program, shape: Shape) -> Plan:
+    def _make_plan(self, program: Program, shape: Shape, call: Inputs) -> Plan:
+        """A plan that will have calls such as `call`."""
         if self.backend != "auto":
-            return self._plan(program, shape, self.backend)
+            return self._plan(program, shape, self.backend, call)
         first = "cudagraph" if shape.device.type == "cuda" else "inductor"
         try:
-            plan = self._plan(program, shape, first)
+            plan = self._plan(program, shape, first, call)
         except (CompilerMissing, CaptureFailed) as error:
             if self.fallback is None:
                 warnings.warn(f"harmonica_rt runs its eager backend, not {first}: {error}", stacklevel=7)
             self.fallback = str(error)
-            return self._plan(program, shape, "eager")
+            return self._plan(program, shape, "eager", call)
         if plan.graphs is not None and not plan.graphs.measure():
             plan.graphs.release()
         return plan
 
-    def _plan(self, program: Program, shape: Shape, backend: str) -> Plan:
+    def _plan(self, program: Program, shape: Shape, backend: str, call: Inputs) -> Plan:
         plan = Plan(*self._bound, program, shape, backend)
         if backend == "cudagraph":
             started = time.perf_counter()
             plan.graphs = StepGraphs(plan, self.recorder(shape.device))
+            try:  # captures them now, so that what a card refuses is known before the first step
+                plan.encode(call.conditioning)
+                plan.modulate(0, call.timestep.narrow(0, 0, 1), call.conditioning)
+            except Exception:
+                plan.release()
+                raise
             plan.seconds += time.perf_counter() - started
         return plan

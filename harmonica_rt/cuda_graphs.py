@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -98,6 +98,52 @@ class CudaRecorder:
         torch.cuda.synchronize(self.device)
 
 
+class InputGraphs:
+    """Work on buffers that depends on a few small tensors alone: captured the first time, replayed from then on.
+
+    The tensors are copied into buffers of the graph's own.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.graphs: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Replayable]] = {}
+
+    def run(self, name: str, key: Hashable, launch: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
+        """`launch(*inputs)`.
+
+        Args:
+            name: of the work, for errors.
+            key: what `launch` depends on beside `inputs` and what they are shaped like.
+
+        Raises:
+            CaptureFailed: the work was done, and can't be captured.
+        """
+        key = (name, key, *((t.shape, t.dtype) for t in inputs))
+        if key in self.graphs:
+            own, graph = self.graphs[key]
+            for mine, given in zip(own, inputs):
+                mine.copy_(given)
+            graph.replay()
+            return
+        own = tuple(t.clone() for t in inputs)
+
+        def launch_on_own() -> Tensor:
+            launch(*own)
+            return own[0]
+
+        try:
+            self.recorder.warm_up(launch_on_own)  # and this is the first run
+            graph, _ = self.recorder.capture(launch_on_own)
+        except Exception as error:
+            raise capture_failed(error, name) from error
+        self.graphs[key] = own, graph
+
+    def free(self) -> None:
+        for _, graph in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+
+
 class StepGraphs:
     """One graph for each distinct step of a plan's program.
 
@@ -106,12 +152,14 @@ class StepGraphs:
     several steps, so that no fixed number of buffers would do.
 
     Attributes:
+        inputs: what fills modulation rows and text from a run's conditioning.
         seconds: that warming up and capturing took.
     """
 
     def __init__(self, plan: Plan, recorder: Recorder) -> None:
         started = time.perf_counter()
         self.plan, self.recorder = weakref.proxy(plan), recorder  # the plan owns this
+        self.inputs = InputGraphs(recorder)
         shape = plan.shape
         size = (shape.batch, plan.adapter.in_channels, shape.height, shape.width)
         self.sample = torch.zeros(size, dtype=shape.dtype, device=shape.device)
@@ -169,5 +217,6 @@ class StepGraphs:
         for graph, _ in self.graphs.values():
             graph.reset()
         self.graphs.clear()
+        self.inputs.free()
         self.of_step = []
         self.plan.graphs = None

@@ -87,6 +87,7 @@ class Plan:
         size = (shape.batch, adapter.out_channels, shape.height, shape.width)
         self.outputs = empty(program.outputs, *size)
         self.scratch = empty(shape.batch * tokens * max(_widest(branch) for branch in branches))
+        self.timesteps: Tensor | None = None  # of the rows, as they were filled last
         self.graphs: StepGraphs | None = None
         self.loops: dict[tuple[Any, ...], LoopGraph] = {}
         self.measured: tuple[float, float] | None = None
@@ -143,12 +144,28 @@ class Plan:
         return total
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
-        """Fill the modulation rows of `step` and of the steps after it, one for each of `timesteps`."""
+        """Fill the modulation rows of `step` and of the steps after it, one for each of `timesteps`.
+
+        With graphs all rows of the window are filled, whose launches are then one: those of other steps as before if
+        the conditioning is, and else with values that nothing reads.
+        """
         self.streams.enter()
-        rows = self.rows.narrow(0, step % self.window, len(timesteps))
+        at, count = step % self.window, len(timesteps)
+        if self.graphs is None:
+            self._modulate(step, self.rows.narrow(0, at, count), timesteps, *conditioning)
+            return
+        if self.timesteps is None or self.timesteps.dtype != timesteps.dtype:
+            self.timesteps = timesteps.narrow(0, 0, 1).expand(self.window).clone()
+        self.timesteps.narrow(0, at, count).copy_(timesteps)
+        first = step - at
+        launch = partial(self._modulate, first, self.rows)
+        key = first if self.channels is not None else None
+        self.graphs.inputs.run("modulation rows", key, launch, (self.timesteps, *conditioning))
+
+    def _modulate(self, step: int, rows: Tensor, timesteps: Tensor, *conditioning: Tensor) -> None:
         self.adapter.modulate(timesteps, conditioning, rows.narrow(2, 0, self.adapter.rows))
         if self.channels is not None:
-            for ahead in range(len(timesteps)):
+            for ahead in range(min(len(rows), len(self.program.steps) - step)):
                 self._fold(step + ahead, rows.select(0, ahead))
 
     def _fold(self, step: int, rows: Tensor) -> None:
@@ -168,6 +185,12 @@ class Plan:
     def encode(self, conditioning: tuple[Tensor, ...]) -> None:
         """Fill what cross-attention reads in the run that begins."""
         self.streams.enter()
+        if self.graphs is None or not self.adapter.contexts:
+            self._encode(*conditioning)
+        else:
+            self.graphs.inputs.run("text", None, self._encode, conditioning)
+
+    def _encode(self, *conditioning: Tensor) -> None:
         self.adapter.encode(conditioning, self.context, self.context_bias)
 
     def loop(self, key: tuple[Any, ...], make: Callable[[], LoopGraph]) -> LoopGraph:

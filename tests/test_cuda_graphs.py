@@ -39,7 +39,8 @@ def test_replays_equal_eager(order: int, learned: bool) -> None:
     fast, _ = compile_graphs(model, schedule)
     for seed in range(3):
         calls = Calls(6, seed=seed)
-        assert_close(calls.run(fast), calls.run(eager), 1e-5)
+        # Modulation rows of all steps come of one GEMM here, and of one a step there: rounded otherwise
+        assert_close(calls.run(fast), calls.run(eager), 3e-5)
         for step in range(4):  # a run cut short
             Calls(6, seed=90 + seed).call(fast, step)
 
@@ -73,9 +74,9 @@ def test_steps_alike_share_a_graph() -> None:
     eager = hrt.compile(model, schedule, backend="eager")
     assert_close(calls.run(fast), calls.run(eager), 1e-5)
     (emulator,) = recorders
-    assert fast.report().plans[0].graphs == len(emulator.graphs) == 2
-    assert emulator.warm_ups == 1
-    assert [graph.replays for graph in emulator.graphs] == [6, 6]
+    assert fast.report().plans[0].graphs == 2
+    assert emulator.warm_ups == 2
+    assert [graph.replays for graph in emulator.graphs] == [6, 6, 12], "two kinds of step, and modulation rows"
 
 
 def test_graphs_are_captured_once_and_freed() -> None:
@@ -103,7 +104,7 @@ def test_all_use_of_a_plans_buffers_follows_the_stream_before() -> None:
         enter, leave = (lambda self: asked.append("enter")), (lambda self: asked.append("leave"))
 
     plan.streams, touch = Spy(), []
-    for owner, name in ((plan.adapter, "encode"), (plan.adapter, "modulate"), (plan.graphs, "run")):
+    for owner, name in ((plan, "_encode"), (plan.graphs.inputs, "run"), (plan.graphs, "run")):
         kept = getattr(owner, name)
 
         def seen(*args: object, kept: Any = kept, name: str = name) -> object:
@@ -113,7 +114,7 @@ def test_all_use_of_a_plans_buffers_follows_the_stream_before() -> None:
         setattr(owner, name, seen)
     calls.run(fast)
     fast.uncompile()
-    assert [name for name, _ in touch[:3]] == ["encode", "modulate", "run"]
+    assert [name for name, _ in touch[:3]] == ["_encode", "run", "run"]
     assert [count for _, count in touch] == list(range(1, len(touch) + 1)), "each asks first"
     assert asked[-1] == "leave"
 
@@ -139,7 +140,7 @@ def test_kernels_that_step_0_lacks_are_launched_before_they_are_captured() -> No
     fast, (recorders) = compile_graphs(model, schedule)
     eager = hrt.compile(model, schedule, backend="eager")
     assert_close(calls.run(fast), calls.run(eager), 1e-5)
-    assert recorders[0].warm_ups == 2
+    assert recorders[0].warm_ups == 3, "what computes, what reuses the output, modulation rows"
 
 
 def test_new_weights_in_place_are_replayed_and_moved_ones_recaptured() -> None:
@@ -215,7 +216,7 @@ def test_replays_and_launches_are_measured_and_graphs_can_be_given_up() -> None:
     assert (report.graph_seconds, report.launch_seconds) == plan.measured
     assert "ms replayed" in str(fast.report())
     plan.graphs.release()
-    assert_close(calls.run(fast), wanted, 0.0)
+    assert_close(calls.run(fast), wanted, 1e-5)  # modulation rows are filled a step each, no longer together
     assert fast.report().plans[0].graphs == 0
 
 

@@ -99,9 +99,10 @@ def test_one_graph_equals_stepping(kind: type, emulated: list[Emulator]) -> None
         assert torch.equal(result, kept), "a result survives the next replay"
         assert not torch.equal(other, result)
     (emulator,) = emulated
-    *steps, loop = emulator.graphs
+    *steps, rows, loop = emulator.graphs
     assert len(steps) == schedule.steps
     assert loop.replays == 6, "one launch a trajectory"
+    assert rows.replays == 6, "and one for its modulation rows"
     assert [graph.replays for graph in steps] == [0] * 6
     fast.uncompile()
     assert all(not graph.ops for emulator in emulated for graph in emulator.graphs)
@@ -115,7 +116,7 @@ def test_steps_and_loops_take_turns(emulated: list[Emulator]) -> None:
     assert torch.equal(fast.trajectory(noise(), sampler, 1.5, class_labels=LABELS), looped)
     fast.trajectory(noise(), sampler, 2.5, class_labels=LABELS)
     (emulator,) = emulated
-    assert len(emulator.graphs) == 6 + 2, "another guidance scale is another graph, in the same memory pool"
+    assert len(emulator.graphs) == 6 + 1 + 2, "another guidance scale is another graph, in the same memory pool"
 
 
 def test_few_loops_are_kept(emulated: list[Emulator]) -> None:
@@ -124,7 +125,7 @@ def test_few_loops_are_kept(emulated: list[Emulator]) -> None:
     scales = [1.5, 2.0, 2.5, 3.0]
     for scale in (*scales, 1.5, 3.5):
         fast.trajectory(noise(), scheduler(), scale, class_labels=LABELS)
-    loops = emulated[0].graphs[6:]
+    loops = emulated[0].graphs[6 + 1 :]
     assert len(loops) == LOOPS + 1
     assert [bool(loop.ops) for loop in loops] == [True, False, True, True, True], "2.0 was the least recently used"
     assert loops[0].replays == 2
@@ -186,7 +187,7 @@ def test_another_scheduler_config_is_another_graph(emulated: list[Emulator]) -> 
         result = fast.trajectory(noise(), sampler, 1.5, class_labels=LABELS)
         assert relative_error(result, stepping(eager, sampler, 1.5, noise())) < 1e-5
     fast.trajectory(noise(), scheduler(), 1.5, class_labels=LABELS)
-    assert len(emulated[0].graphs) == 6 + 3, "steps, and a loop for each config"
+    assert len(emulated[0].graphs) == 6 + 1 + 3, "steps, modulation rows, and a loop for each config"
 
 
 def test_noise_that_wants_a_gradient_or_is_empty_is_refused() -> None:
