@@ -32,14 +32,14 @@ from bench.run_latency import positive
 DRY_PACE = 0.2  # tiny sizes
 
 
-def cases(machine: Machine, stages: list[str], only: list[str], rounds: int) -> list[Case]:
+def cases(machine: Machine, stages: list[str], only: list[str], without: list[str], rounds: int) -> list[Case]:
     """Those of `stages` whose "stage: name" contains one of `only`, if there are any."""
     steps = 4 if machine.dry else 20
     made = {
         "environment": lambda: environment.cases(machine),
         "correct": lambda: correct.cases(machine),
         "capture": lambda: capture.cases(machine),
-        "latency": lambda: latency.cases(machine, rounds, steps),
+        "latency": lambda: latency.cases(machine, rounds, steps, without),
         "gap": lambda: gap.cases(machine, rounds),
         "profile": lambda: profile.cases(machine),
     }
@@ -55,12 +55,22 @@ def stages(text: str) -> list[str]:
     return names
 
 
+def candidates(text: str) -> list[str]:
+    """An argparse type."""
+    names = text.split(";")
+    if unknown := [name for name in names if name not in latency.NAMES]:
+        raise argparse.ArgumentTypeError(f"expected some of {';'.join(latency.NAMES)}, got {unknown[0]!r}")
+    return names
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the lines")
     parser.add_argument("--stages", type=stages, default=list(STAGES), metavar="A,B", help=f"of {','.join(STAGES)}")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], metavar="TEXT,...",
                         help='cases whose "stage: name" contains one of these')  # fmt: skip
+    parser.add_argument("--without", type=candidates, default=[], metavar="NAME;...",
+                        help="candidates that latency leaves out")  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="skip what would not fit")
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny sizes: figures mean nothing")
@@ -77,13 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     machine = Rehearsal() if arguments.dry_run else Machine()
     earlier = sorted(arguments.out.glob(f"{machine.slug}-*.jsonl")) if arguments.resume else []
     path = earlier[-1] if earlier else arguments.out / f"{machine.slug}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    asked = {"only": arguments.only, "rounds": arguments.rounds}
+    asked = {"only": arguments.only, "without": arguments.without, "rounds": arguments.rounds}
     pace = DRY_PACE if machine.dry else 1.0
     record = Record(path, machine, budget=arguments.budget, stages=arguments.stages, pace=pace, **asked)
     print(f"bench-gpu on {machine.name}: {path}", flush=True)
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        record.run(cases(machine, arguments.stages, arguments.only, arguments.rounds), _say)
+        record.run(cases(machine, arguments.stages, arguments.only, arguments.without, arguments.rounds), _say)
     except Stopped:
         record.write("end", how="stopped by SIGTERM")
         return 128 + signal.SIGTERM

@@ -15,10 +15,10 @@ from .workload import Size, Workload
 STAGE = "capture"
 SCHEDULES = ("uniform:2", "random:50:1")  # few distinct steps, and all of them
 FULL = (
-    (Size("DiT-S/2 256", "dit-s-2"), 20, 12),
-    (Size("DiT-XL/2 256", "dit-xl-2"), 20, 20),
-    (Size("PixArt-Sigma 1024", "pixart-sigma-1024"), 20, 40),
-    (Size("DiT-XL/2 512", "dit-xl-2", side=64), 20, 25),
+    (Size("DiT-S/2 256", "dit-s-2"), 20, 3),
+    (Size("DiT-XL/2 256", "dit-xl-2"), 20, 5),
+    (Size("PixArt-Sigma 1024", "pixart-sigma-1024"), 20, 12),
+    (Size("DiT-XL/2 512", "dit-xl-2", side=64), 20, 5),
 )
 DRY = ((Size("DiT, 1 layer", "dit-s-2", layers=1, side=4), 4, 5),)
 

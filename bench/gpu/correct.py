@@ -39,12 +39,12 @@ def cases(machine: Machine) -> list[Case]:
     """What says most first: whether it runs at all, then what it is used for, then the rest."""
     sizes = DRY if machine.dry else FULL
     small = sizes[0]
-    events = Case(STAGE, f"{small.name}, between replays", 20, partial(between_replays, machine, small))
+    events = Case(STAGE, f"{small.name}, between replays", 3, partial(between_replays, machine, small))
     first = [(small, torch.float32), (small, torch.bfloat16)]
     rest = [(size, dtype) for dtype in DTYPES for size in sizes if (size, dtype) not in first]
     made = [_case(machine, size, dtype, (size, dtype) == first[0]) for size, dtype in (*first, *rest)]
     levels = [
-        Case(STAGE, f"{size.name}, levels blocks and output", 15, partial(levels_agree, machine, size))
+        Case(STAGE, f"{size.name}, levels blocks and output", 3, partial(levels_agree, machine, size))
         for size in sizes[:2]
     ]
     return [*made[:2], events, *levels, *made[2:]]
@@ -52,7 +52,7 @@ def cases(machine: Machine) -> list[Case]:
 
 def _case(machine: Machine, size: Size, dtype: torch.dtype, first: bool) -> Case:
     backends = BACKENDS[:2] if machine.dry and not first else BACKENDS  # each shape and dtype compiles anew
-    return Case(STAGE, f"{size.name}, {_short(dtype)}", 20, partial(backends_agree, machine, size, dtype, backends))
+    return Case(STAGE, f"{size.name}, {_short(dtype)}", 10, partial(backends_agree, machine, size, dtype, backends))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -30,8 +30,8 @@ HEADS = {"DiT-XL/2, PixArt": (16, 72), "DiT-S/2": (6, 64)}
 def cases(machine: Machine) -> list[Case]:
     return [
         Case(STAGE, "versions", 2, lambda log: versions(machine, log)),
-        Case(STAGE, "attention", 4, lambda log: attention(machine, log)),
         Case(STAGE, "limits", 8, lambda log: limits(machine, log)),
+        Case(STAGE, "attention", 15, lambda log: attention(machine, log)),
     ]
 
 

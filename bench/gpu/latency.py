@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ XL256, XL512 = Size("DiT-XL/2 256", "dit-xl-2"), Size("DiT-XL/2 512", "dit-xl-2"
 SIGMA = Size("PixArt-Sigma 1024", "pixart-sigma-1024")
 # Size, batch, schedules, seconds for the first of them and for each other: compiled full runs are made once
 FULL = (
-    (XL256, 1, ("uniform:2", "uniform:3", "full"), 120, 20),
+    (XL256, 1, ("uniform:2", "uniform:3", "full"), 100, 18),
     (SIGMA, 1, ("uniform:2", "uniform:3", "full"), 140, 40),
     (XL256, 8, ("uniform:2", "uniform:3", "full"), 110, 30),
     (XL512, 1, ("uniform:2", "uniform:3", "full"), 110, 25),
@@ -62,18 +62,21 @@ class Bench:
     broken: set[str] = field(default_factory=set)
 
 
-def cases(machine: Machine, rounds: int = 7, steps: int = 20) -> list[Case]:
+def cases(machine: Machine, rounds: int = 7, steps: int = 20, without: Collection[str] = ()) -> list[Case]:
+    """Those `without` some candidates, by name."""
     found = []
     for size, batch, schedules, first, others in DRY if machine.dry else FULL:
         for text in schedules:
             name = f"{size.name}, batch {batch}, {text}"
             seconds = first if text == schedules[0] else others
-            run = partial(on_one_bench, machine, size, batch, steps, text, rounds)
+            run = partial(on_one_bench, machine, size, batch, steps, text, rounds, without)
             found.append(Case(STAGE, name, seconds, run, keeps=text != schedules[-1]))
     return found
 
 
-def on_one_bench(machine: Machine, size: Size, batch: int, steps: int, text: str, rounds: int, log: Log) -> None:
+def on_one_bench(
+    machine: Machine, size: Size, batch: int, steps: int, text: str, rounds: int, without: Collection[str], log: Log
+) -> None:
     bench = machine.kept
     if not isinstance(bench, Bench) or (bench.work.size, bench.work.batch) != (size, batch):
         del bench
@@ -81,10 +84,10 @@ def on_one_bench(machine: Machine, size: Size, batch: int, steps: int, text: str
         dtype = torch.float32 if machine.dry else torch.bfloat16
         bench = machine.kept = Bench(Workload(machine, size, batch, dtype, steps))
     with machine.graphs():
-        measure(machine, bench, text, rounds, log)
+        measure(machine, bench, text, rounds, without, log)
 
 
-def measure(machine: Machine, bench: Bench, text: str, rounds: int, log: Log) -> None:
+def measure(machine: Machine, bench: Bench, text: str, rounds: int, without: Collection[str], log: Log) -> None:
     work = bench.work
     schedule = work.schedule(text)
     theory = work.theory(schedule)
@@ -105,7 +108,7 @@ def measure(machine: Machine, bench: Bench, text: str, rounds: int, log: Log) ->
     runs: dict[str, Callable[[], Tensor]] = {}
     try:
         for name in NAMES:
-            if name in bench.broken or (name == TAYLORSEER and text == "full"):
+            if name in without or name in bench.broken or (name == TAYLORSEER and text == "full"):
                 continue
             if name in bench.full:
                 runs[name] = bench.full[name]

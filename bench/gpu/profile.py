@@ -31,7 +31,7 @@ ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of wh
 
 def cases(machine: Machine) -> list[Case]:
     return [
-        Case(STAGE, f"{size.name}, batch {batch}", 25, partial(steps, machine, size, batch))
+        Case(STAGE, f"{size.name}, batch {batch}", 6, partial(steps, machine, size, batch))
         for size, batch in (DRY if machine.dry else FULL)
     ]
 
