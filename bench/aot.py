@@ -27,14 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from harmonica_rt.kernels import combine
-from harmonica_rt.kernels.gap import gap_kernel, launch_config
+from harmonica_rt.kernels.gap import NORMS, gap_kernel, launch_config
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = ("fp32", "fp16", "bf16")
-WIDTHS = (384, 1152)  # DiT-S and DiT-XL, PixArt
+WIDTHS = (384, 1152, 3072, 5120)  # DiT-S; DiT-XL, PixArt; Flux, Qwen-Image; Wan 14B
 SUMS = (1, 2, 3, 7)  # values: orders 0 to 2, and order 2 with a carry
-NORMS = (("none", False), ("layer", False), ("layer", True), ("rms", False), ("rms", True))
-SCALARS = 4  # loads of one number each: the step, and a term's slot, gate and weight
+SCALARS = 5  # loads of one number each: the step, and a term's slot, gate in either segment and weight
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Built:
 
     architecture: int
     dtype: str
-    variant: tuple[str, ...]  # width, norm and affine of a Gap; of a sum its values and weights
+    variant: tuple[str, ...]  # width, norm and rows of a Gap; of a sum its values and weights
     scalars: int  # loads of one number each
     registers: int
     spilled: int  # bytes of stack and local memory
@@ -58,18 +57,20 @@ class Built:
         return self.spilled == 0 and self.loads - self.wide_loads == self.scalars and self.stores == self.wide_stores
 
 
-def build(architecture: int, dtype: str, width: int, norm: str, affine: bool) -> Built:
-    """Compile Gap for tensors whose addresses and strides are multiples of 16, as torch's allocator gives them."""
+def build(architecture: int, dtype: str, width: int, norm: str, rows: str) -> Built:
+    """Compile Gap for tensors whose addresses and strides are multiples of 16, as torch's allocator gives them.
+
+    `rows` is the dtype of modulation rows.
+    """
     config = launch_config(width)
-    tensors = dict.fromkeys(("x_ptr", "y_ptr", "arena_ptr", "rows_ptr", "affine_ptr"), f"*{dtype}")
+    tensors = dict.fromkeys(("x_ptr", "y_ptr", "arena_ptr"), f"*{dtype}") | {"rows_ptr": f"*{rows}"}
     tensors |= {"step_ptr": "*i32", "table_ptr": "*i32", "weights_ptr": "*fp32"}
     strides = dict.fromkeys(("slot_stride", "step_stride", "sample_stride"), "i64")
-    numbers = dict.fromkeys(("terms", "tokens", "total", "shift", "scale"), "i32") | {"eps": "fp32"}
-    constants = {"WIDTH": width, "BLOCK": config.block, "ROWS": config.rows, "NORM": norm, "AFFINE": affine}
-    kinds = tensors | strides | numbers | dict.fromkeys(constants, "constexpr")
-    signature = {name: kinds[name] for name in gap_kernel.arg_names}
+    constants = {"WIDTH": width, "BLOCK": config.block, "ROWS": config.rows, "NORM": norm}
+    kinds = tensors | strides | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in gap_kernel.arg_names}
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in tensors | strides}
-    variant = (str(width), norm + (", affine" if affine else ""))
+    variant = (str(width), f"{norm}, {rows} rows")
     return _built(architecture, dtype, variant, SCALARS, gap_kernel, signature, constants, divisible, config.warps)
 
 
@@ -143,8 +144,9 @@ def variants(architectures: tuple[int, ...] = ARCHITECTURES, widths: tuple[int, 
     for architecture in architectures:
         for dtype in DTYPES:
             for width in widths:
-                for norm, affine in NORMS:
-                    yield architecture, dtype, width, norm, affine
+                for norm in NORMS:
+                    for rows in sorted({dtype, "fp32"}):
+                        yield architecture, dtype, width, norm, rows
 
 
 def sum_variants(architectures: tuple[int, ...] = ARCHITECTURES) -> list[tuple]:

@@ -121,16 +121,16 @@ class CudaGraphOps(EagerOps):
     def gap(self, gap: Gap, step: int) -> GapCall:
         plan, norm = self.plan, self.plan.norm(gap.norm)
         if gap not in self._tables:
-            gates = [plan.gate(term) for term in gap.terms]
-            pairs = [[term.slot, -1 if gate is None else gate] for term, gate in zip(gap.terms, gates)]
+            gates = [-1 if (gate := plan.gate(term)) is None else gate for term in gap.terms]
+            entries = [[term.slot, gate, gate] for term, gate in zip(gap.terms, gates)]
             on = plan.shape.device
-            table = torch.tensor(pairs, dtype=torch.int32, device=on).view(-1, 2)
+            table = torch.tensor(entries, dtype=torch.int32, device=on).view(-1, 3)
             weights = torch.tensor([term.weight for term in gap.terms], dtype=torch.float32, device=on)
             self._tables[gap] = table, weights
         operands = (self._y, plan.slots, plan.rows, plan.step, *self._tables[gap])
         if norm is None:
-            return partial(_gap_op_bare, self._op if gap.terms else None, operands, ("none", -1, -1, 0.0))
-        return partial(_gap_op, self._op, operands, ("layer", norm.shift, norm.scale, norm.eps))
+            return partial(_gap_op_bare, self._op if gap.terms else None, operands, ("none", (-1, -1), (-1, -1), 0.0))
+        return partial(_gap_op, self._op, operands, ("layer", (norm.shift,) * 2, (norm.scale,) * 2, norm.eps))
 
     def linear_gelu(self, stage: Linear, gelu: Gelu, out: Tensor) -> StageCall:
         if self._fuses(gelu):

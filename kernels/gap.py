@@ -4,14 +4,17 @@
     y  = norm(x) * scale + shift
 
 x, y [batch, tokens, width]; arena [slots, batch, tokens, width]; rows [steps, batch, rows, width] holds the gates,
-scales (1 + scale) and shifts of every step. One storage dtype, fp32, fp16 or bf16; sums and statistics in fp32. Terms
-are data: a table of (slot, gate row or -1 for no gate) and their weights, so that a schedule compiles nothing.
+scales (1 + scale) and shifts of every step. The first `split` tokens of every sample are one segment of the stream
+(text), the others another (image): gates, scales and shifts are given for each. One storage dtype, fp32, fp16 or bf16,
+but rows may be fp32; sums and statistics in fp32. Terms are data: a table of (slot, gate row in the first segment, in
+the second) and their weights, so that a schedule compiles nothing.
 
 Imports triton: only the backends that run on a GPU import this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,10 +28,12 @@ MAX_WIDTH = 8192
 NORMS = ("none", "layer", "rms")
 Norm = Literal["none", "layer", "rms"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NO_ROW = -1  # no gate, scale or shift
+NO_TERM = -2  # instead of a gate: the term adds nothing to the segment, whose part of the slot is not read
 
 
 # What varies from step to step, schedule to schedule and batch to batch must not make a new variant
-@triton.jit(do_not_specialize=["terms", "tokens", "total", "shift", "scale", "eps"])
+@triton.jit(do_not_specialize=["terms", "tokens", "split", "total", "shift_0", "shift_1", "scale_0", "scale_1", "eps"])
 def gap_kernel(
     x_ptr,
     y_ptr,
@@ -37,35 +42,37 @@ def gap_kernel(
     step_ptr,
     table_ptr,
     weights_ptr,
-    affine_ptr,
     terms,
     tokens,
+    split,
     total,
     slot_stride,
     step_stride,
     sample_stride,
-    shift,
-    scale,
+    shift_0,
+    shift_1,
+    scale_0,
+    scale_1,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     NORM: tl.constexpr,
-    AFFINE: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS] rows of the stream
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]  # [ROWS, 1] rows of the stream
     col = tl.arange(0, BLOCK)[None, :]
-    mask = (row < total)[:, None] & (col < WIDTH)  # [ROWS, BLOCK]
-    at = row.to(tl.int64)[:, None] * WIDTH + col
-    sample = (row // tokens).to(tl.int64)[:, None]
+    mask = (row < total) & (col < WIDTH)  # [ROWS, BLOCK]
+    at = row.to(tl.int64) * WIDTH + col
+    first = row % tokens < split  # [ROWS, 1] a program may hold rows of both segments, and of two samples
+    sample = (row // tokens).to(tl.int64)
     modulation = rows_ptr + tl.load(step_ptr).to(tl.int64) * step_stride + sample * sample_stride + col
 
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     for k in range(terms):
-        slot = tl.load(table_ptr + 2 * k).to(tl.int64)
-        gate = tl.load(table_ptr + 2 * k + 1)
+        slot = tl.load(table_ptr + 3 * k).to(tl.int64)
+        gate = tl.where(first, tl.load(table_ptr + 3 * k + 1), tl.load(table_ptr + 3 * k + 2))
         weight = tl.load(weights_ptr + k)
-        value = tl.load(arena_ptr + slot * slot_stride + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(arena_ptr + slot * slot_stride + at, mask=mask & (gate > -2), other=0.0).to(tl.float32)
         gating = tl.load(modulation + gate * WIDTH, mask=mask & (gate >= 0), other=1.0).to(tl.float32)
         x += weight * (gating * value)
     if terms > 0:
@@ -78,10 +85,8 @@ def gap_kernel(
             centred = tl.where(mask, x, 0.0)
         variance = tl.sum(centred * centred, axis=1)[:, None] / WIDTH
         y = centred * tl.rsqrt(variance + eps)
-        if AFFINE:
-            inside = col < WIDTH
-            y *= tl.load(affine_ptr + col, mask=inside, other=0.0).to(tl.float32)
-            y += tl.load(affine_ptr + WIDTH + col, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.where(first, scale_0, scale_1)
+        shift = tl.where(first, shift_0, shift_1)
         y *= tl.load(modulation + scale * WIDTH, mask=mask & (scale >= 0), other=1.0).to(tl.float32)
         y += tl.load(modulation + shift * WIDTH, mask=mask & (shift >= 0), other=0.0).to(tl.float32)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -100,7 +105,7 @@ def launch_config(width: int) -> LaunchConfig:
     """A warp reads 512 to 1024 columns; narrow streams share a program, so that none is nearly empty."""
     block = max(32, triton.next_power_of_2(width))
     rows = max(1, 1024 // block)
-    return LaunchConfig(block, rows, warps=min(8, max(1, block * rows // 512)))
+    return LaunchConfig(block, rows, warps=min(16, max(1, block * rows // 512)))
 
 
 def gap_reference(
@@ -108,30 +113,32 @@ def gap_reference(
     arena: Tensor,
     rows: Tensor,
     step: int,
-    table: list[tuple[int, int]],
-    weights: list[float],
+    table: Sequence[tuple[int, int, int]],
+    weights: Sequence[float],
     norm: Norm = "none",
-    shift: int = -1,
-    scale: int = -1,
+    shift: tuple[int, int] = (NO_ROW, NO_ROW),
+    scale: tuple[int, int] = (NO_ROW, NO_ROW),
     eps: float = 1e-6,
-    affine: Tensor | None = None,
+    split: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(x, y) in float64; y is x where there is no norm."""
-    x, rows = x.double(), rows[step].double()[:, :, None]  # rows: [batch, rows, 1, width]
-    for (slot, gate), weight in zip(table, weights, strict=True):
-        value = arena[slot].double()
-        x = x + weight * (value if gate < 0 else rows[:, gate] * value)
-    y = x
-    if norm == "layer":
-        y = F.layer_norm(x, x.shape[-1:], eps=eps)
-    elif norm == "rms":
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    if norm != "none":
-        if affine is not None:
-            y = y * affine[0].double() + affine[1].double()
-        y = y * rows[:, scale] if scale >= 0 else y
-        y = y + rows[:, shift] if shift >= 0 else y
-    return x, y
+    """(x, y) in float64, segment by segment; y is x where there is no norm."""
+    rows, done = rows[step].double()[:, :, None], []  # rows: [batch, rows, 1, width]
+    for n, part in enumerate((slice(0, split), slice(split, None))):
+        total = x[:, part].double()
+        for (slot, *gates), weight in zip(table, weights, strict=True):
+            if gates[n] != NO_TERM:
+                value = arena[slot, :, part].double()
+                total = total + weight * (value if gates[n] == NO_ROW else rows[:, gates[n]] * value)
+        y = total
+        if norm == "layer":
+            y = F.layer_norm(total, total.shape[-1:], eps=eps)
+        elif norm == "rms":
+            y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+        if norm != "none":
+            y = y * rows[:, scale[n]] if scale[n] >= 0 else y
+            y = y + rows[:, shift[n]] if shift[n] >= 0 else y
+        done.append((total, y))
+    return torch.cat([total for total, _ in done], 1), torch.cat([y for _, y in done], 1)
 
 
 def launch_arguments(
@@ -143,10 +150,10 @@ def launch_arguments(
     table: Tensor,
     weights: Tensor,
     norm: str,
-    shift: int,
-    scale: int,
+    shift: Sequence[int],
+    scale: Sequence[int],
     eps: float,
-    affine: Tensor | None = None,
+    split: int = 0,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional and constant arguments of a launch, checked."""
     batch, tokens, width = x.shape
@@ -158,50 +165,52 @@ def launch_arguments(
     assert rows.ndim == 4 and rows.shape[1] == batch and rows.shape[3] == width, (
         f"rows: expected [steps, {batch}, rows, {width}], got {tuple(rows.shape)}"
     )
-    assert -1 <= shift < rows.shape[2] and -1 <= scale < rows.shape[2], (
-        f"shift, scale: expected -1 to {rows.shape[2] - 1}, got {shift}, {scale}"
-    )
-    for name, tensor in (("y", y), ("arena", arena), ("rows", rows)):
+    for name, pair in (("shift", shift), ("scale", scale)):
+        assert len(pair) == 2 and all(NO_ROW <= row < rows.shape[2] for row in pair), (
+            f"{name}: expected two rows, -1 to {rows.shape[2] - 1}, got {tuple(pair)}"
+        )
+    assert 0 <= split <= tokens, f"split: expected 0 to {tokens} tokens, got {split}"
+    for name, tensor in (("y", y), ("arena", arena)):
         assert tensor.dtype == x.dtype, f"{name}: expected {x.dtype}, got {tensor.dtype}"
+    assert rows.dtype in (x.dtype, torch.float32), f"rows: expected {x.dtype} or torch.float32, got {rows.dtype}"
     for name, tensor in (("x", x), ("y", y), ("arena", arena), ("rows", rows), ("table", table), ("weights", weights)):
         assert tensor.is_contiguous(), f"{name}: expected a contiguous tensor, got strides {tensor.stride()}"
         assert tensor.device == x.device, f"{name}: expected device {x.device}, got {tensor.device}"
-    assert table.dtype == torch.int32 and table.ndim == 2 and table.shape[1] == 2, (
-        f"table: expected int32 [terms, 2], got {table.dtype} {tuple(table.shape)}"
+    assert table.dtype == torch.int32 and table.ndim == 2 and table.shape[1] == 3, (
+        f"table: expected int32 [terms, 3], got {table.dtype} {tuple(table.shape)}"
     )
     assert weights.dtype == torch.float32 and weights.shape == table.shape[:1], (
         f"weights: expected float32 [{len(table)}], got {weights.dtype} {tuple(weights.shape)}"
     )
     assert step.dtype == torch.int32 and step.numel() == 1, f"step: expected int32 [1], got {step.dtype} {step.shape}"
-    if affine is not None:
-        assert affine.shape == (2, width) and affine.is_contiguous(), (
-            f"affine: expected contiguous [2, {width}] (weight, bias), got {tuple(affine.shape)}"
-        )
     config, total = launch_config(width), batch * tokens
     grid = (triton.cdiv(total, config.rows),)
-    tensors = (x, y, arena, rows, step, table, weights, x if affine is None else affine)
-    numbers = (len(table), tokens, total, arena.stride(0), rows.stride(0), rows.stride(1), shift, scale, eps)
+    tensors = (x, y, arena, rows, step, table, weights)
+    strides = (arena.stride(0), rows.stride(0), rows.stride(1))
+    numbers = (len(table), tokens, split, total, *strides, *shift, *scale, eps)
     constants = {
         "WIDTH": width,
         "BLOCK": config.block,
         "ROWS": config.rows,
         "NORM": norm,
-        "AFFINE": affine is not None,
         "num_warps": config.warps,
     }
     return grid, (*tensors, *numbers), constants
 
 
 def bytes_moved(
-    x: Tensor, rows: Tensor, table: Tensor, norm: str, shift: int, scale: int, affine: Tensor | None
+    x: Tensor, rows: Tensor, table: Tensor, norm: str, shift: Sequence[int], scale: Sequence[int], split: int = 0
 ) -> int:
     """Bytes of memory traffic of a launch, from its arguments; modulation rows, read by every token, count once."""
-    size, terms = x.element_size(), len(table)
-    streams = x.numel() * (1 + terms + (terms > 0) + (norm != "none"))
-    gates = len({gate for _, gate in table.tolist() if gate >= 0})
-    modulation = len(x) * x.shape[2] * (gates + (norm != "none") * ((shift >= 0) + (scale >= 0)))
-    constants = 2 * x.shape[2] if affine is not None else 0
-    return size * (streams + modulation + constants) + 12 * terms + 4
+    batch, tokens, width = x.shape
+    terms, streams, read = len(table), x.numel() * (1 + (len(table) > 0) + (norm != "none")), set()
+    for n, length in enumerate((split, tokens - split)):
+        if length:
+            gates = [gates[n] for _, *gates in table.tolist()]
+            streams += batch * length * width * sum(gate != NO_TERM for gate in gates)
+            read |= {*gates, *((shift[n], scale[n]) if norm != "none" else ())}
+    modulation = batch * width * sum(row >= 0 for row in read)
+    return x.element_size() * streams + rows.element_size() * modulation + 16 * terms + 4
 
 
 @torch.library.custom_op("harmonica_rt::gap", mutates_args=("x", "y"), device_types="cuda")
@@ -214,49 +223,50 @@ def gap(
     table: Tensor,
     weights: Tensor,
     norm: str,
-    shift: int,
-    scale: int,
+    shift: Sequence[int],
+    scale: Sequence[int],
     eps: float,
-    affine: Tensor | None = None,
+    split: int = 0,
 ) -> None:
     """Add the terms of `table` to x and write the modulated norm of the sum to y, both in place.
 
     Args:
         x, y: [batch, tokens, width], contiguous. y is left alone where `norm` is "none".
         arena: [slots, batch, tokens, width], the values reused branches stand on.
-        rows: [steps, batch, rows, width], modulation rows; scale rows hold 1 + scale.
+        rows: [steps, batch, rows, width], modulation rows, of x's dtype or fp32; scale rows hold 1 + scale.
         step: int32 [1] on the device, which of `rows` holds now.
-        table: int32 [terms, 2], slot and gate row (-1: no gate) of each term.
+        table: int32 [terms, 3], of each term its slot, its gate row in the first segment and in the second. Instead of
+            a row, -1: no gate; -2: the term adds nothing there, and that part of its slot is not read.
         weights: float32 [terms].
-        norm: "none", "layer" or "rms".
-        shift, scale: rows that modulate the norm; -1 for none.
-        affine: [2, width], weight and bias of the norm, or None.
+        norm: "none", "layer" or "rms", the same in both segments.
+        shift, scale: the rows that modulate the norm in the first and in the second segment; -1 for none.
+        split: tokens of the first segment. At 0 all are of the second, at `tokens` all of the first.
     """
     grid, arguments, constants = launch_arguments(
-        x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine
+        x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split
     )
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever its arguments lie
         gap_kernel[grid](*arguments, **constants)
 
 
 @gap.register_kernel("cpu")
-def _(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine=None):
-    launch_arguments(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, affine)
-    now = rows[int(step)].float()[:, :, None]
-    total = x.float()
-    for (slot, gate), weight in zip(table.tolist(), weights.tolist()):
-        value = arena[slot].float()
-        total = total + weight * (value if gate < 0 else now[:, gate] * value)
-    if len(table):
-        x.copy_(total)
-    if norm == "none":
-        return
-    centred = total - total.mean(-1, keepdim=True) if norm == "layer" else total
-    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if affine is not None:
-        normed = normed * affine[0].float() + affine[1].float()
-    normed = normed * now[:, scale] if scale >= 0 else normed
-    y.copy_(normed + now[:, shift] if shift >= 0 else normed)
+def _(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split=0):
+    launch_arguments(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split)
+    now, terms = rows[int(step)].float()[:, :, None], list(zip(table.tolist(), weights.tolist()))
+    for n, part in enumerate((slice(0, split), slice(split, None))):
+        total = x[:, part].float()
+        for (slot, *gates), weight in terms:
+            if (gate := gates[n]) != NO_TERM:
+                value = arena[slot, :, part].float()
+                total = total + weight * (value if gate == NO_ROW else now[:, gate] * value)
+        if terms:
+            x[:, part] = total
+        if norm == "none":
+            continue
+        centred = total - total.mean(-1, keepdim=True) if norm == "layer" else total
+        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        normed = normed * now[:, scale[n]] if scale[n] >= 0 else normed
+        y[:, part] = normed + now[:, shift[n]] if shift[n] >= 0 else normed
 
 
 @gap.register_fake

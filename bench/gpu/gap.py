@@ -116,8 +116,8 @@ def candidates(
     arena = torch.randn(max(terms, 1), batch, tokens, width, dtype=dtype, device=device)
     rows = torch.randn(1, batch, terms + 2, width, dtype=dtype, device=device)
     x, y = torch.randn(2, batch, tokens, width, dtype=dtype, device=device)
-    pairs = [[k, 2 + k] for k in range(terms)]
-    table = torch.tensor(pairs, dtype=torch.int32, device=device).view(-1, 2)
+    entries = [[k, 2 + k, 2 + k] for k in range(terms)]
+    table = torch.tensor(entries, dtype=torch.int32, device=device).view(-1, 3)
     weights = torch.full((terms,), 1e-3, device=device)
     step = torch.zeros(1, dtype=torch.int32, device=device)
     gates = [rows[0][:, 2 + k, None] for k in range(terms)]
@@ -125,7 +125,7 @@ def candidates(
     shift, scale = rows[0][:, 0, None], rows[0][:, 1, None]
 
     def ours() -> Tensor:
-        gap(x, y, arena, rows, step, table, weights, "layer", 0, 1, 1e-6)
+        gap(x, y, arena, rows, step, table, weights, "layer", (0, 0), (1, 1), 1e-6)
         return y
 
     made: dict[str, Callable[[], Tensor]] = {
@@ -133,4 +133,4 @@ def candidates(
         EAGER: lambda: plain(x, values, gates, shift, scale)[1],
         COMPILED: lambda: compiled(x, values, gates, shift, scale)[1],
     }
-    return made, bytes_moved(x, rows, table, "layer", 0, 1, None)
+    return made, bytes_moved(x, rows, table, "layer", (0, 0), (1, 1))

@@ -10,7 +10,16 @@ import torch
 pytest.importorskip("triton")
 
 from bench import aot
-from harmonica_rt.kernels.gap import DTYPES, bytes_moved, gap, gap_reference, launch_arguments, launch_config
+from harmonica_rt.kernels.gap import (
+    DTYPES,
+    NORMS,
+    bytes_moved,
+    gap,
+    gap_kernel,
+    gap_reference,
+    launch_arguments,
+    launch_config,
+)
 
 
 def operands(
@@ -22,14 +31,19 @@ def operands(
         "arena": torch.randn(4, batch, tokens, width).to(dtype),
         "rows": torch.randn(2, batch, 6, width).to(dtype),
         "step": torch.tensor([1], dtype=torch.int32),
-        "table": torch.tensor([[k, 2 + k if k else -1] for k in range(terms)], dtype=torch.int32).view(-1, 2),
+        "table": torch.tensor([gates(k) for k in range(terms)], dtype=torch.int32).view(-1, 3),
         "weights": torch.randn(terms),
         "norm": "layer",
-        "shift": 0,
-        "scale": 1,
+        "shift": (0, 5),
+        "scale": (1, -1),
         "eps": 1e-6,
-        "affine": None,
+        "split": min(2, tokens),
     }
+
+
+def gates(term: int) -> list[int]:
+    """Slot, and gate rows of both segments: none, a row, nothing to add."""
+    return [term, 2 + term if term else -1, 3 if term % 2 else -2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,7 +56,7 @@ def test_the_cpu_op_works_in_place() -> None:
     call = operands()
     wanted = gap_reference(
         *(call["x"], call["arena"], call["rows"], 1, call["table"].tolist(), call["weights"].tolist()),
-        *("layer", 0, 1, 1e-6),
+        *(call[name] for name in ("norm", "shift", "scale", "eps", "split")),
     )
     gap(**call)
     for actual, expected in zip((call["x"], call["y"]), wanted):
@@ -83,11 +97,16 @@ def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest
         ({"y": torch.zeros(2, 12, 5).transpose(1, 2)}, "y: expected a contiguous tensor"),
         ({"arena": torch.zeros(4, 2, 6, 12)}, r"arena: expected \[slots, 2, 5, 12\]"),
         ({"rows": torch.zeros(2, 3, 6, 12)}, r"rows: expected \[steps, 2, rows, 12\]"),
-        ({"shift": 6}, "shift, scale: expected -1 to 5, got 6, 1"),
-        ({"table": torch.zeros(3, 2, dtype=torch.int64)}, r"table: expected int32 \[terms, 2\], got torch.int64"),
+        ({"rows": torch.zeros(2, 2, 6, 12, dtype=torch.float16)}, "rows: expected torch.float32 .*, got torch.float16"),
+        ({"shift": (0, 6)}, r"shift: expected two rows, -1 to 5, got \(0, 6\)"),
+        ({"scale": (-2, 0)}, r"scale: expected two rows, -1 to 5, got \(-2, 0\)"),
+        ({"scale": (1,)}, r"scale: expected two rows, -1 to 5, got \(1,\)"),
+        ({"split": 6}, "split: expected 0 to 5 tokens, got 6"),
+        ({"split": -1}, "split: expected 0 to 5 tokens, got -1"),
+        ({"table": torch.zeros(3, 3, dtype=torch.int64)}, r"table: expected int32 \[terms, 3\], got torch.int64"),
+        ({"table": torch.zeros(3, 2, dtype=torch.int32)}, r"table: expected int32 \[terms, 3\], got .* \(3, 2\)"),
         ({"weights": torch.zeros(2)}, r"weights: expected float32 \[3\]"),
         ({"step": torch.zeros(1, dtype=torch.int64)}, "step: expected int32"),
-        ({"affine": torch.zeros(12)}, r"affine: expected contiguous \[2, 12\]"),
         ({"x": torch.zeros(2, 5, 12, dtype=torch.float64)}, "x: expected one of .*, got torch.float64"),
     ],
 )
@@ -100,17 +119,21 @@ def test_what_a_launch_refuses(change: dict, match: str) -> None:
 
 
 def test_few_variants_serve_every_schedule() -> None:
-    """What makes a variant are the constants of a launch: the same for any terms, batch, tokens, rows and weights."""
+    """What makes a variant are the constants of a launch: the same for any terms, batch, tokens, split and rows.
+
+    Of what differs between them triton specialises on no number's value.
+    """
     seen = set()
     for batch, tokens, terms in [(1, 1, 0), (2, 5, 1), (3, 16, 2), (16, 256, 56)]:
-        for norm in ("none", "layer", "rms"):
-            for affine in (None, torch.zeros(2, 12)):
-                call = operands(batch=batch, tokens=tokens, terms=terms) | {"norm": norm, "affine": affine}
-                call["arena"] = torch.zeros(60, batch, tokens, 12)
-                call["rows"] = torch.zeros(2, batch, 60, 12)
-                constants = launch_arguments(**call)[2]
-                seen.add(tuple(constants.items()))
-    assert len(seen) <= 8
+        for norm in NORMS:
+            call = operands(batch=batch, tokens=tokens, terms=terms) | {"norm": norm}
+            call["arena"] = torch.zeros(60, batch, tokens, 12)
+            call["rows"] = torch.zeros(2, batch, 60, 12)
+            constants = launch_arguments(**call)[2]
+            seen.add(tuple(constants.items()))
+    assert len(seen) == len(NORMS)
+    numbers = {"terms", "tokens", "split", "total", "shift_0", "shift_1", "scale_0", "scale_1", "eps"}
+    assert {p.name for p in gap_kernel.params if p.do_not_specialize} == numbers
 
 
 @pytest.mark.parametrize("width", [1, 4, 33, 128, 384, 1152, 1536, 2048, 3072, 5120, 8192])
@@ -133,24 +156,30 @@ def test_rows_in_the_millions_have_int64_offsets() -> None:
     grid, arguments, _ = launch_arguments(**call)
     assert grid == (1 << 22,)
     assert x.numel() > 2**31
-    assert arguments[-6] == x.numel(), "the stride between slots"
+    strides = dict(zip(gap_kernel.arg_names, arguments))
+    assert strides["slot_stride"] == x.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", [0, 1, 3])
-def test_bytes_are_each_operand_once(dtype: torch.dtype, terms: int) -> None:
-    call = operands(dtype, batch=2, tokens=256, width=384, terms=terms)
-    size, stream, row = dtype.itemsize, 2 * 256 * 384, 2 * 384
-    slots = {slot for slot, _ in call["table"].tolist()}
-    gates = {gate for _, gate in call["table"].tolist() if gate >= 0}
-    least = size * (stream * (2 + len(slots) + (terms > 0)) + row * (2 + len(gates)))
-    moved = bytes_moved(*(call[name] for name in ("x", "rows", "table", "norm", "shift", "scale", "affine")))
-    assert least <= moved <= 1.05 * least
+@pytest.mark.parametrize("split", [0, 63, 256])
+def test_bytes_are_each_operand_once(dtype: torch.dtype, terms: int, split: int) -> None:
+    call = operands(dtype, batch=2, tokens=256, width=384, terms=terms) | {"split": split}
+    call["rows"] = call["rows"].float()
+    token, row, table = 2 * 384 * dtype.itemsize, 2 * 384 * 4, call["table"].tolist()
+    first = [gate for _, gate, _ in table] * (split > 0)
+    second = [gate for _, _, gate in table] * (split < 256)
+    read = {gate for gate in (*first, *second) if gate >= 0}
+    read |= ({0, 1} if split > 0 else set()) | ({5} if split < 256 else set())
+    least = token * (256 * (2 + (terms > 0)) + split * len(first) + (256 - split) * (len(second) - second.count(-2)))
+    least += row * len(read)
+    moved = bytes_moved(*(call[name] for name in ("x", "rows", "table", "norm", "shift", "scale", "split")))
+    assert least <= moved <= least + 64
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_compiled_kernels_neither_spill_nor_move_less_than_128_bits(architecture: int) -> None:
     built = [aot.build(*variant) for variant in aot.variants((architecture,))]
-    assert len(built) == 30
+    assert len(built) == 60
     assert [b for b in built if not b.good] == []
     assert max(b.registers for b in built) <= 128
