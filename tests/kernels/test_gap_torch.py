@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica_rt.kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager, gap_reference
+from bench.measure import CountLaunches
+from harmonica_rt.kernels.gap_torch import CHUNKS, NOTHING, chunks, compiled_gap, gap_eager, gap_reference
 
 from ..conftest import needs_compiler
 
@@ -63,6 +64,109 @@ def test_compiled(terms: int, dtype: torch.dtype) -> None:
         kernel = compiled_gap(terms, False, shape, rows, dtype, x.device, torch.get_num_threads())
         (moved,) = kernel(x, scalars, *slots, *gates)
         assert_close(moved, wanted[0], TOLERANCE[dtype])
+
+
+SPLITS = [(3, 5, 33), 1], [(2, 63, 60), 31], [(2, 7, 12), 0], [(2, 7, 12), 7]
+MIXED = [*((dtype, dtype) for dtype in TOLERANCE), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+
+
+def segment_operands(terms: int, shape: tuple[int, int, int], dtype: torch.dtype, rows_dtype: torch.dtype) -> tuple:
+    """As `operands`, with rows of their own in both segments: of the second terms the first segment has no part."""
+    x, slots, gates, weights, (shift, scale, eps), _ = operands(2 * terms + 2, shape, dtype)
+    row = [gate.to(rows_dtype) for gate in (*gates, shift, scale)]
+    pairs = [(NOTHING if k % 3 == 1 else row[2 * k], row[2 * k + 1]) for k in range(terms)]
+    return x, slots[:terms], pairs, weights[:terms], ((row[-1], row[-2]), (row[-3], row[-4]), eps)
+
+
+def by_segment(actual: torch.Tensor, expected: torch.Tensor, split: int, tolerance: float) -> None:
+    for part in (slice(0, split), slice(split, None)):
+        if actual[:, part].numel():
+            assert_close(actual[:, part], expected[:, part], tolerance)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize(("dtype", "rows_dtype"), MIXED)
+@pytest.mark.parametrize(("shape", "split"), SPLITS)
+@pytest.mark.parametrize("terms", [0, 1, 5])
+def test_eager_by_segment(
+    terms: int, shape: tuple, split: int, dtype: torch.dtype, rows_dtype: torch.dtype, kind: str
+) -> None:
+    x, slots, gates, weights, norm = segment_operands(terms, shape, dtype, rows_dtype)
+    if terms > 1:
+        slots[1][:, :split] = torch.nan  # nothing is read there
+        gates[2] = None
+        gates[3] = (None, gates[3][1])
+    wanted = gap_reference(x, slots, gates, weights, norm, split, kind)
+    before = x.clone()
+    moved, y = gap_eager(x, slots, gates, weights, norm, split, kind)
+    assert moved is x, "in place"
+    assert y.dtype == dtype
+    for actual, expected in zip((moved, y), wanted):
+        by_segment(actual, expected, split, TOLERANCE[dtype] * max(1, terms))
+    assert terms or torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rows_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("missing", ["shift", "scale", "both"])
+@pytest.mark.parametrize("where", ["first", "second", "all"])
+def test_eager_without_shift_or_scale(missing: str, where: str, rows_dtype: torch.dtype) -> None:
+    x, _, _, _, (*rows, eps) = segment_operands(0, (2, 7, 12), torch.bfloat16, rows_dtype)
+    for n, name in enumerate(("shift", "scale")):
+        if missing in (name, "both"):
+            first, second = rows[n]
+            rows[n] = {"first": (None, second), "second": (first, None), "all": None}[where]
+    wanted = gap_reference(x, [], [], [], (*rows, eps), 3)[1]
+    by_segment(gap_eager(x, [], [], [], (*rows, eps), 3)[1], wanted, 3, TOLERANCE[torch.bfloat16])
+
+
+def test_eager_launches_no_more_than_it_says() -> None:
+    def launches(gates: list, norm: tuple | None) -> int:
+        x, slots = torch.randn(2, 7, 12), [torch.randn(2, 7, 12) for _ in gates]
+        with CountLaunches() as counted:
+            gap_eager(x, slots, gates, [1.0] * len(gates), norm, 3)
+        return counted.count
+
+    row = torch.randn(2, 1, 12)
+    assert launches([row, None, row], (row, row, 1e-5)) == 5, "one segment: one a term, two for the norm"
+    assert launches([(row, row), (NOTHING, row), row], None) == 4
+    assert launches([], ((row, row), (row, row), 1e-5)) == 3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "split", "dtype", "rows_dtype"),
+    [*((*SPLITS[0], *dtypes) for dtypes in MIXED), *((*split, *MIXED[0]) for split in SPLITS[1:])],
+)
+@pytest.mark.parametrize(("terms", "kind"), [(0, "rms"), (4, "layer")])
+def test_compiled_by_segment(
+    terms: int, shape: tuple, split: int, dtype: torch.dtype, rows_dtype: torch.dtype, kind: str
+) -> None:
+    x, slots, gates, weights, norm = segment_operands(terms, shape, dtype, rows_dtype)
+    wanted = gap_reference(x, slots, gates, weights, norm, split, kind)
+    before, scalars = x.clone(), torch.tensor([*weights, norm[2]])
+    zero = torch.zeros(shape[0], 1, shape[2], dtype=rows_dtype)
+    rows = 9
+
+    def placed(row: torch.Tensor) -> torch.Tensor:  # strided, as the kernel is compiled for
+        table = torch.full((shape[0], rows, shape[2]), torch.nan, dtype=rows_dtype)
+        table[:, 2:3] = row
+        return table[:, 2:3]
+
+    segments = [
+        [placed(zero if gate[n] is NOTHING else gate[n]) for gate in gates] + [placed(norm[0][n]), placed(norm[1][n])]
+        for n in range(2)
+    ]
+    fixed = (shape, rows, dtype, x.device, torch.get_num_threads(), split, rows_dtype, kind)
+    *moved, y = compiled_gap(terms, True, *fixed)(x, scalars, *slots, *segments[0], *segments[1])
+    assert torch.equal(x, before), "the stream is not changed in place"
+    assert len(moved) == (terms > 0)
+    assert {t.dtype for t in (*moved, y)} == {dtype}
+    for actual, expected in zip([*moved, y], wanted if terms else wanted[1:]):
+        by_segment(actual, expected, split, TOLERANCE[dtype])
+    if terms:
+        first, second = (segment[:terms] for segment in segments)
+        (moved,) = compiled_gap(terms, False, *fixed)(x, scalars, *slots, *first, *second)
+        by_segment(moved, wanted[0], split, TOLERANCE[dtype])
 
 
 @given(st.integers(0, 2000))
