@@ -35,9 +35,10 @@ import harmonica_rt as hrt
 from bench.module_reuse import ModuleReuse
 from bench.reference import REFERENCES
 from bench.run_latency import positive
+from harmonica_rt.backends import fused
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import Adapter, adapt
-from harmonica_rt.models.base import Gelu, Linear, SelfAttention
+from harmonica_rt.models.stages import walk
 
 SIZE = 2  # bytes of a bf16 number
 DITS = [name for name, reference in REFERENCES.items() if reference.kind == "dit" and not reference.trained]
@@ -148,14 +149,9 @@ def program_launches(adapter: Adapter, schedule: hrt.Schedule, samples: int, sha
 
     def branch(entry: int) -> list[Launch]:
         launches = []
-        for stage in branches[entry].stages:
-            match stage:
-                case Linear():
-                    launches.append(_gemm(rows, stage.weight.shape[1], stage.weight.shape[0]))
-                case SelfAttention():
-                    launches.append(Launch(4 * samples * tokens * tokens * width, 4 * stream))
-                case Gelu():
-                    pass  # the GEMM's epilogue
+        for stage, columns in walk(fused(branches[entry].stages), width):
+            numbers = rows * (columns + stage.columns(columns)) + stage.weights
+            launches.append(Launch(2 * stage.macs(samples, tokens, columns, 0), SIZE * numbers))
         return launches
 
     steps = []

@@ -1,72 +1,94 @@
-"""How each backend turns instructions into calls. What they share is in the executor."""
+"""How each backend turns instructions into calls on a plan's buffers."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
-from .kernels.gelu import compiled_gelu, gelu_eager
+from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
-from .models.base import Branch, Gelu, Linear
-from .program import Gap
-
-if TYPE_CHECKING:
-    from .executor import Plan
+from .models.base import Branch, Norm
+from .models.stages import Gelu, Held, Linear, Stage, scratch_columns
+from .program import Gap, Term
 
 GapCall = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> (x moved on, y)
-StageCall = Callable[[Tensor], Tensor]
+BranchCall = Callable[[Tensor, Tensor], None]  # (out, y): the branch of y goes into out
 
 
 class EagerOps:
-    """Plain torch ops, in place where there are such. The backend every other is tested against."""
+    """Plain torch ops, in place where there are such. The backend every other is tested against.
+
+    Args:
+        branches: the model's, in the order they run.
+        head: what prepares y for the model's head.
+    """
 
     reads_step: ClassVar[bool] = False  # whether kernels look the step up on the device
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = weakref.proxy(plan)  # the plan owns this
+    def __init__(self, branches: Sequence[Branch], head: Norm, buffers: Buffers) -> None:
+        self.branches, self.buffers = branches, buffers
+        self.norms = [*(branch.norm for branch in branches), head]
+        self.stages = [self._stages(branch) for branch in branches]
 
     def gap(self, gap: Gap, step: int) -> GapCall:
         slots, gates, weights = self._terms(gap, step)
         return partial(gap_eager, slots=slots, gates=gates, weights=weights, norm=self._norm(gap, step))
 
-    def linear_gelu(self, stage: Linear, gelu: Gelu, out: Tensor) -> StageCall:
-        return partial(_linear_then, stage, out, partial(gelu_eager, approximate=gelu.approximate))
+    def branch(self, entry: int) -> BranchCall:
+        """The calls of a branch, the last one writing into a slot."""
+        stages, held, calls = self.stages[entry], self.buffers.held, []
+        for stage, columns in zip(stages, scratch_columns(stages)):
+            if columns:
+                calls.append(partial(stage.into, held=held, out=self.buffers.scratch_of(columns)))
+            else:
+                calls.append(partial(stage.compute, held=held))
+        return partial(_run_stages, calls, partial(stages[-1].into, held=held))
 
     def gap_launches(self, gap: Gap) -> int:
-        return len(gap.terms) + (0 if self.plan.norm(gap.norm) is None else 2)
+        return len(gap.terms) + (0 if self.norms[gap.norm] is None else 2)
 
-    def branch_launches(self, branch: Branch) -> int:
-        return len(branch.stages)
+    def branch_launches(self, entry: int) -> int:
+        stages = self.stages[entry]
+        return sum(stage.launches for stage in stages) + stages[-1].copies
+
+    def gate(self, term: Term) -> int | None:
+        """The modulation row that multiplies a term; None for 1."""
+        return self.branches[term.entry].gate if term.channel is None else self.buffers.channel_row(term.channel)
+
+    def _stages(self, branch: Branch) -> tuple[Stage, ...]:
+        """A branch's, as they run here."""
+        return branch.stages
 
     def _terms(self, gap: Gap, step: int) -> tuple[list[Tensor], list[Tensor | None], list[float]]:
-        plan = self.plan
-        slots = [plan.slots.select(0, term.slot) for term in gap.terms]
-        rows = [plan.gate(term) for term in gap.terms]
-        gates = [None if row is None else plan.row(row, step) for row in rows]
+        buffers = self.buffers
+        slots = [buffers.slots.select(0, term.slot) for term in gap.terms]
+        rows = [self.gate(term) for term in gap.terms]
+        gates = [None if row is None else buffers.row(row, step) for row in rows]
         return slots, gates, [term.weight for term in gap.terms]
 
     def _norm(self, gap: Gap, step: int) -> tuple[Tensor, Tensor, float] | None:
-        norm = self.plan.norm(gap.norm)
+        norm = self.norms[gap.norm]
         if norm is None:
             return None
-        return self.plan.row(norm.shift, step), self.plan.row(norm.scale, step), norm.eps
+        return self.buffers.row(norm.shift, step), self.buffers.row(norm.scale, step), norm.eps
 
 
 class InductorOps(EagerOps):
     """Pointwise work compiled by TorchInductor; GEMMs and attention stay torch's own calls, which it would make too."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        batch, rows, width = plan.rows.shape[1:]
+    def __init__(self, branches: Sequence[Branch], head: Norm, buffers: Buffers) -> None:
+        super().__init__(branches, head, buffers)
+        batch, rows, width = buffers.rows.shape[1:]
         row = (batch, 1, width), (rows * width, width, 1)  # a modulation row's strides, as kernels are compiled for
-        self._one = torch.empty_strided(*row, dtype=plan.shape.dtype, device=plan.shape.device).fill_(1)
-        bare = any(branch.norm is None for branch in plan.branches)
+        self._one = torch.empty_strided(*row, dtype=buffers.rows.dtype, device=buffers.rows.device).fill_(1)
+        bare = any(norm is None for norm in self.norms)
         for terms in (0, *CHUNKS):  # all variants now: no later step or schedule of this shape compiles anything
             self._variant(terms, norm=True)
             if terms > 1 or (terms and bare):
@@ -82,88 +104,119 @@ class InductorOps(EagerOps):
             if not terms and not normed:
                 continue
             *rows, eps = norm if normed else (0.0,)
-            scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.plan.shape.device)
+            scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.buffers.shape.device)
             calls.append((self._variant(terms, norm=normed), [scalars, *slots[part], *gates[part], *rows]))
         return partial(_gap_compiled, calls, bool(slots), norm is not None)
 
-    def linear_gelu(self, stage: Linear, gelu: Gelu, out: Tensor) -> StageCall:
-        shape, threads = self.plan.shape, torch.get_num_threads()
-        compiled = compiled_gelu(gelu.approximate, tuple(out.shape), shape.dtype, shape.device, threads)
-        return partial(_linear_then, stage, out, compiled)
+    def _stages(self, branch: Branch) -> tuple[Stage, ...]:
+        columns = (*scratch_columns(branch.stages), 0)
+        return tuple(map(self._compiled, branch.stages, columns))
+
+    def _compiled(self, stage: Stage, columns: int) -> Stage:
+        if not (isinstance(stage, Gelu) and columns):  # in place, in scratch
+            return stage
+        shape, (batch, tokens, _) = self.buffers.shape, self.buffers.stream
+        on = shape.dtype, shape.device, torch.get_num_threads()
+        return CompiledGelu(stage.approximate, compiled_gelu(stage.approximate, (batch, tokens, columns), *on))
 
     def gap_launches(self, gap: Gap) -> int:
-        bare = not gap.terms and self.plan.norm(gap.norm) is None
+        bare = not gap.terms and self.norms[gap.norm] is None
         return 0 if bare else len(chunks(len(gap.terms)))
 
     def _variant(self, terms: int, norm: bool) -> Callable[..., list[Tensor]]:
-        plan, shape = self.plan, self.plan.shape
+        buffers, shape = self.buffers, self.buffers.shape
         threads = torch.get_num_threads()
-        return compiled_gap(terms, norm, plan.stream, plan.rows.shape[2], shape.dtype, shape.device, threads)
+        return compiled_gap(terms, norm, buffers.stream, buffers.rows.shape[2], shape.dtype, shape.device, threads)
 
 
 class CudaGraphOps(EagerOps):
     """Launches that can be captured: the Triton Gap, and GEMMs that end in the activation.
 
-    Which modulation rows hold is read from `plan.step` on the device, so that steps alike share one graph.
+    Which modulation rows hold is read from `buffers.step` on the device, so that steps alike share one graph.
     """
 
     reads_step = True
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
+    def __init__(self, branches: Sequence[Branch], head: Norm, buffers: Buffers) -> None:
+        super().__init__(branches, head, buffers)
         if reason := missing_triton():
             raise CompilerMissing(f"backend cudagraph: {reason}")
         from .kernels.gap import gap  # imports triton
 
-        self._op, self._y = gap, torch.empty_like(plan.x)
+        self._op, self._y = gap, torch.empty_like(buffers.x)
         self._tables: dict[Gap, tuple[Tensor, Tensor]] = {}
 
     def gap(self, gap: Gap, step: int) -> GapCall:
-        plan, norm = self.plan, self.plan.norm(gap.norm)
+        buffers, norm = self.buffers, self.norms[gap.norm]
         if gap not in self._tables:
-            gates = [-1 if (gate := plan.gate(term)) is None else gate for term in gap.terms]
+            gates = [-1 if (gate := self.gate(term)) is None else gate for term in gap.terms]
             entries = [[term.slot, gate, gate] for term, gate in zip(gap.terms, gates)]
-            on = plan.shape.device
+            on = buffers.shape.device
             table = torch.tensor(entries, dtype=torch.int32, device=on).view(-1, 3)
             weights = torch.tensor([term.weight for term in gap.terms], dtype=torch.float32, device=on)
             self._tables[gap] = table, weights
-        operands = (self._y, plan.slots, plan.rows, plan.step, *self._tables[gap])
+        operands = (self._y, buffers.slots, buffers.rows, buffers.step, *self._tables[gap])
         if norm is None:
             return partial(_gap_op_bare, self._op if gap.terms else None, operands, ("none", (-1, -1), (-1, -1), 0.0))
         return partial(_gap_op, self._op, operands, ("layer", (norm.shift,) * 2, (norm.scale,) * 2, norm.eps))
 
-    def linear_gelu(self, stage: Linear, gelu: Gelu, out: Tensor) -> StageCall:
-        if self._fuses(gelu):
-            return partial(_linear_gelu_fused, stage, out)
-        return super().linear_gelu(stage, gelu, out)
+    def _stages(self, branch: Branch) -> tuple[Stage, ...]:
+        # torch's CPU version of the call is the exact function
+        return tuple(fused(branch.stages)) if self.buffers.shape.device.type == "cuda" else branch.stages
 
     def gap_launches(self, gap: Gap) -> int:
-        return 0 if not gap.terms and self.plan.norm(gap.norm) is None else 1
-
-    def branch_launches(self, branch: Branch) -> int:
-        return len(branch.stages) - sum(isinstance(stage, Gelu) and self._fuses(stage) for stage in branch.stages)
-
-    def _fuses(self, gelu: Gelu) -> bool:
-        # cublasLt's epilogue is the tanh approximation; torch's CPU version of the call is the exact function
-        return gelu.approximate == "tanh" and self.plan.shape.device.type == "cuda"
+        return 0 if not gap.terms and self.norms[gap.norm] is None else 1
 
 
 OPS: dict[str, type[EagerOps]] = {"eager": EagerOps, "inductor": InductorOps, "cudagraph": CudaGraphOps}
 
 
-def linear(stage: Linear, out: Tensor, h: Tensor) -> Tensor:
-    h, weight = h.view(-1, stage.weight.shape[1]), stage.weight.t()
-    return torch.mm(h, weight, out=out) if stage.bias is None else torch.addmm(stage.bias, h, weight, out=out)
+# ---- stages that backends put in a branch's
 
 
-def _linear_then(stage: Linear, out: Tensor, activation: Callable[[Tensor], object], h: Tensor) -> Tensor:
-    activation(linear(stage, out, h))
-    return out
+@dataclass(frozen=True)
+class CompiledGelu(Gelu):
+    """In place, by one kernel compiled for the plan's shape."""
+
+    kernel: Callable[[Tensor], None]
+
+    def into(self, h: Tensor, held: Held | None, out: Tensor) -> Tensor:
+        self.kernel(h)
+        return h
 
 
-def _linear_gelu_fused(stage: Linear, out: Tensor, h: Tensor) -> Tensor:
-    h = h.view(-1, stage.weight.shape[1])
-    return torch.ops.aten._addmm_activation.out(stage.bias, h, stage.weight.t(), use_gelu=True, out=out)
+@dataclass(frozen=True, eq=False)
+class LinearGelu(Linear):
+    """A GEMM that ends in the tanh approximation of GELU, the one that cublasLt's epilogue has."""
+
+    def compute(self, h: Tensor, held: Held | None) -> Tensor:
+        return Gelu("tanh").compute(super().compute(h, held), held)
+
+    def into(self, h: Tensor, held: Held | None, out: Tensor) -> Tensor:
+        h, weight, rows = self.operands(h, out)
+        torch.ops.aten._addmm_activation.out(self.bias, h, weight, use_gelu=True, out=rows)
+        return out
+
+
+def fused(stages: Iterable[Stage]) -> list[Stage]:
+    """A Linear and the Gelu after it become one, where CUDA has a call for both."""
+    made: list[Stage] = []
+    for stage in stages:
+        before = made[-1] if made else None
+        if stage == Gelu("tanh") and type(before) is Linear and before.bias is not None:
+            made[-1] = LinearGelu(before.weight, before.bias)
+        else:
+            made.append(stage)
+    return made
+
+
+def _run_stages(calls: list[Callable[[Tensor], Tensor]], last: Callable[..., Tensor], out: Tensor, y: Tensor) -> None:
+    for call in calls:
+        y = call(y)
+    last(y, out=out)
+
+
+# ---- calls of a Gap
 
 
 def _gap_compiled(

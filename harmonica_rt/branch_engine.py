@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cuda_graphs import CaptureFailed, Recorder, StepGraphs
+from .buffers import Shape
+from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
-from .executor import Plan, Shape
+from .executor import Plan
 from .inspection import Snapshot, check_model, shape_of
 from .kernels.inductor import CompilerMissing
-from .loop import LoopGraph, loop_key
+from .loop import LoopGraph
 from .lowering import lower
 from .models import Adapter, adapt, adapt_at_branches
 from .models.base import Branch, Inputs, Norm
@@ -138,8 +138,9 @@ class BranchEngine(Engine):
     def half_run(self, run: BranchRun, call: Inputs, number: int, context: Hashable) -> BranchRun:
         old, shape = run.plan, run.shape_of(call)
         plan = self.plan((context, shape, run.start), lambda: self._make_plan(old.program, shape, call))
-        for kept, buffers in ((old.slots, plan.slots), (old.outputs, plan.outputs)):
-            buffers.copy_(kept.narrow(1, number * shape.batch, shape.batch))
+        for name in ("slots", "outputs"):
+            kept = getattr(old.buffers, name).narrow(1, number * shape.batch, shape.batch)
+            getattr(plan.buffers, name).copy_(kept)
         return BranchRun(plan, run.start)
 
     def loop(
@@ -150,9 +151,8 @@ class BranchEngine(Engine):
             return None
         plan.encode(call.conditioning)
         plan.modulate(0, timesteps, call.conditioning)
-        key, images = loop_key(scheduler, guidance_scale), len(call.sample) // (2 if guidance_scale > 1 else 1)
         try:
-            return plan.loop(key, lambda: LoopGraph(plan, plan.graphs.recorder, scheduler, guidance_scale, images))
+            return plan.loop(scheduler, guidance_scale, len(call.sample) // (2 if guidance_scale > 1 else 1))
         except CaptureFailed as error:
             if self.backend != "auto":
                 raise
@@ -171,20 +171,18 @@ class BranchEngine(Engine):
                 warnings.warn(f"harmonica_rt runs its eager backend, not {first}: {error}", stacklevel=7)
             self.fallback = str(error)
             return self._plan(program, shape, "eager", call)
-        if plan.graphs is not None and not plan.graphs.measure():
-            plan.graphs.release()
+        if plan.graphs is not None and not plan.measure():
+            plan.release_graphs()
         return plan
 
     def _plan(self, program: Program, shape: Shape, backend: str, call: Inputs) -> Plan:
         plan = Plan(*self._bound, program, shape, backend)
         if backend == "cudagraph":
-            started = time.perf_counter()
-            plan.graphs = StepGraphs(plan, self.recorder(shape.device))
+            plan.capture(self.recorder(shape.device))
             try:  # captures them now, so that what a card refuses is known before the first step
                 plan.encode(call.conditioning)
                 plan.modulate(0, call.timestep.narrow(0, 0, 1), call.conditioning)
             except Exception:
                 plan.release()
                 raise
-            plan.seconds += time.perf_counter() - started
         return plan

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .program import ReuseOutput, Step
-
-if TYPE_CHECKING:
-    from .executor import Plan
 
 
 class CaptureFailed(RuntimeError):
@@ -145,71 +142,72 @@ class InputGraphs:
 
 
 class StepGraphs:
-    """One graph for each distinct step of a plan's program.
+    """One graph for each distinct step of a program.
 
-    Inputs are static: the sample is copied into a buffer, the step's number into `plan.step`, and modulation rows lie
+    Inputs are static: the sample is copied into a buffer, the step is selected on the device, and modulation rows lie
     where the plan keeps them. The output is handed out as a copy: diffusers' multistep schedulers keep outputs for
     several steps, so that no fixed number of buffers would do.
 
+    Args:
+        launches: of a step's number, (sample) -> the model's output; nothing of the host goes to the device in it.
+        select: has kernels use the modulation rows of a step.
+        sample: the buffer.
+
     Attributes:
-        inputs: what fills modulation rows and text from a run's conditioning.
         seconds: that warming up and capturing took.
     """
 
-    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step | ReuseOutput],
+        launches: Callable[[int], Callable[[Tensor], Tensor]],
+        select: Callable[[int], None],
+        sample: Tensor,
+        recorder: Recorder,
+    ) -> None:
         started = time.perf_counter()
-        self.plan, self.recorder = weakref.proxy(plan), recorder  # the plan owns this
-        self.inputs = InputGraphs(recorder)
-        shape = plan.shape
-        size = (shape.batch, plan.adapter.in_channels, shape.height, shape.width)
-        self.sample = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.select, self.sample, self.recorder = select, sample, recorder
         self.graphs: dict[Step | ReuseOutput, tuple[Replayable, Tensor]] = {}
-        distinct = {step: i for i, step in reversed(list(enumerate(plan.program.steps)))}  # the first of each kind
-        step = 0
+        distinct = sorted({step: i for i, step in reversed(list(enumerate(steps)))}.values())  # the first of each kind
+        step, made = 0, {}
         try:
-            for step in sorted(distinct.values()):
-                if not isinstance(plan.program.steps[step], ReuseOutput):
-                    plan.calls(step)
-            plan.select(0)
+            for step in distinct:
+                made[step] = partial(launches(step), sample)
+            select(0)
             # Step 0 computes everything, so that no kernel is new to later steps but those that reuse the output
-            for step in {type(plan.program.steps[i]): i for i in sorted(distinct.values(), reverse=True)}.values():
-                recorder.warm_up(self._launch(step))
-            for step in sorted(distinct.values()):
-                self.graphs[plan.program.steps[step]] = recorder.capture(self._launch(step))
+            for step in {type(steps[i]): i for i in reversed(distinct)}.values():
+                recorder.warm_up(made[step])
+            for step in distinct:
+                self.graphs[steps[step]] = recorder.capture(made[step])
         except Exception as error:
             self._free()
             raise capture_failed(error, f"step {step}") from error
-        self.of_step = [self.graphs[step] for step in plan.program.steps]  # hashing a step takes longer than a replay
+        self.of_step = [self.graphs[step] for step in steps]  # hashing a step takes longer than a replay
         self.seconds = time.perf_counter() - started
-
-    def _launch(self, step: int) -> Callable[[], Tensor]:
-        return lambda: self.plan.launch(step, self.sample)
 
     def run(self, step: int, sample: Tensor) -> Tensor:
         """The model's output at `step`, a new tensor: the next replay does not touch it."""
         graph, output = self.of_step[step]
-        self.plan.select(step)
+        self.select(step)
         self.sample.copy_(sample)
         graph.replay()
         return output.clone()
 
-    def measure(self, rounds: int = 3) -> bool:
-        """Time whole runs replayed and launched plainly, in turn, for `plan.measured`. Is replay the faster?"""
-        times: dict[str, list[float]] = {"graphs": [], "launches": []}
+    def measure(self, plainly: Callable[[int, Tensor], Tensor], rounds: int) -> tuple[float, float]:
+        """Seconds of a whole run replayed, and of one by `plainly`, in turn; the best of `rounds`."""
+        times: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
-            for name, run in (("graphs", self.run), ("launches", self.plan.run_plainly)):
+            for run, taken in zip((self.run, plainly), times):
                 self.recorder.synchronize()
                 started = time.perf_counter()
-                for step in range(len(self.plan.program.steps)):
+                for step in range(len(self.of_step)):
                     run(step, self.sample)
                 self.recorder.synchronize()
-                times[name].append(time.perf_counter() - started)
-        replayed, launched = min(times["graphs"]), min(times["launches"])
-        self.plan.measured = replayed, launched
-        return replayed <= launched
+                taken.append(time.perf_counter() - started)
+        return min(times[0]), min(times[1])
 
     def release(self) -> None:
-        """Free the graphs' memory once no replay is under way, and let the plan launch plainly."""
+        """Free the graphs' memory once no replay is under way."""
         self.recorder.synchronize()
         self._free()
 
@@ -217,6 +215,4 @@ class StepGraphs:
         for graph, _ in self.graphs.values():
             graph.reset()
         self.graphs.clear()
-        self.inputs.free()
         self.of_step = []
-        self.plan.graphs = None

@@ -1,99 +1,56 @@
-"""Runs a Program on tensors of one shape: owns the buffers, turns instructions into calls."""
+"""Runs a Program on tensors of one shape: turns instructions into calls, which may be captured."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import OPS, GapCall, linear
-from .cuda_graphs import StepGraphs
-from .loop import LoopGraph
-from .models.base import Adapter, Branch, CrossAttention, Gelu, Linear, Norm, SelfAttention
-from .program import Program, ReuseOutput, Term
+from .backends import OPS, BranchCall, GapCall
+from .buffers import Buffers, Shape
+from .cuda_graphs import InputGraphs, Recorder, StepGraphs
+from .loop import LoopGraph, loop_key
+from .models.base import Adapter, Branch, Norm
+from .models.stages import scratch_columns
+from .program import Program, ReuseOutput
 from .streams import Streams
 
 LOOPS = 4  # captured trajectories a plan keeps: each is a graph of all steps, for one sampler and guidance
-MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
 
 Built = tuple[list[tuple[GapCall, Callable[[Tensor], None]]], GapCall]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a plan is made for."""
-
-    batch: int
-    height: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-    context: int = 0  # tokens that cross-attention reads
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        context = f", {self.context} context tokens" if self.context else ""
-        return f"batch {self.batch}, {self.height}x{self.width}{context}, {dtype} on {self.device}"
 
 
 class Plan:
     """A program bound to a model's weights and to buffers for one shape.
 
     Attributes:
-        slots: [slots, batch, tokens, width], what reused branches stand on.
-        outputs: [outputs, batch, out channels, height, width], what reused outputs stand on.
-        rows: [window, batch, rows, width], the modulation rows of `window` steps: the adapter's, and behind them a gate
-            times its weights per channel for each term that has such.
-        channels: [steps, terms, width], those weights.
-        context: [contexts, 2, batch, context tokens, width], keys and values that cross-attention reads; and
-        context_bias: [batch, 1, 1, context tokens], what it adds to the scores.
-        step: int32 [1], which of them the call under way uses, for kernels that look it up on the device.
         graphs: captured steps, if the plan replays them.
         loops: captured trajectories, by sampler, guidance and timesteps.
         measured: seconds a run takes replayed and launched plainly, once both have been measured.
-        seconds: time it took to build, compilation included.
+        seconds: time it took to build, compilation and the capture of steps included.
     """
 
     def __init__(
         self, adapter: Adapter, branches: list[Branch], head: Norm, program: Program, shape: Shape, backend: str
     ) -> None:
         started = time.perf_counter()
-        self.adapter, self.branches, self.head = adapter, branches, head
+        self.adapter, self.branches = adapter, branches
         self.program, self.shape, self.backend = program, shape, backend
-        tokens, width = adapter.tokens(shape.height, shape.width), adapter.width
-        self.stream = (shape.batch, tokens, width)
-        empty = partial(torch.empty, dtype=shape.dtype, device=shape.device)
-        self.channels = _table(program.channels, width, "channels", torch.float32, shape.device)
-        self.output_channels = _table(
-            program.output_channels, adapter.out_channels, "output_channels", shape.dtype, shape.device
-        )
-        count = adapter.rows + (0 if self.channels is None else self.channels.shape[1])
-        row_bytes = shape.batch * count * width * shape.dtype.itemsize
-        self.window = max(1, min(len(program.steps), MODULATION_BYTES // row_bytes))
-        self.rows = empty(self.window, shape.batch, count, width)
-        self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
-        self.context = empty(adapter.contexts, 2, shape.batch, shape.context, width)
-        self.context_bias = empty(shape.batch, 1, 1, shape.context)
+        widest = max((columns for branch in branches for columns in scratch_columns(branch.stages)), default=0)
+        self.buffers = Buffers(adapter, program, shape, widest)
         self.streams = Streams(shape.device)
-        self.x = empty(self.stream)
-        self.slots = empty(program.slots, *self.stream)
-        size = (shape.batch, adapter.out_channels, shape.height, shape.width)
-        self.outputs = empty(program.outputs, *size)
-        self.scratch = empty(shape.batch * tokens * max(_widest(branch) for branch in branches))
-        self.timesteps: Tensor | None = None  # of the rows, as they were filled last
         self.graphs: StepGraphs | None = None
+        self.inputs: InputGraphs | None = None
+        self.timesteps: Tensor | None = None  # of the rows, as they were filled last
         self.loops: dict[tuple[Any, ...], LoopGraph] = {}
         self.measured: tuple[float, float] | None = None
         self._steps: list[Built | None] = [None] * len(program.steps)
-        self.ops = OPS[backend](self)
-        self._computes = [self._compute(branch) for branch in branches]
+        self.ops = OPS[backend](branches, head, self.buffers)
+        self._computes: list[BranchCall] = [self.ops.branch(entry) for entry in range(len(branches))]
         self.seconds = time.perf_counter() - started
 
     def run(self, step: int, sample: Tensor) -> Tensor:
@@ -109,7 +66,7 @@ class Plan:
     def select(self, step: int) -> None:
         """Have kernels use the modulation rows of `step`."""
         if self.ops.reads_step:
-            self.step.fill_(step % self.window)
+            self.buffers.select(step)
 
     def launch(self, step: int, sample: Tensor) -> Tensor:
         """`run`, once the step is selected: no host data goes to the device here, so this may be captured."""
@@ -117,7 +74,7 @@ class Plan:
         if isinstance(instructions, ReuseOutput):
             return self._reuse_output(instructions)
         body, last = self.calls(step)
-        x, done = self.x, 0
+        x, done = self.buffers.x, 0
         try:
             self.adapter.embed(sample, x)
             for gap, compute in body:
@@ -127,20 +84,21 @@ class Plan:
             _, y = last(x)
             output = self.adapter.finish(y, self.shape.height, self.shape.width)
             if instructions.keep is not None:
-                self.outputs.select(0, instructions.keep).copy_(output)
+                self.buffers.outputs.select(0, instructions.keep).copy_(output)
             return output
         except Exception as error:
             error.add_note(f"at step {step}, instruction {done}: {[*instructions.body, instructions.last][done]}")
             raise
 
     def _reuse_output(self, instructions: ReuseOutput) -> Tensor:
-        total = torch.zeros(self.outputs.shape[1:], dtype=self.outputs.dtype, device=self.outputs.device)
+        outputs, channels = self.buffers.outputs, self.buffers.output_channels
+        total = torch.zeros(outputs.shape[1:], dtype=outputs.dtype, device=outputs.device)
         for term in instructions.terms:
-            output = self.outputs.select(0, term.slot)
+            output = outputs.select(0, term.slot)
             if term.channel is None:
                 total.add_(output, alpha=term.weight)
             else:
-                total.addcmul_(output, self.output_channels.select(0, term.channel).view(-1, 1, 1))
+                total.addcmul_(output, channels.select(0, term.channel).view(-1, 1, 1))
         return total
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
@@ -150,21 +108,21 @@ class Plan:
         the conditioning is, and else with values that nothing reads.
         """
         self.streams.enter()
-        at, count = step % self.window, len(timesteps)
-        if self.graphs is None:
-            self._modulate(step, self.rows.narrow(0, at, count), timesteps, *conditioning)
+        rows, at, count = self.buffers.rows, step % self.window, len(timesteps)
+        if self.inputs is None:
+            self._modulate(step, rows.narrow(0, at, count), timesteps, *conditioning)
             return
         if self.timesteps is None or self.timesteps.dtype != timesteps.dtype:
             self.timesteps = timesteps.narrow(0, 0, 1).expand(self.window).clone()
         self.timesteps.narrow(0, at, count).copy_(timesteps)
         first = step - at
-        launch = partial(self._modulate, first, self.rows)
-        key = first if self.channels is not None else None
-        self.graphs.inputs.run("modulation rows", key, launch, (self.timesteps, *conditioning))
+        key = first if self.buffers.channels is not None else None
+        launch = partial(self._modulate, first, rows)
+        self.inputs.run("modulation rows", key, launch, (self.timesteps, *conditioning))
 
     def _modulate(self, step: int, rows: Tensor, timesteps: Tensor, *conditioning: Tensor) -> None:
         self.adapter.modulate(timesteps, conditioning, rows.narrow(2, 0, self.adapter.rows))
-        if self.channels is not None:
+        if self.buffers.channels is not None:
             for ahead in range(min(len(rows), len(self.program.steps) - step)):
                 self._fold(step + ahead, rows.select(0, ahead))
 
@@ -173,49 +131,91 @@ class Plan:
         for gap in self.program.steps[step].gaps:
             for term in gap.terms:
                 if term.channel is not None:
-                    weights = self.channels.select(0, step).select(0, term.channel).to(rows.dtype)
+                    weights = self.buffers.channels.select(0, step).select(0, term.channel).to(rows.dtype)
                     gate = self.branches[term.entry].gate
-                    out = rows.select(1, self.adapter.rows + term.channel)
+                    out = rows.select(1, self.buffers.channel_row(term.channel))
                     out.copy_(weights if gate is None else rows.select(1, gate) * weights)
-
-    def gate(self, term: Term) -> int | None:
-        """The modulation row that multiplies a term; None for 1."""
-        return self.branches[term.entry].gate if term.channel is None else self.adapter.rows + term.channel
 
     def encode(self, conditioning: tuple[Tensor, ...]) -> None:
         """Fill what cross-attention reads in the run that begins."""
         self.streams.enter()
-        if self.graphs is None or not self.adapter.contexts:
+        if self.inputs is None or not self.adapter.contexts:
             self._encode(*conditioning)
         else:
-            self.graphs.inputs.run("text", None, self._encode, conditioning)
+            self.inputs.run("text", None, self._encode, conditioning)
 
     def _encode(self, *conditioning: Tensor) -> None:
-        self.adapter.encode(conditioning, self.context, self.context_bias)
+        self.adapter.encode(conditioning, self.buffers.held)
 
-    def loop(self, key: tuple[Any, ...], make: Callable[[], LoopGraph]) -> LoopGraph:
-        """The captured trajectory of `key`, made if there is none. The least recently used go first."""
-        self.loops[key] = self.loops.pop(key, None) or make()
+    # ---- graphs
+
+    def capture(self, recorder: Recorder) -> None:
+        """Have `run` replay graphs from now on. Raises CaptureFailed, and then the plan launches plainly."""
+        started, shape = time.perf_counter(), self.shape
+        sample = torch.zeros(
+            shape.batch, self.adapter.in_channels, shape.height, shape.width, dtype=shape.dtype, device=shape.device
+        )
+        self.graphs = StepGraphs(self.program.steps, self.launches, self.buffers.select, sample, recorder)
+        self.inputs = InputGraphs(recorder)
+        self.seconds += time.perf_counter() - started
+
+    def launches(self, step: int) -> Callable[[Tensor], Tensor]:
+        """`launch` of `step`, with all host data that it needs on the device."""
+        if not isinstance(self.program.steps[step], ReuseOutput):
+            self.calls(step)
+        return partial(self.launch, step)
+
+    def measure(self, rounds: int = 3) -> bool:
+        """Time whole runs replayed and launched plainly, in turn, for `measured`. Is replay the faster?"""
+        self.measured = self.graphs.measure(self.run_plainly, rounds)
+        replayed, launched = self.measured
+        return replayed <= launched
+
+    def loop(self, scheduler: Any, guidance_scale: float, images: int) -> LoopGraph:
+        """The captured trajectory of a plan that has graphs, made if there is none. The least recently used go first.
+
+        Raises:
+            CaptureFailed: the sampler's updates cannot be captured.
+        """
+        key, shape = loop_key(scheduler, guidance_scale), self.shape
+        if key in self.loops:
+            self.loops[key] = self.loops.pop(key)
+        else:
+            size = (images, self.adapter.in_channels, shape.height, shape.width)
+            noise = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+            recorder = self.graphs.recorder
+            self.loops[key] = LoopGraph(self.run_plainly, self.streams, recorder, scheduler, guidance_scale, noise)
         while len(self.loops) > LOOPS:
             self.loops.pop(next(iter(self.loops))).release()
         return self.loops[key]
+
+    def release_graphs(self) -> None:
+        """Free the memory of the captured steps, and launch plainly from now on."""
+        if self.graphs is not None:
+            self.graphs.release()
+            self.inputs.free()
+            self.graphs = self.inputs = None
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
         for loop in self.loops.values():
             loop.release()
         self.loops.clear()
-        if self.graphs is not None:
-            self.graphs.release()
+        self.release_graphs()
         self.streams.leave()
 
     @property
     def slot_bytes(self) -> int:
-        return self.slots.numel() * self.slots.element_size()
+        return self.buffers.slots.nbytes
+
+    @property
+    def window(self) -> int:
+        """Steps that modulation rows are held for."""
+        return self.buffers.window
 
     @property
     def modulation_bytes(self) -> int:
-        return self.rows.numel() * self.rows.element_size()
+        return self.buffers.rows.nbytes
 
     # ---- instructions -> calls
 
@@ -226,76 +226,8 @@ class Plan:
         instructions = self.program.steps[step]
         body = []
         for gap, compute in instructions.body:
-            out = self.slots.select(0, compute.slot).view(-1, self.stream[-1])
+            out = self.buffers.slots.select(0, compute.slot)
             body.append((self.ops.gap(gap, step), partial(self._computes[compute.entry], out)))
         built = (body, self.ops.gap(instructions.last, step))
         self._steps[step] = built
         return built
-
-    def norm(self, entry: int) -> Norm | None:
-        """What prepares y for branch `entry`, or for the head; None where y is x."""
-        return self.head if entry == self.program.entries else self.branches[entry].norm
-
-    def row(self, row: int, step: int) -> Tensor:
-        """A modulation row of `step`, [batch, 1, width]."""
-        return self.rows.select(0, step % self.window).narrow(1, row, 1)
-
-    def _compute(self, branch: Branch) -> Callable[[Tensor, Tensor], None]:
-        """(out [batch * tokens, width], y) -> None, the branch's last GEMM writing into out."""
-        batch, tokens, _ = self.stream
-        calls: list[Callable[..., Tensor]] = []
-        for stage, following in zip(branch.stages, [*branch.stages[1:], None]):
-            match stage:
-                case Linear() if following is None:
-                    calls.append(partial(linear, stage))
-                case Linear():
-                    columns = len(stage.weight)
-                    out = self.scratch.narrow(0, 0, batch * tokens * columns).view(-1, columns)
-                    if isinstance(following, Gelu):
-                        calls.append(self.ops.linear_gelu(stage, following, out))
-                    else:
-                        calls.append(partial(linear, stage, out))
-                case SelfAttention():
-                    calls.append(partial(_attention, stage.heads, batch, tokens))
-                case CrossAttention():
-                    keys, values = _heads(self.context.select(0, stage.context), stage.heads)
-                    calls.append(partial(_cross_attention, keys, values, self.context_bias, batch, tokens))
-        return partial(_run_stages, calls)
-
-
-def _table(rows: np.ndarray | None, width: int, name: str, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Weights per channel on the device. Raises ValueError if they are not as wide as what they are for."""
-    if rows is None:
-        return None
-    if rows.shape[-1] != width:
-        raise ValueError(f"{name}: expected {width} channels, the model's, got a schedule with {rows.shape[-1]}")
-    return torch.from_numpy(rows).to(device, dtype)
-
-
-def _widest(branch: Branch) -> int:
-    """Columns of the widest intermediate result: every Linear but the last writes into scratch."""
-    return max((len(stage.weight) for stage in branch.stages[:-1] if isinstance(stage, Linear)), default=0)
-
-
-def _run_stages(calls: list[Callable[..., Tensor]], out: Tensor, y: Tensor) -> None:
-    h = y
-    for call in calls[:-1]:
-        h = call(h)
-    calls[-1](out, h)
-
-
-def _attention(heads: int, batch: int, tokens: int, qkv: Tensor) -> Tensor:
-    q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
-    h = F.scaled_dot_product_attention(q, k, v)
-    return h.transpose(1, 2).reshape(batch * tokens, -1)
-
-
-def _heads(h: Tensor, heads: int) -> Tensor:
-    """[..., tokens, width] -> [..., heads, tokens, head width], a view."""
-    return h.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-
-def _cross_attention(keys: Tensor, values: Tensor, bias: Tensor, batch: int, tokens: int, h: Tensor) -> Tensor:
-    q = _heads(h.view(batch, tokens, -1), keys.shape[-3])
-    h = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-    return h.transpose(1, 2).reshape(batch * tokens, -1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from .executor import Shape
+from .buffers import Shape
 from .models import Adapter
 from .models.base import Inputs
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cuda_graphs import Recorder, Replayable, capture_failed
-
-if TYPE_CHECKING:
-    from .executor import Plan
+from .streams import Streams
 
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")  # updates without fresh noise or hidden host reads
 
@@ -25,23 +23,32 @@ class LoopGraph:
     The scheduler's own `step` is captured, so results are the step graphs'. Its host-side numbers (alphas, sigmas) are
     the same in every run and become constants of the graph.
 
+    Args:
+        denoise: as in `trajectory`, by launches.
+        noise: the static buffer that it begins with, [images, channels, height, width].
+
     Attributes:
         seconds: that warming up and capturing took.
     """
 
-    def __init__(self, plan: Plan, recorder: Recorder, scheduler: Any, guidance_scale: float, images: int) -> None:
+    def __init__(
+        self,
+        denoise: Callable[[int, Tensor], Tensor],
+        streams: Streams,
+        recorder: Recorder,
+        scheduler: Any,
+        guidance_scale: float,
+        noise: Tensor,
+    ) -> None:
         started = time.perf_counter()
-        self.plan, self.recorder = weakref.proxy(plan), recorder  # the plan owns this
-        self.scheduler, self.guidance_scale = scheduler, guidance_scale
-        shape = plan.shape
-        size = (images, plan.adapter.in_channels, shape.height, shape.width)
-        self.noise = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.streams, self.recorder, self.scheduler, self.noise = streams, recorder, scheduler, noise
         self.graph: Replayable | None = None
+        launch = partial(trajectory, denoise, scheduler, noise, guidance_scale)
         try:
             self._rewind()
-            recorder.warm_up(self._launch)
+            recorder.warm_up(launch)
             self._rewind()
-            self.graph, self.output = recorder.capture(self._launch)
+            self.graph, self.output = recorder.capture(launch)
         except Exception as error:
             raise capture_failed(error, "an update between steps") from error
         self.seconds = time.perf_counter() - started
@@ -49,12 +56,9 @@ class LoopGraph:
     def _rewind(self) -> None:
         self.scheduler.set_timesteps(len(self.scheduler.timesteps))
 
-    def _launch(self) -> Tensor:
-        return trajectory(self.plan.run_plainly, self.scheduler, self.noise, self.guidance_scale)
-
     def run(self, noise: Tensor) -> Tensor:
         """The sampler's result from `noise`, a new tensor."""
-        self.plan.streams.enter()
+        self.streams.enter()
         self.noise.copy_(noise)
         self.graph.replay()
         return self.output.clone()

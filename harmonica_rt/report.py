@@ -175,7 +175,7 @@ def launches(plan: Plan, step: int) -> int:
     if isinstance(instructions, ReuseOutput):
         return 1 + len(instructions.terms)
     gaps = sum(plan.ops.gap_launches(gap) for gap in instructions.gaps)
-    computes = sum(plan.ops.branch_launches(plan.branches[compute.entry]) for _, compute in instructions.body)
+    computes = sum(plan.ops.branch_launches(compute.entry) for _, compute in instructions.body)
     return plan.adapter.end_launches + gaps + computes + (instructions.keep is not None)
 
 

@@ -22,11 +22,6 @@ def gelu_reference(h: Tensor, approximate: str) -> Tensor:
     return F.gelu(h.double(), approximate=approximate)
 
 
-def gelu_eager(h: Tensor, approximate: str) -> Tensor:
-    """In place by torch's own op."""
-    return torch.ops.aten.gelu_(h, approximate=approximate)
-
-
 @lru_cache(maxsize=64)
 def compiled_gelu(
     approximate: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, threads: int

@@ -118,7 +118,7 @@ def test_at_branches_they_cost_neither_slot_nor_launch(dit: nn.Module) -> None:
     assert reports[0].launches == reports[1].launches
     assert lower(channels).distinct_steps <= lower(plain).distinct_steps
     terms = max(sum(len(gap.terms) for gap in step.gaps) for step in lower(channels).steps)
-    rows = fast._plans[next(iter(fast._plans))].rows.shape[2]
+    rows = fast._plans[next(iter(fast._plans))].buffers.rows.shape[2]
     assert rows <= 6 * 3 + 2 + terms
 
 

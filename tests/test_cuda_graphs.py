@@ -104,7 +104,7 @@ def test_all_use_of_a_plans_buffers_follows_the_stream_before() -> None:
         enter, leave = (lambda self: asked.append("enter")), (lambda self: asked.append("leave"))
 
     plan.streams, touch = Spy(), []
-    for owner, name in ((plan, "_encode"), (plan.graphs.inputs, "run"), (plan.graphs, "run")):
+    for owner, name in ((plan, "_encode"), (plan.inputs, "run"), (plan.graphs, "run")):
         kept = getattr(owner, name)
 
         def seen(*args: object, kept: Any = kept, name: str = name) -> object:
@@ -164,7 +164,7 @@ def test_modulation_in_windows_is_selected_on_the_device(monkeypatch: pytest.Mon
     eager = hrt.compile(model, schedule, backend="eager")
     wanted = calls.run(eager)
     row_bytes = eager.report().plans[0].modulation_bytes // 6
-    monkeypatch.setattr("harmonica_rt.executor.MODULATION_BYTES", 4 * row_bytes)
+    monkeypatch.setattr("harmonica_rt.buffers.MODULATION_BYTES", 4 * row_bytes)
     fast, _ = compile_graphs(model, schedule)
     assert_close(calls.run(fast), wanted, 1e-5)
     assert fast.report().plans[0].modulation_bytes == 4 * row_bytes
@@ -210,12 +210,12 @@ def test_replays_and_launches_are_measured_and_graphs_can_be_given_up() -> None:
     wanted = calls.run(fast)
     plan = next(iter(fast._plans.values()))
     with torch.no_grad():
-        faster = plan.graphs.measure()
+        faster = plan.measure()
     assert faster == (plan.measured[0] <= plan.measured[1])
     report = fast.report().plans[0]
     assert (report.graph_seconds, report.launch_seconds) == plan.measured
     assert "ms replayed" in str(fast.report())
-    plan.graphs.release()
+    plan.release_graphs()
     assert_close(calls.run(fast), wanted, 1e-5)  # modulation rows are filled a step each, no longer together
     assert fast.report().plans[0].graphs == 0
 
@@ -239,7 +239,7 @@ def test_measuring_waits_for_the_device(replayed: float, launched: float, monkey
     monkeypatch.setattr(plan.graphs, "run", lambda step, sample: queue(replayed))
     monkeypatch.setattr(plan, "run_plainly", lambda step, sample: queue(launched))
     queue(100.0)  # by others, before
-    assert plan.graphs.measure(rounds=1) == (replayed < launched)
+    assert plan.measure(rounds=1) == (replayed < launched)
     assert plan.measured == (6 * replayed, 6 * launched)
 
 

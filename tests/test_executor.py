@@ -73,7 +73,7 @@ def test_nothing_is_allocated_but_results_of_torch_ops() -> None:
     model, calls = make_dit(), Calls(6)
     fast = hrt.compile(model, random_schedule(1), backend="eager")
     calls.run(fast)
-    plan = next(iter(fast._plans.values()))
-    addresses = [t.data_ptr() for t in (plan.x, plan.slots, plan.rows, plan.scratch)]
+    buffers = next(iter(fast._plans.values())).buffers
+    addresses = [t.data_ptr() for t in (buffers.x, buffers.slots, buffers.rows, buffers.scratch)]
     calls.run(fast)
-    assert [t.data_ptr() for t in (plan.x, plan.slots, plan.rows, plan.scratch)] == addresses
+    assert [t.data_ptr() for t in (buffers.x, buffers.slots, buffers.rows, buffers.scratch)] == addresses

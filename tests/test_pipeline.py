@@ -97,7 +97,7 @@ def test_modulation_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     hrt.compile(pipeline, random_schedule(3), backend="eager")
     wanted = sample(pipeline)
     row_bytes = 4 * pipeline.transformer.report().plans[0].modulation_bytes // (4 * 6)
-    monkeypatch.setattr("harmonica_rt.executor.MODULATION_BYTES", 4 * row_bytes + 1)
+    monkeypatch.setattr("harmonica_rt.buffers.MODULATION_BYTES", 4 * row_bytes + 1)
     hrt.compile(pipeline, random_schedule(3), backend="eager")
     assert relative_error(sample(pipeline), wanted) < 1e-5
     assert pipeline.transformer.report().plans[0].modulation_bytes == 4 * row_bytes

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.models import adapt
-from harmonica_rt.models.base import Branch, CrossAttention, Gelu, Linear, Norm, SelfAttention
+from harmonica_rt.models.base import Branch, Norm
+from harmonica_rt.models.stages import Held
 
 Evaluate = Callable[[], Tensor]
-Context = tuple[Tensor, Tensor]  # keys and values that cross-attention reads, and the bias of its scores
 StandIn = Callable[[int, Evaluate], Tensor]  # (entry, evaluate its branch) -> its output before the gate
 
 
@@ -48,32 +48,30 @@ class Denoiser:
             self.adapter.modulate(timesteps, conditioning, rows)
         return rows
 
-    def encode(self, conditioning: tuple[Tensor, ...], dtype: torch.dtype) -> Context:
-        """What cross-attention reads at all steps of a run."""
-        batch, tokens = len(conditioning[0]), self.adapter.context_tokens(conditioning)
-        on = {"dtype": dtype, "device": conditioning[0].device}
-        context = torch.empty(self.adapter.contexts, 2, batch, tokens, self.adapter.width, **on)
-        bias = torch.empty(batch, 1, 1, tokens, **on)
+    def encode(self, conditioning: tuple[Tensor, ...], dtype: torch.dtype) -> Held:
+        """What stages read of a run, the same at all its steps."""
+        first = conditioning[0]
+        held = self.adapter.hold(len(first), self.adapter.context_tokens(conditioning), dtype, first.device)
         with torch.no_grad():
-            self.adapter.encode(conditioning, context, bias)
-        return context, bias
+            self.adapter.encode(conditioning, held)
+        return held
 
-    def __call__(self, sample: Tensor, rows: Tensor, stand_in: StandIn, context: Context | None = None) -> Tensor:
+    def __call__(self, sample: Tensor, rows: Tensor, stand_in: StandIn, held: Held | None = None) -> Tensor:
         """The model's output.
 
         Args:
             sample: [batch, channels, height, width].
             rows: modulation rows of this step, [batch, rows, width].
             stand_in: called for each entry in order. It may evaluate the branch, or not.
-            context: as `encode` gives it; None for a model without cross-attention.
+            held: as `encode` gives it; None for a model whose stages read nothing of a run.
         """
         x = self.adapter.embed(sample).to(sample.dtype)  # positions may be kept in fp32
         for entry, branch in enumerate(self.branches):
 
             def evaluate(x: Tensor = x, branch=branch) -> Tensor:
                 if self.checkpointing and torch.is_grad_enabled():
-                    return checkpoint(_branch, x, rows, context, branch, use_reentrant=False)
-                return _branch(x, rows, context, branch)
+                    return checkpoint(_branch, x, rows, held, branch, use_reentrant=False)
+                return _branch(x, rows, held, branch)
 
             output = stand_in(entry, evaluate)
             x = x + output if branch.gate is None else torch.addcmul(x, output, _row(rows, branch.gate))
@@ -94,20 +92,5 @@ def _norm(x: Tensor, rows: Tensor, norm: Norm) -> Tensor:
     return torch.addcmul(_row(rows, norm.shift), normed, _row(rows, norm.scale))
 
 
-def _branch(x: Tensor, rows: Tensor, context: Context | None, branch: Branch) -> Tensor:
-    h = x if branch.norm is None else _norm(x, rows, branch.norm)
-    for stage in branch.stages:
-        match stage:
-            case Linear():
-                h = F.linear(h, stage.weight, stage.bias)
-            case Gelu():
-                h = F.gelu(h, approximate=stage.approximate)
-            case SelfAttention():
-                batch, tokens, _ = h.shape
-                q, k, v = h.view(batch, tokens, 3, stage.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-                h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, -1)
-            case CrossAttention():
-                k, v = context[0][stage.context].unflatten(-1, (stage.heads, -1)).transpose(-3, -2)
-                q = h.unflatten(-1, (stage.heads, -1)).transpose(1, 2)
-                h = F.scaled_dot_product_attention(q, k, v, attn_mask=context[1]).transpose(1, 2).flatten(2)
-    return h
+def _branch(x: Tensor, rows: Tensor, held: Held | None, branch: Branch) -> Tensor:
+    return branch.compute(x if branch.norm is None else _norm(x, rows, branch.norm), held)

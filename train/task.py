@@ -189,7 +189,7 @@ class Trajectory:
         conditioning = task.conditioning(batch)
         timesteps = self.scheduler.timesteps.to(task.device)
         self.rows = task.denoiser.modulation(timesteps, conditioning, batch.noise.dtype)
-        self.context = task.denoiser.encode(conditioning, batch.noise.dtype)
+        self.held = task.denoiser.encode(conditioning, batch.noise.dtype)
         self.x = batch.noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's has none
         self.drawing = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters and batch.seeds:
@@ -219,7 +219,7 @@ class Trajectory:
     def output(self, step: int, x: Tensor, stand_in: StandIn) -> Tensor:
         """`denoise` of a step as a function of its arguments alone, so that it can be run again."""
         sample = torch.cat([x, x]) if self.task.guided else x
-        output = self.task.denoiser(sample, self.rows[step], stand_in, self.context)
+        output = self.task.denoiser(sample, self.rows[step], stand_in, self.held)
         return guide(output, self.task.guidance_scale, x.shape[1], self.task.learned_variance)
 
     def advance(self, output: Tensor) -> None:

@@ -46,7 +46,7 @@ def _plan(machine: Machine, work: Workload, text: str, log: Log) -> None:
     (plan,) = fast.transformer._plans.values()
     made, report = machine.memory(), fast.transformer.report().plans[0]
     with torch.no_grad():
-        plan.graphs.measure()
+        plan.measure()
     work.trajectory(fast)()
     machine.synchronize()
     (loop,), with_loop = plan.loops.values(), machine.memory()

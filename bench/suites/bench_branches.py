@@ -13,8 +13,8 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
 from bench.reference import load_pipeline
-from harmonica_rt.backends import linear
-from harmonica_rt.executor import Plan, Shape
+from harmonica_rt.buffers import Shape
+from harmonica_rt.executor import Plan
 from harmonica_rt.kernels.gelu import compiled_gelu
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import adapt
@@ -50,8 +50,8 @@ def plan(size: str) -> Plan:
     made = Plan(adapter, *adapter.bind(), lower(hrt.Schedule.full(model, 1)), shape, "eager")
     if read is not None:
         attention = model.transformer_blocks[0].attn2
-        made.context.copy_(torch.stack([attention.to_k(read), attention.to_v(read)]))
-        made.context_bias.zero_()
+        made.buffers.held.context.copy_(torch.stack([attention.to_k(read), attention.to_v(read)]))
+        made.buffers.held.bias.zero_()
     return made
 
 
@@ -69,7 +69,7 @@ def eager(size: str, branch: str) -> Callable[[Tensor], Tensor]:
     body = made.program.steps[0].body
     entry = made.adapter.branches.index(branch)
     (_, instruction), (_, compute) = body[entry], made.calls(0)[0][entry]
-    slot = made.slots[instruction.slot]
+    slot = made.buffers.slots[instruction.slot]
 
     def run(y: Tensor) -> Tensor:
         compute(y)
@@ -82,15 +82,14 @@ def compiled(size: str, branch: str) -> Callable[[Tensor], Tensor]:
     """The calls an inductor plan makes for an MLP; such a plan itself would compile much that no branch runs."""
     made = plan(size)
     up, gelu, down = made.branches[made.adapter.branches.index(branch)].stages
-    out = torch.empty_like(made.x)
-    hidden = out.new_empty(out[..., 0].numel(), len(up.weight))
+    out, held = torch.empty_like(made.buffers.x), made.buffers.held
+    hidden = out.new_empty(*out.shape[:2], len(up.weight))
     threads = torch.get_num_threads()
     activate = compiled_gelu(gelu.approximate, tuple(hidden.shape), hidden.dtype, hidden.device, threads)
 
     def run(y: Tensor) -> Tensor:
-        activate(linear(up, hidden, y))
-        linear(down, out.flatten(0, 1), hidden)
-        return out
+        activate(up.into(y, held, hidden))
+        return down.into(hidden, held, out)
 
     return run
 
@@ -104,5 +103,5 @@ def test_branch(benchmark: Any, size: str, branch: str, implementation: str) -> 
     adapter = plan(size).adapter
     benchmark.extra_info["macs"] = adapter.macs(None, None, BATCH).branches[adapter.branches.index(branch)]
     with torch.no_grad():
-        run, y = IMPLEMENTATIONS[implementation](size, branch), torch.randn(plan(size).stream)
+        run, y = IMPLEMENTATIONS[implementation](size, branch), torch.randn(plan(size).buffers.stream)
         benchmark.pedantic(run, args=(y,), rounds=8, warmup_rounds=1)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from harmonica_rt.kernels.gelu import compiled_gelu, gelu_eager
+from harmonica_rt.kernels.gelu import compiled_gelu
+from harmonica_rt.models.stages import Gelu
 
 from .conftest import inductor
 
@@ -22,7 +23,7 @@ def test_gelu(benchmark: Any, shape: str, backend: str) -> None:
     values = torch.randn(SHAPES[shape])
     h = values.clone()
     if backend == "eager":
-        run: Callable[[], object] = lambda: gelu_eager(h, "tanh")  # noqa: E731
+        run: Callable[[], object] = lambda: Gelu("tanh").into(h, None, out=h)  # noqa: E731
     else:
         kernel = compiled_gelu("tanh", SHAPES[shape], h.dtype, h.device, torch.get_num_threads())
         run = lambda: kernel(h)  # noqa: E731

@@ -13,41 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .stages import Held, Stage, walk
+
 if TYPE_CHECKING:
     from ..schedule import Schedule
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Linear:
-    """h @ weight.T + bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Gelu:
-    """`approximate` as in torch.nn.functional.gelu."""
-
-    approximate: str
-
-
-@dataclass(frozen=True, slots=True)
-class SelfAttention:
-    """h [B, N, 3 D] holds query, key, value of all heads side by side; the result is [B, N, D]."""
-
-    heads: int
-
-
-@dataclass(frozen=True, slots=True)
-class CrossAttention:
-    """h [B, N, D] holds queries; keys and values are the run's own, set number `context`. The result is [B, N, D]."""
-
-    heads: int
-    context: int
-
-
-Stage = Linear | Gelu | SelfAttention | CrossAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +30,7 @@ class Norm:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Branch:
-    """A residual function before its gate: `stages` on y, the last one a Linear. x += gate * stages(y).
+    """A residual function before its gate: `stages` on y. x += gate * stages(y).
 
     `gate` is the number of a modulation row. Without a norm, y is x; without a gate, the gate is 1.
     """
@@ -69,6 +38,16 @@ class Branch:
     stages: tuple[Stage, ...]
     norm: Norm | None
     gate: int | None
+
+    def compute(self, y: Tensor, held: Held | None) -> Tensor:
+        """[batch, tokens, width] -> a new one; differentiable."""
+        for stage in self.stages:
+            y = stage.compute(y, held)
+        return y
+
+    def macs(self, batch: int, tokens: int, width: int, context: int) -> int:
+        """Multiply-accumulates; `context` tokens are read by cross-attention."""
+        return sum(stage.macs(batch, tokens, columns, context) for stage, columns in walk(self.stages, width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +119,22 @@ class Adapter(ABC):
     contexts: int = 0
 
     @abstractmethod
-    def bind(self) -> tuple[list[Branch], Norm]:
-        """The L * B branches in the order they run, and the head's norm, on the model's own weights.
+    def layer(self, number: int, join: bool) -> list[Branch]:
+        """The B branches of a layer in the order they run, on the model's own weights.
 
-        Query, key and value weights are made neighbours in memory (the model's parameters become views of one
-        storage), so that they run as one GEMM and still follow `load_state_dict`.
+        Args:
+            join: query, key and value weights are made neighbours in memory (the model's parameters become views of one
+                storage), so that they run as one GEMM and still follow `load_state_dict`. Otherwise what would be
+                joined is on the meta device, for counts.
         """
+
+    @abstractmethod
+    def head_norm(self) -> Norm:
+        """What prepares y for `finish`."""
+
+    def bind(self) -> tuple[list[Branch], Norm]:
+        """The L * B branches in the order they run, their weights joined, and the head's norm."""
+        return [branch for i in range(self.layers) for branch in self.layer(i, join=True)], self.head_norm()
 
     @abstractmethod
     def modulate(self, timesteps: Tensor, conditioning: tuple[Tensor, ...], out: Tensor) -> None:
@@ -161,13 +150,18 @@ class Adapter(ABC):
         """Tokens that cross-attention reads, 0 without it."""
         return 0
 
-    def encode(self, conditioning: tuple[Tensor, ...], context: Tensor, bias: Tensor) -> None:  # noqa: B027
-        """Fill what cross-attention reads, the same at all steps of a run. Nothing to do without cross-attention.
+    def hold(self, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Held:
+        """What stages read of a run, still empty. `context`: tokens that cross-attention reads."""
+        return Held(
+            torch.empty(self.contexts, 2, batch, context, self.width, dtype=dtype, device=device),
+            torch.empty(batch, 1, 1, context, dtype=dtype, device=device),
+        )
+
+    def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:  # noqa: B027
+        """Fill what stages read, the same at all steps of a run. Nothing to do without cross-attention.
 
         Args:
             conditioning: as in `Inputs`.
-            context: [contexts, 2, batch, context tokens, width], keys and values.
-            bias: [batch, 1, 1, context tokens], added to the attention's scores.
         """
 
     @abstractmethod
@@ -202,6 +196,12 @@ class Adapter(ABC):
             height, width: of the sample; config.sample_size unless given.
             context: tokens that cross-attention reads; as many as the model's pipeline takes unless given.
         """
+
+    def branch_macs(self, batch: int, tokens: int, context: int = 0) -> tuple[int, ...]:
+        """Those of a layer's branches as their stages count them; zeros for a model without layers."""
+        if not self.layers:
+            return (0,) * len(self.branches)
+        return tuple(branch.macs(batch, tokens, self.width, context) for branch in self.layer(0, join=False))
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Raise ValueError unless `schedule` is for such a model."""

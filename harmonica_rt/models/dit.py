@@ -71,14 +71,17 @@ class DiTAdapter(PatchAdapter):
 
     # ---- weights
 
-    def bind(self) -> tuple[list[Branch], Norm]:
-        branches = []
-        for i, block in enumerate(self.blocks):
-            attn_norm = Norm(6 * i + SHIFT_ATTN, 6 * i + SCALE_ATTN, block.norm1.norm.eps)
-            mlp_norm = Norm(6 * i + SHIFT_MLP, 6 * i + SCALE_MLP, block.norm3.eps)
-            branches.append(Branch(self_attention(block.attn1), attn_norm, 6 * i + GATE_ATTN))
-            branches.append(Branch(feed_forward(block.ff), mlp_norm, 6 * i + GATE_MLP))
-        return branches, Norm(self.rows - 2, self.rows - 1, self.model.norm_out.eps)
+    def layer(self, number: int, join: bool) -> list[Branch]:
+        block, first = self.blocks[number], 6 * number
+        attn_norm = Norm(first + SHIFT_ATTN, first + SCALE_ATTN, block.norm1.norm.eps)
+        mlp_norm = Norm(first + SHIFT_MLP, first + SCALE_MLP, block.norm3.eps)
+        return [
+            Branch(self_attention(block.attn1, join), attn_norm, first + GATE_ATTN),
+            Branch(feed_forward(block.ff), mlp_norm, first + GATE_MLP),
+        ]
+
+    def head_norm(self) -> Norm:
+        return Norm(self.rows - 2, self.rows - 1, self.model.norm_out.eps)
 
     # ---- modulation
 
@@ -114,16 +117,13 @@ class DiTAdapter(PatchAdapter):
         size = self.config.sample_size
         height, width = size if height is None else height, size if width is None else width
         n, d = self.tokens(height, width), self.width
-        attn = n * (4 * d * d) + 2 * n * n * d
-        hidden = self.blocks[0].ff.net[0].proj.out_features if self.layers else 0
-        mlp = 2 * n * d * hidden
         embedder = self.blocks[0].norm1.emb.timestep_embedder
         time = embedder.linear_1.in_features * d + d * d
         pixels = self.patches.size**2
         ends = n * d * pixels * (self.config.in_channels + self.model.out_channels)
         around, head = time + 6 * d * d, time + 2 * d * d  # the head asks block 0's embedder once more
         fixed = ends + head + self.layers * around
-        return Macs((batch * attn, batch * mlp), batch * fixed, batch * around)
+        return Macs(self.branch_macs(batch, n), batch * fixed, batch * around)
 
 
 def _embed_condition(embedder: nn.Module, timesteps: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

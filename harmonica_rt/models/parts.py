@@ -13,7 +13,8 @@ from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .base import Adapter, Gelu, Linear, SelfAttention, Stage, UnsupportedModelError, expect_exactly, join_rows
+from .base import Adapter, UnsupportedModelError, expect_exactly, join_rows
+from .stages import Gelu, Linear, SelfAttention, Stage
 
 # A wrapper or subclass of any of these may compute something else
 ATTENTION: dict[str, type[nn.Module]] = {
@@ -139,14 +140,17 @@ def linear(module: nn.Linear) -> Linear:
     return Linear(module.weight.data, None if module.bias is None else module.bias.data)
 
 
-def joined(*modules: nn.Linear) -> Linear:
-    """Several layers on the same input as one; their parameters become neighbours in memory."""
+def joined(*modules: nn.Linear, join: bool) -> Linear:
+    """Several layers on the same input as one; `join` as in `Adapter.layer`."""
+    if not join:
+        rows = sum(m.out_features for m in modules)
+        return Linear(torch.empty(rows, modules[0].in_features, device="meta"), None)
     bias = None if modules[0].bias is None else join_rows([m.bias for m in modules])
     return Linear(join_rows([m.weight for m in modules]), bias)
 
 
-def self_attention(attn: nn.Module) -> tuple[Stage, ...]:
-    return joined(attn.to_q, attn.to_k, attn.to_v), SelfAttention(attn.heads), linear(attn.to_out[0])
+def self_attention(attn: nn.Module, join: bool) -> tuple[Stage, ...]:
+    return joined(attn.to_q, attn.to_k, attn.to_v, join=join), SelfAttention(attn.heads), linear(attn.to_out[0])
 
 
 def feed_forward(ff: nn.Module) -> tuple[Stage, ...]:

@@ -12,16 +12,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from .base import (
-    Branch,
-    CrossAttention,
-    Inputs,
-    Macs,
-    Norm,
-    UnsupportedModelError,
-    expect_exactly,
-    expect_plain_norm,
-)
+from .base import Branch, Inputs, Macs, Norm, UnsupportedModelError, expect_exactly, expect_plain_norm
 from .parts import (
     FEED_FORWARD,
     PatchAdapter,
@@ -37,6 +28,7 @@ from .parts import (
     scale_from,
     self_attention,
 )
+from .stages import CrossAttention, Held
 
 BLOCK_PARTS: dict[str, type[nn.Module]] = {
     "": BasicTransformerBlock,
@@ -93,17 +85,20 @@ class PixArtAdapter(PatchAdapter):
 
     # ---- weights
 
-    def bind(self) -> tuple[list[Branch], Norm]:
-        branches = []
-        for i, block in enumerate(self.blocks):
-            cross = block.attn2
-            attn_norm = Norm(6 * i + SHIFT_ATTN, 6 * i + SCALE_ATTN, block.norm1.eps)
-            mlp_norm = Norm(6 * i + SHIFT_MLP, 6 * i + SCALE_MLP, block.norm2.eps)
-            reading = (linear(cross.to_q), CrossAttention(cross.heads, context=i), linear(cross.to_out[0]))
-            branches.append(Branch(self_attention(block.attn1), attn_norm, 6 * i + GATE_ATTN))
-            branches.append(Branch(reading, norm=None, gate=None))
-            branches.append(Branch(feed_forward(block.ff), mlp_norm, 6 * i + GATE_MLP))
-        return branches, Norm(self.rows - 2, self.rows - 1, self.model.norm_out.eps)
+    def layer(self, number: int, join: bool) -> list[Branch]:
+        block, first = self.blocks[number], 6 * number
+        cross = block.attn2
+        attn_norm = Norm(first + SHIFT_ATTN, first + SCALE_ATTN, block.norm1.eps)
+        mlp_norm = Norm(first + SHIFT_MLP, first + SCALE_MLP, block.norm2.eps)
+        reading = (linear(cross.to_q), CrossAttention(cross.heads, context=number), linear(cross.to_out[0]))
+        return [
+            Branch(self_attention(block.attn1, join), attn_norm, first + GATE_ATTN),
+            Branch(reading, norm=None, gate=None),
+            Branch(feed_forward(block.ff), mlp_norm, first + GATE_MLP),
+        ]
+
+    def head_norm(self) -> Norm:
+        return Norm(self.rows - 2, self.rows - 1, self.model.norm_out.eps)
 
     # ---- modulation and text
 
@@ -134,11 +129,12 @@ class PixArtAdapter(PatchAdapter):
     def context_tokens(self, conditioning: tuple[Tensor, ...]) -> int:
         return self._split(conditioning)[1][0].shape[1]
 
-    def encode(self, conditioning: tuple[Tensor, ...], context: Tensor, bias: Tensor) -> None:
+    def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:
         _, (text, *mask) = self._split(conditioning)
+        bias = held.bias
         if self.model.caption_projection is not None:
             text = self.model.caption_projection(text)
-        for block, (keys, values) in zip(self.blocks, context.unbind()):
+        for block, (keys, values) in zip(self.blocks, held.context.unbind()):
             keys.copy_(block.attn2.to_k(text))
             values.copy_(block.attn2.to_v(text))
         if not mask:
@@ -196,9 +192,8 @@ class PixArtAdapter(PatchAdapter):
         height, width = size if height is None else height, size if width is None else width
         n, d, text = self.tokens(height, width), self.width, TEXT_TOKENS if context is None else context
         features = self.config.cross_attention_dim
-        attn = n * (4 * d * d) + 2 * n * n * d
-        cross = n * 2 * d * d + text * 2 * features * d + 2 * n * text * d
-        mlp = 2 * n * d * (self.blocks[0].ff.net[0].proj.out_features if self.layers else 0)
+        attn, cross, mlp = self.branch_macs(batch, n, text)
+        cross += batch * text * 2 * features * d  # its own forward makes keys and values at every step
         emb = self.model.adaln_single.emb
         time = emb.timestep_embedder.linear_1.in_features * d + d * d + 6 * d * d
         if self.sized:
@@ -209,4 +204,4 @@ class PixArtAdapter(PatchAdapter):
         caption = self.model.caption_projection
         captions = 0 if caption is None else text * (caption.linear_1.weight.numel() + caption.linear_2.weight.numel())
         ends = n * d * self.patches.size**2 * (self.in_channels + self.out_channels)
-        return Macs((batch * attn, batch * cross, batch * mlp), batch * (time + captions + ends))
+        return Macs((attn, cross, mlp), batch * (time + captions + ends))

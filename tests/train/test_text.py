@@ -30,7 +30,7 @@ def test_computing_everything_is_the_diffusers_model(sized: bool, guidance: floa
         x = torch.randn(len(run.rows[0]), 2, 8, 8, dtype=torch.float64)
         with torch.no_grad():
             expected = task.model(x, timestep=t.expand(len(x)), **arguments).sample
-            got = task.denoiser(x, run.rows[step], compute, run.context)
+            got = task.denoiser(x, run.rows[step], compute, run.held)
         assert relative_error(got, expected) <= 1e-10
 
 
