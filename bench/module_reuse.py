@@ -5,6 +5,7 @@ The naive baseline of the benchmarks, and the tests' oracle: it shares nothing w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from harmonica_rt import Schedule
 
-# Where a branch's module lives in a block, by model class and branch name
+# Where a branch's modules live in a block, by model class and branch name
 MODULES = {
-    "DiTTransformer2DModel": {"attn": "attn1", "mlp": "ff"},
-    "PixArtTransformer2DModel": {"attn": "attn1", "cross_attn": "attn2", "mlp": "ff"},
+    "DiTTransformer2DModel": {"attn": ["attn1"], "mlp": ["ff"]},
+    "PixArtTransformer2DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
+    "FluxTransformer2DModel": {"attn": ["attn"], "mlp": ["ff", "ff_context"], "block": ["proj_out"]},
 }
 
 
@@ -36,14 +38,18 @@ class ModuleReuse(nn.Module):
         self.output_channels = schedule.output_channels
         self.outputs: list[Tensor] = []  # newest first
         self.wrapped: list[tuple[nn.Module, str]] = []
-        compute, weights = schedule.compute.tolist(), schedule.weights.tolist()
-        for layer, block in enumerate(model.transformer_blocks):
-            for branch, name in enumerate(schedule.branches):
-                attribute = MODULES[schedule.model][name]
-                plan = [(step[layer][branch], w[layer][branch]) for step, w in zip(compute, weights)]
-                if schedule.channels is not None:
-                    own = torch.from_numpy(schedule.channels[:, layer, branch].copy())
-                    plan = [(c, [w + each for w, each in zip(ws, rows)]) for (c, ws), rows in zip(plan, own)]
+        compute = schedule.compute.reshape(schedule.steps, -1)
+        weights = schedule.weights.reshape(*compute.shape, -1)
+        channels = schedule.channels
+        if channels is not None:
+            channels = torch.from_numpy(channels.reshape(*weights.shape, -1).copy())
+        blocks = ((block, group.branches) for group in schedule.groups for block in getattr(model, group.name))
+        for entry, (block, name) in enumerate((block, name) for block, branches in blocks for name in branches):
+            plan = list(zip(compute[:, entry].tolist(), weights[:, entry].tolist()))
+            if channels is not None:
+                own = channels[:, entry]
+                plan = [(c, [w + each for w, each in zip(ws, rows)]) for (c, ws), rows in zip(plan, own)]
+            for attribute in MODULES[schedule.model][name]:
                 setattr(block, attribute, _Cached(self, getattr(block, attribute), plan))
                 self.wrapped.append((block, attribute))
 
@@ -81,9 +87,9 @@ class _Cached(nn.Module):
         super().__init__()
         object.__setattr__(self, "owner", owner)
         self.module, self.plan = module, plan
-        self.values: list[Tensor] = []  # newest first
+        self.values: list[Tensor] = []  # newest first, of joint attention both segments
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         computed, weights = self.plan[self.owner.step]
         if computed:
             self.owner.computed += 1
@@ -91,12 +97,18 @@ class _Cached(nn.Module):
             self.values = [value, *(self.values if self.owner.step else [])][: len(weights)]
             return value
         self.owner.reused += 1
-        total = None
-        for weight, value in zip(weights, self.values):
-            if isinstance(weight, Tensor):
-                total = weight * value if total is None else total + weight * value
-            elif weight == 1.0 and total is None:
-                total = value
-            elif weight != 0.0:
-                total = weight * value if total is None else torch.add(total, value, alpha=weight)
-        return torch.zeros_like(self.values[0]) if total is None else total
+        if isinstance(self.values[0], tuple):
+            return tuple(_sum(weights, values) for values in zip(*self.values))
+        return _sum(weights, self.values)
+
+
+def _sum(weights: Sequence[float | Tensor], values: Sequence[Tensor]) -> Tensor:
+    total = None
+    for weight, value in zip(weights, values):
+        if isinstance(weight, Tensor):
+            total = weight * value if total is None else total + weight * value
+        elif weight == 1.0 and total is None:
+            total = value
+        elif weight != 0.0:
+            total = weight * value if total is None else torch.add(total, value, alpha=weight)
+    return torch.zeros_like(values[0]) if total is None else total

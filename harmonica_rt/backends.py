@@ -14,7 +14,7 @@ from .buffers import Buffers
 from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
-from .models.base import Branch, Norm
+from .models.base import Branch, Norm, Row, by_segment
 from .models.stages import Gelu, Held, Linear, Stage, scratch_columns
 from .program import Gap, Term
 
@@ -38,8 +38,13 @@ class EagerOps:
         self.stages = [self._stages(branch) for branch in branches]
 
     def gap(self, gap: Gap, step: int) -> GapCall:
-        slots, gates, weights = self._terms(gap, step)
-        return partial(gap_eager, slots=slots, gates=gates, weights=weights, norm=self._norm(gap, step))
+        slots, gates, weights = self._terms(gap)
+        norm, made = self.norms[gap.norm], [self._at(gate, step) for gate in gates]
+        rows = None if norm is None else (self._at(norm.shift, step), self._at(norm.scale, step), norm.eps)
+        kind = "layer" if norm is None else norm.kind
+        return partial(
+            gap_eager, slots=slots, gates=made, weights=weights, norm=rows, split=self.buffers.split, kind=kind
+        )
 
     def branch(self, entry: int) -> BranchCall:
         """The calls of a branch, the last one writing into a slot."""
@@ -52,13 +57,17 @@ class EagerOps:
         return partial(_run_stages, calls, partial(stages[-1].into, held=held))
 
     def gap_launches(self, gap: Gap) -> int:
-        return len(gap.terms) + (0 if self.norms[gap.norm] is None else 2)
+        norm, terms = self.norms[gap.norm], sum(1 + self._apart(self.gate(term)) for term in gap.terms)
+        if norm is None:
+            return terms
+        wider = self.buffers.rows.dtype != self.buffers.x.dtype
+        return terms + 2 + (self._apart(norm.shift) or self._apart(norm.scale)) + wider
 
     def branch_launches(self, entry: int) -> int:
         stages = self.stages[entry]
         return sum(stage.launches for stage in stages) + stages[-1].copies
 
-    def gate(self, term: Term) -> int | None:
+    def gate(self, term: Term) -> Row | None:
         """The modulation row that multiplies a term; None for 1."""
         return self.branches[term.entry].gate if term.channel is None else self.buffers.channel_row(term.channel)
 
@@ -66,18 +75,19 @@ class EagerOps:
         """A branch's, as they run here."""
         return branch.stages
 
-    def _terms(self, gap: Gap, step: int) -> tuple[list[Tensor], list[Tensor | None], list[float]]:
-        buffers = self.buffers
-        slots = [buffers.slots.select(0, term.slot) for term in gap.terms]
-        rows = [self.gate(term) for term in gap.terms]
-        gates = [None if row is None else buffers.row(row, step) for row in rows]
-        return slots, gates, [term.weight for term in gap.terms]
+    def _terms(self, gap: Gap) -> tuple[list[Tensor], list[Row | None], list[float]]:
+        slots = [self.buffers.slots.select(0, term.slot) for term in gap.terms]
+        return slots, [self.gate(term) for term in gap.terms], [term.weight for term in gap.terms]
 
-    def _norm(self, gap: Gap, step: int) -> tuple[Tensor, Tensor, float] | None:
-        norm = self.norms[gap.norm]
-        if norm is None:
-            return None
-        return self.buffers.row(norm.shift, step), self.buffers.row(norm.scale, step), norm.eps
+    def _apart(self, row: Row | None) -> bool:
+        """Whether the segments have rows of their own."""
+        return isinstance(row, tuple) and row[0] != row[1] and self.buffers.split > 0
+
+    def _at(self, row: Row | None, step: int) -> Tensor | tuple[Tensor, Tensor] | None:
+        """A modulation row of `step`, [batch, 1, width], or of both segments; without text all is the second."""
+        if self._apart(row):
+            return self.buffers.row(row[0], step), self.buffers.row(row[1], step)
+        return None if row is None else self.buffers.row(row[1] if isinstance(row, tuple) else row, step)
 
 
 class InductorOps(EagerOps):
@@ -90,23 +100,33 @@ class InductorOps(EagerOps):
         self._one = torch.empty_strided(*row, dtype=buffers.rows.dtype, device=buffers.rows.device).fill_(1)
         bare = any(norm is None for norm in self.norms)
         for terms in (0, *CHUNKS):  # all variants now: no later step or schedule of this shape compiles anything
-            self._variant(terms, norm=True)
+            for kind in sorted({norm.kind for norm in self.norms if norm is not None}):
+                self._variant(terms, True, kind)
             if terms > 1 or (terms and bare):
-                self._variant(terms, norm=False)
+                self._variant(terms, False)
 
     def gap(self, gap: Gap, step: int) -> GapCall:
-        slots, gates, weights = self._terms(gap, step)
-        gates, norm = [self._one if gate is None else gate for gate in gates], self._norm(gap, step)
+        (slots, gates, weights), norm = self._terms(gap), self.norms[gap.norm]
         calls, start, sizes = [], 0, chunks(len(slots))
         for n, terms in enumerate(sizes):
             normed, part = norm is not None and n == len(sizes) - 1, slice(start, start + terms)
             start += terms
             if not terms and not normed:
                 continue
-            *rows, eps = norm if normed else (0.0,)
+            rows = [*gates[part], norm.shift, norm.scale] if normed else gates[part]
+            eps, kind = (norm.eps, norm.kind) if normed else (0.0, "layer")
             scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.buffers.shape.device)
-            calls.append((self._variant(terms, norm=normed), [scalars, *slots[part], *gates[part], *rows]))
+            calls.append((self._variant(terms, normed, kind), [scalars, *slots[part], *self._rows(rows, step)]))
         return partial(_gap_compiled, calls, bool(slots), norm is not None)
+
+    def _rows(self, rows: list[Row | None], step: int) -> list[Tensor]:
+        """As a compiled kernel takes them: of one segment, or of the first and then of the second."""
+        if not self.buffers.split:
+            rows = [row[1] if isinstance(row, tuple) else row for row in rows]
+        else:
+            pairs = [by_segment(row, 2) for row in rows]
+            rows = [first for first, _ in pairs] + [second for _, second in pairs]
+        return [self._one if row is None else self.buffers.row(row, step) for row in rows]
 
     def _stages(self, branch: Branch) -> tuple[Stage, ...]:
         columns = (*scratch_columns(branch.stages), 0)
@@ -123,10 +143,10 @@ class InductorOps(EagerOps):
         bare = not gap.terms and self.norms[gap.norm] is None
         return 0 if bare else len(chunks(len(gap.terms)))
 
-    def _variant(self, terms: int, norm: bool) -> Callable[..., list[Tensor]]:
+    def _variant(self, terms: int, norm: bool, kind: str = "layer") -> Callable[..., list[Tensor]]:
         buffers, shape = self.buffers, self.buffers.shape
-        threads = torch.get_num_threads()
-        return compiled_gap(terms, norm, buffers.stream, buffers.rows.shape[2], shape.dtype, shape.device, threads)
+        on = buffers.rows.shape[2], shape.dtype, shape.device, torch.get_num_threads()
+        return compiled_gap(terms, norm, buffers.stream, *on, buffers.split or None, buffers.rows.dtype, kind)
 
 
 class CudaGraphOps(EagerOps):
@@ -149,16 +169,22 @@ class CudaGraphOps(EagerOps):
     def gap(self, gap: Gap, step: int) -> GapCall:
         buffers, norm = self.buffers, self.norms[gap.norm]
         if gap not in self._tables:
-            gates = [-1 if (gate := self.gate(term)) is None else gate for term in gap.terms]
-            entries = [[term.slot, gate, gate] for term, gate in zip(gap.terms, gates)]
+            entries = [[term.slot, *self._numbers(self.gate(term))] for term in gap.terms]
             on = buffers.shape.device
             table = torch.tensor(entries, dtype=torch.int32, device=on).view(-1, 3)
             weights = torch.tensor([term.weight for term in gap.terms], dtype=torch.float32, device=on)
             self._tables[gap] = table, weights
         operands = (self._y, buffers.slots, buffers.rows, buffers.step, *self._tables[gap])
         if norm is None:
-            return partial(_gap_op_bare, self._op if gap.terms else None, operands, ("none", (-1, -1), (-1, -1), 0.0))
-        return partial(_gap_op, self._op, operands, ("layer", (norm.shift,) * 2, (norm.scale,) * 2, norm.eps))
+            rest = ("none", (-1, -1), (-1, -1), 0.0, buffers.split)
+            return partial(_gap_op_bare, self._op if gap.terms else None, operands, rest)
+        rest = (norm.kind, self._numbers(norm.shift), self._numbers(norm.scale), norm.eps, buffers.split)
+        return partial(_gap_op, self._op, operands, rest)
+
+    @staticmethod
+    def _numbers(row: Row | None) -> tuple[int, ...]:
+        """As the kernel takes them, a segment each."""
+        return tuple(-1 if one is None else one for one in by_segment(row, 2))
 
     def _stages(self, branch: Branch) -> tuple[Stage, ...]:
         # torch's CPU version of the call is the exact function

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buffers import Shape
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
 from .executor import Plan
@@ -20,7 +19,7 @@ from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph
 from .lowering import lower
 from .models import Adapter, adapt, adapt_at_branches
-from .models.base import Branch, Inputs, Norm
+from .models.base import Branch, Inputs, Norm, Shape
 from .program import Program
 from .schedule import Schedule
 
@@ -57,20 +56,35 @@ class BranchRun(Run):
             )
         if not same:
             self.plan.encode(current)
-        expected = timestep if timestep is not None or known is None else known[step]
+        timesteps = call.timestep.narrow(0, 0, 1)
+        coming = [] if known is None else self._coming(known[step:], timestep, timesteps)
+        expected = timestep if timestep is not None or not coming else coming[0]
         if same and expected is not None and self.filled.get(step) == expected:
             return
         self.filled.clear()
         index, window = step - self.start, self.plan.window
-        timesteps = call.timestep.narrow(0, 0, 1)
         # Unread labels may be new at each call, and then steps ahead would be filled in vain
         ahead = timestep is not None or same or not self.copies
-        if ahead and known is not None and known[step] == expected:
-            end = min(index - index % window + window, len(self.plan.program.steps)) + self.start
-            timesteps = torch.tensor(known[step:end], dtype=timesteps.dtype, device=timesteps.device)
-            self.filled.update(zip(range(step, end), known[step:end]))
+        if ahead and coming:
+            count = min(window - index % window, len(self.plan.program.steps) - index)
+            timesteps = torch.tensor(coming[:count], dtype=timesteps.dtype, device=timesteps.device)
+            self.filled.update(zip(range(step, step + count), coming))
         self.plan.modulate(index, timesteps, current)
         self.conditioning, self.versions, self.copies = current, versions, tuple(t.clone() for t in current)
+
+    def _coming(self, known: tuple[float, ...], timestep: float | None, like: Tensor) -> list[float]:
+        """What the calls from this one on will have for timesteps, if `known` tells.
+
+        Args:
+            known: the sampler's, or the model's own in a loop that is not a pipeline's.
+            timestep: this call's, unless it is not read: then there is a pipeline.
+        """
+        empty = torch.empty(0, dtype=like.dtype)
+        for told in (self.plan.adapter.timesteps(known, empty), torch.tensor(known, dtype=like.dtype)):
+            coming = told.tolist()
+            if timestep is None or coming[0] == timestep:
+                return coming
+        return []
 
 
 class BranchEngine(Engine):
@@ -121,7 +135,7 @@ class BranchEngine(Engine):
                 f"expected a sample of the model's dtype and device, {kind[0]} on {kind[1]}, "
                 f"got {shape.dtype} on {shape.device}"
             )
-        adapter.tokens(shape.height, shape.width)
+        adapter.stream(shape)  # whether such a sample fits
         if self._seen is None or seen.places != self._seen.places:
             self.free_plans()
             self._bound = (adapter, *adapter.bind())
@@ -133,7 +147,8 @@ class BranchEngine(Engine):
         return BranchRun(plan, start)
 
     def halves(self, was: Shape, call: Inputs) -> bool:
-        return was == replace(shape := shape_of(self.adapter, call), batch=2 * shape.batch)
+        shape = shape_of(self.adapter, call)
+        return was == replace(shape, sample=(2 * shape.batch, *shape.sample[1:]))
 
     def half_run(self, run: BranchRun, call: Inputs, number: int, context: Hashable) -> BranchRun:
         old, shape = run.plan, run.shape_of(call)

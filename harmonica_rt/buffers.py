@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from .models.base import Adapter
+from .models.base import Adapter, Row, Shape
 from .program import Program
 
 MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a plan is made for."""
-
-    batch: int
-    height: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-    context: int = 0  # tokens that cross-attention reads
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        context = f", {self.context} context tokens" if self.context else ""
-        return f"batch {self.batch}, {self.height}x{self.width}{context}, {dtype} on {self.device}"
 
 
 class Buffers:
@@ -39,11 +20,12 @@ class Buffers:
 
     Attributes:
         stream: shape of x, (batch, tokens, width).
+        split: tokens of its first segment, text; 0 where there is one segment.
         x: the stream.
         slots: [slots, batch, tokens, width], what reused branches stand on.
         outputs: [outputs, batch, out channels, height, width], what reused outputs stand on.
         rows: [window, batch, rows, width], the modulation rows of `window` steps: the adapter's, and behind them a gate
-            times its weights per channel for each term that has such.
+            times its weights per channel for each term that has such, and for each segment.
         adapter_rows: how many of them are the adapter's.
         channels: [steps, terms, width], those weights.
         output_channels: [terms, out channels], weights per channel of reused outputs.
@@ -54,7 +36,8 @@ class Buffers:
 
     def __init__(self, adapter: Adapter, program: Program, shape: Shape, scratch: int) -> None:
         self.shape = shape
-        tokens, width = adapter.tokens(shape.height, shape.width), adapter.width
+        self.segments = adapter.segments
+        (self.split, tokens), width = adapter.stream(shape), adapter.width
         self.stream = (shape.batch, tokens, width)
         on = {"dtype": shape.dtype, "device": shape.device}
         self.channels = _table(program.channels, width, "channels", torch.float32, shape.device)
@@ -62,16 +45,17 @@ class Buffers:
             program.output_channels, adapter.out_channels, "output_channels", shape.dtype, shape.device
         )
         self.adapter_rows = adapter.rows
-        count = adapter.rows + (0 if self.channels is None else self.channels.shape[1])
-        row_bytes = shape.batch * count * width * shape.dtype.itemsize
+        count = adapter.rows + (0 if self.channels is None else self.segments * self.channels.shape[1])
+        dtype = adapter.rows_dtype or shape.dtype
+        row_bytes = shape.batch * count * width * dtype.itemsize
         self.window = max(1, min(len(program.steps), MODULATION_BYTES // row_bytes))
-        self.rows = torch.empty(self.window, shape.batch, count, width, **on)
+        self.rows = torch.empty(self.window, shape.batch, count, width, dtype=dtype, device=shape.device)
         self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
-        self.held = adapter.hold(shape.batch, shape.context, **on)
+        self.held = adapter.hold(shape)
         self.x = torch.empty(self.stream, **on)
-        self.slots = torch.empty(program.slots, *self.stream, **on)
-        size = (shape.batch, adapter.out_channels, shape.height, shape.width)
-        self.outputs = torch.empty(program.outputs, *size, **on)
+        # Zeros: a term that adds nothing to a segment is a product with 0 where kernels have no other way
+        self.slots = torch.zeros(program.slots, *self.stream, **on)
+        self.outputs = torch.empty(program.outputs, *adapter.output_shape(shape.sample), **on)
         self.scratch = torch.empty(shape.batch * tokens * scratch, **on)
 
     def select(self, step: int) -> None:
@@ -82,9 +66,10 @@ class Buffers:
         """A modulation row of `step`, [batch, 1, width]."""
         return self.rows.select(0, step % self.window).narrow(1, row, 1)
 
-    def channel_row(self, channel: int) -> int:
-        """Number of the modulation row that holds a gate times its weights per channel."""
-        return self.adapter_rows + channel
+    def channel_row(self, channel: int) -> Row:
+        """Number of the modulation row that holds a gate times its weights per channel, or of a segment's each."""
+        first = self.adapter_rows + self.segments * channel
+        return first if self.segments == 1 else (first, first + 1)
 
     def scratch_of(self, columns: int) -> Tensor:
         """[batch, tokens, columns], where any other such lies too."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .backends import OPS, BranchCall, GapCall
-from .buffers import Buffers, Shape
+from .buffers import Buffers
 from .cuda_graphs import InputGraphs, Recorder, StepGraphs
 from .loop import LoopGraph, loop_key
-from .models.base import Adapter, Branch, Norm
+from .models.base import Adapter, Branch, Norm, Shape, by_segment
 from .models.stages import scratch_columns
 from .program import Program, ReuseOutput
 from .streams import Streams
@@ -76,13 +76,13 @@ class Plan:
         body, last = self.calls(step)
         x, done = self.buffers.x, 0
         try:
-            self.adapter.embed(sample, x)
+            self.adapter.embed(sample, self.buffers.held, x)
             for gap, compute in body:
                 x, y = gap(x)
                 compute(y)
                 done += 1
             _, y = last(x)
-            output = self.adapter.finish(y, self.shape.height, self.shape.width)
+            output = self.adapter.finish(y, self.shape.sample)
             if instructions.keep is not None:
                 self.buffers.outputs.select(0, instructions.keep).copy_(output)
             return output
@@ -98,7 +98,9 @@ class Plan:
             if term.channel is None:
                 total.add_(output, alpha=term.weight)
             else:
-                total.addcmul_(output, channels.select(0, term.channel).view(-1, 1, 1))
+                size = [1] * output.ndim
+                size[self.adapter.channel_dim] = -1
+                total.addcmul_(output, channels.select(0, term.channel).view(size))
         return total
 
     def modulate(self, step: int, timesteps: Tensor, conditioning: tuple[Tensor, ...]) -> None:
@@ -132,14 +134,15 @@ class Plan:
             for term in gap.terms:
                 if term.channel is not None:
                     weights = self.buffers.channels.select(0, step).select(0, term.channel).to(rows.dtype)
-                    gate = self.branches[term.entry].gate
-                    out = rows.select(1, self.buffers.channel_row(term.channel))
-                    out.copy_(weights if gate is None else rows.select(1, gate) * weights)
+                    gates = by_segment(self.branches[term.entry].gate, self.buffers.segments)
+                    into = by_segment(self.buffers.channel_row(term.channel), self.buffers.segments)
+                    for gate, row in zip(gates, into):
+                        rows.select(1, row).copy_(weights if gate is None else rows.select(1, gate) * weights)
 
     def encode(self, conditioning: tuple[Tensor, ...]) -> None:
         """Fill what cross-attention reads in the run that begins."""
         self.streams.enter()
-        if self.inputs is None or not self.adapter.contexts:
+        if self.inputs is None or self.buffers.held.nothing:
             self._encode(*conditioning)
         else:
             self.inputs.run("text", None, self._encode, conditioning)
@@ -152,9 +155,7 @@ class Plan:
     def capture(self, recorder: Recorder) -> None:
         """Have `run` replay graphs from now on. Raises CaptureFailed, and then the plan launches plainly."""
         started, shape = time.perf_counter(), self.shape
-        sample = torch.zeros(
-            shape.batch, self.adapter.in_channels, shape.height, shape.width, dtype=shape.dtype, device=shape.device
-        )
+        sample = torch.zeros(shape.sample, dtype=shape.dtype, device=shape.device)
         self.graphs = StepGraphs(self.program.steps, self.launches, self.buffers.select, sample, recorder)
         self.inputs = InputGraphs(recorder)
         self.seconds += time.perf_counter() - started
@@ -181,7 +182,7 @@ class Plan:
         if key in self.loops:
             self.loops[key] = self.loops.pop(key)
         else:
-            size = (images, self.adapter.in_channels, shape.height, shape.width)
+            size = (images, *shape.sample[1:])
             noise = torch.zeros(size, dtype=shape.dtype, device=shape.device)
             recorder = self.graphs.recorder
             self.loops[key] = LoopGraph(self.run_plainly, self.streams, recorder, scheduler, guidance_scale, noise)

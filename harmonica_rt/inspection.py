@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from .buffers import Shape
 from .models import Adapter
-from .models.base import Inputs
+from .models.base import Inputs, Shape
 
 SAME_IN_TRAINING = (nn.Linear, nn.Conv2d, nn.Embedding, nn.Identity, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
 
@@ -37,9 +36,8 @@ def read_timestep(timestep: Tensor | float | None) -> float | None:
 
 
 def shape_of(adapter: Adapter, inputs: Inputs) -> Shape:
-    batch, _, height, width = inputs.sample.shape
     context = adapter.context_tokens(inputs.conditioning)
-    return Shape(batch, height, width, inputs.sample.dtype, inputs.sample.device, context)
+    return Shape(tuple(inputs.sample.shape), inputs.sample.dtype, inputs.sample.device, context)
 
 
 @dataclass(frozen=True, eq=False)

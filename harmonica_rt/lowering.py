@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .forecast import forecast
+from .layout import count_entries
 from .program import Addend, Combine, Compute, ForwardProgram, ForwardStep, Gap, Keep, Program, ReuseOutput, Step, Term
 from .schedule import Schedule
 
@@ -50,7 +51,7 @@ def lower(schedule: Schedule) -> Program:
     draft = _draft(schedule)
     slots, count = _allocate(draft)
     outputs, kept, kept_count, output_channels = _lower_outputs(schedule)
-    entries = schedule.layers * len(schedule.branches)
+    entries = count_entries(schedule.groups)
     steps: list[Step | ReuseOutput] = []
     channels: list[_Rows] = []
     for i, drafted in enumerate(draft):
@@ -163,7 +164,7 @@ def _counts(weight: _Weight) -> bool:
 
 
 def _draft(schedule: Schedule) -> Draft:
-    steps, entries, order = schedule.steps, schedule.layers * len(schedule.branches), schedule.order
+    steps, entries, order = schedule.steps, count_entries(schedule.groups), schedule.order
     computed = schedule.compute.reshape(steps, entries).tolist()
     weights = schedule.weights.reshape(steps, entries, -1).tolist()
     channels = None if schedule.channels is None else schedule.channels.reshape(steps, entries, order + 1, -1)

@@ -141,11 +141,11 @@ def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
 
 def _describe_branches(plan: Plan, context: Hashable) -> PlanReport:
     shape, program, adapter = plan.shape, plan.program, plan.adapter
-    macs = adapter.macs(shape.height, shape.width, shape.batch, shape.context or None)
-    kinds = len(adapter.branches)
+    macs = adapter.macs_of(shape)
+    entries = adapter.by_entry(macs.branches)
     run = sum(macs.fixed for step in program.steps if isinstance(step, Step))
-    run += sum(macs.branches[compute.entry % kinds] for step in program.steps for _, compute in step.body)
-    full = len(program.steps) * (macs.fixed + adapter.layers * sum(macs.branches))
+    run += sum(int(entries[compute.entry]) for step in program.steps for _, compute in step.body)
+    full = len(program.steps) * (macs.fixed + int(entries.sum()))
     total = len(program.steps) * program.entries
     return PlanReport(
         shape=str(shape),

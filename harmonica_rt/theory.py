@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .layout import split_evenly
+from .layout import TRUNK, split_evenly
 from .models import adapt
 
 if TYPE_CHECKING:
@@ -21,16 +21,25 @@ def speedup(
     """`Schedule.speedup`."""
     adapter = adapt(model)  # a model without one has its MACs counted as it runs, in report()
     macs = adapter.macs(height, width, batch, context)
-    block = sum(macs.branches) + macs.around
+    entries = adapter.by_entry(macs.branches)
     fixed = macs.fixed - adapter.layers * macs.around
+    blocks, start = {}, 0  # MACs of each block of each list
+    for group in adapter.groups:
+        own = entries[start : start + group.entries].reshape(group.layers, -1)
+        blocks[group.name] = own.sum(axis=1) + macs.around
+        start += group.entries
+    trunk = np.concatenate(list(blocks.values()))
     run = int((~schedule.output).sum())
     if schedule.level == "branches":
         adapter.check_schedule(schedule)
-        computed = schedule.compute.sum(axis=(0, 1)) @ np.array(macs.branches, dtype=np.float64)
+        computed = schedule.compute.reshape(schedule.steps, -1).sum(axis=0) @ entries
         computed += run * adapter.layers * macs.around
     elif schedule.level == "blocks":
-        parts = [len(part) for part in split_evenly(adapter.layers, schedule.groups[0].layers)]
-        computed = block * float((schedule.compute.reshape(schedule.steps, -1) @ np.array(parts)).sum())
+        parts = []
+        for group in schedule.groups:
+            listed = trunk if group.name == TRUNK else blocks[group.name]
+            parts += [listed[part.start : part.stop].sum() for part in split_evenly(len(listed), group.layers)]
+        computed = float((schedule.compute.reshape(schedule.steps, -1) @ np.array(parts)).sum())
     else:
-        computed = run * adapter.layers * block
-    return float(schedule.steps * (fixed + adapter.layers * block) / (run * fixed + computed))
+        computed = run * trunk.sum()
+    return float(schedule.steps * (fixed + trunk.sum()) / (run * fixed + computed))

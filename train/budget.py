@@ -26,7 +26,7 @@ class Costs:
 def macs(adapter: Adapter, context: int | None = None) -> Costs:
     """MACs of a step; a reused entry has none. `context` as in `Adapter.macs`."""
     counted = adapter.macs(None, None, 1, context)
-    return Costs(np.tile(np.array(counted.branches, dtype=np.float64), adapter.layers), float(counted.fixed))
+    return Costs(adapter.by_entry(counted.branches), float(counted.fixed))
 
 
 class Budget:

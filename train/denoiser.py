@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.models import adapt
-from harmonica_rt.models.base import Branch, Norm
+from harmonica_rt.models.base import Branch, Shape, over_tokens
 from harmonica_rt.models.stages import Held
 
 Evaluate = Callable[[], Tensor]
@@ -51,7 +50,8 @@ class Denoiser:
     def encode(self, conditioning: tuple[Tensor, ...], dtype: torch.dtype) -> Held:
         """What stages read of a run, the same at all its steps."""
         first = conditioning[0]
-        held = self.adapter.hold(len(first), self.adapter.context_tokens(conditioning), dtype, first.device)
+        shape = Shape((len(first),), dtype, first.device, self.adapter.context_tokens(conditioning))
+        held = self.adapter.hold(shape)
         with torch.no_grad():
             self.adapter.encode(conditioning, held)
         return held
@@ -65,7 +65,7 @@ class Denoiser:
             stand_in: called for each entry in order. It may evaluate the branch, or not.
             held: as `encode` gives it; None for a model whose stages read nothing of a run.
         """
-        x = self.adapter.embed(sample).to(sample.dtype)  # positions may be kept in fp32
+        x = self.adapter.embed(sample, held).to(sample.dtype)  # positions may be kept in fp32
         for entry, branch in enumerate(self.branches):
 
             def evaluate(x: Tensor = x, branch=branch) -> Tensor:
@@ -74,8 +74,8 @@ class Denoiser:
                 return _branch(x, rows, held, branch)
 
             output = stand_in(entry, evaluate)
-            x = x + output if branch.gate is None else torch.addcmul(x, output, _row(rows, branch.gate))
-        return self.adapter.finish(_norm(x, rows, self.head), *sample.shape[2:])
+            x = x + output if branch.gate is None else torch.addcmul(x, output, over_tokens(rows, branch.gate, x, 0))
+        return self.adapter.finish(self.head.apply(x, rows), sample.shape)
 
 
 def compute(entry: int, evaluate: Evaluate) -> Tensor:
@@ -83,14 +83,5 @@ def compute(entry: int, evaluate: Evaluate) -> Tensor:
     return evaluate()
 
 
-def _row(rows: Tensor, row: int) -> Tensor:
-    return rows.narrow(1, row, 1)
-
-
-def _norm(x: Tensor, rows: Tensor, norm: Norm) -> Tensor:
-    normed = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
-    return torch.addcmul(_row(rows, norm.shift), normed, _row(rows, norm.scale))
-
-
 def _branch(x: Tensor, rows: Tensor, held: Held | None, branch: Branch) -> Tensor:
-    return branch.compute(x if branch.norm is None else _norm(x, rows, branch.norm), held)
+    return branch.compute(x if branch.norm is None else branch.norm.apply(x, rows), held)

@@ -51,7 +51,7 @@ def seconds(task: Task, batch: int = 4, backend: str = "auto", rounds: int = ROU
             taken[step].append(time.perf_counter() - began)
     everything, *without, nothing = (statistics.median(row[1:]) for row in taken[2:])
     branches = [max(0.0, everything - less) / adapter.layers for less in without]
-    return Costs(np.tile(np.array(branches), adapter.layers), nothing)
+    return Costs(adapter.by_entry(branches), nothing)
 
 
 def _wait(tensor: torch.Tensor) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
 from bench.reference import load_pipeline
-from harmonica_rt.buffers import Shape
 from harmonica_rt.executor import Plan
 from harmonica_rt.kernels.gelu import compiled_gelu
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import adapt
+from harmonica_rt.models.base import Shape
 
 from .conftest import inductor
 
@@ -46,12 +46,17 @@ def plan(size: str) -> Plan:
     """Of one block, on the eager backend."""
     model = one_block(size).transformer
     adapter, side, read = adapt(model), model.config.sample_size, text(size)
-    shape = Shape(BATCH, side, side, torch.float32, torch.device("cpu"), 0 if read is None else read.shape[1])
+    shape = Shape(
+        (BATCH, adapter.in_channels, side, side),
+        torch.float32,
+        torch.device("cpu"),
+        0 if read is None else read.shape[1],
+    )
     made = Plan(adapter, *adapter.bind(), lower(hrt.Schedule.full(model, 1)), shape, "eager")
     if read is not None:
         attention = model.transformer_blocks[0].attn2
-        made.buffers.held.context.copy_(torch.stack([attention.to_k(read), attention.to_v(read)]))
-        made.buffers.held.bias.zero_()
+        made.buffers.held["context"].copy_(torch.stack([attention.to_k(read), attention.to_v(read)]))
+        made.buffers.held["bias"].zero_()
     return made
 
 

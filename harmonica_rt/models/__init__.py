@@ -14,6 +14,7 @@ from .blocks import block_lists, class_name, no_blocks
 
 ADAPTERS = {
     "DiTTransformer2DModel": ("dit", "DiTAdapter"),
+    "FluxTransformer2DModel": ("flux", "FluxAdapter"),
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
 }
 
@@ -56,7 +57,8 @@ def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
         raise UnsupportedModelError(f"expected a denoiser, a torch.nn.Module, got {_named(model)}{hint}")
     lists = block_lists(model)
     if level == "auto":
-        level = "branches" if refusal(model) is None and groups == 1 else "blocks" if lists else "output"
+        branches = groups == 1 and refusal(model) is None and adapt(model).automatic
+        level = "branches" if branches else "blocks" if lists else "output"
     if level != "blocks" and groups != 1:
         raise ValueError(f"groups: expected 1 at level {level}, got {groups}")
     name = class_name(model)
@@ -64,7 +66,7 @@ def layout_of(model: Any, level: str = "auto", groups: int = 1) -> Layout:
         return Layout(name, level, ())
     if level == "branches":
         adapter = adapt_at_branches(model)
-        return Layout(adapter.model_class, level, (Group("transformer_blocks", adapter.layers, adapter.branches),))
+        return Layout(adapter.model_class, level, adapter.groups)
     if not lists:
         raise UnsupportedModelError(f"{no_blocks(model)}: expected level 'output', got 'blocks'")
     if groups == 1:

@@ -6,38 +6,95 @@ The executor runs any model described in these words and knows no model class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..layout import Group
 from .stages import Held, Stage, walk
 
 if TYPE_CHECKING:
     from ..schedule import Schedule
 
+# The number of a modulation row: of the whole stream, or of its two segments, text and image
+Row = int | tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a plan is made for.
+
+    Attributes:
+        sample: of the model's sample, [batch, ...].
+        context: tokens of text: those that cross-attention reads, or that are in the stream.
+    """
+
+    sample: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    context: int = 0
+
+    @property
+    def batch(self) -> int:
+        return self.sample[0]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        size = "x".join(map(str, self.sample[2:])) if len(self.sample) > 3 else f"{self.sample[1]} tokens"
+        context = f", {self.context} context tokens" if self.context else ""
+        return f"batch {self.batch}, {size}{context}, {dtype} on {self.device}"
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """y = layer_norm(x) * scale + shift. Shift and scale are numbers of modulation rows; scale holds 1 + scale."""
+    """y = norm(x) * scale + shift, the norm a layer or rms norm without weights. Scale holds 1 + scale."""
 
-    shift: int
-    scale: int
+    shift: Row
+    scale: Row
     eps: float
+    kind: Literal["layer", "rms"] = "layer"
+
+    def apply(self, x: Tensor, rows: Tensor, split: int = 0) -> Tensor:
+        """A new y; differentiable.
+
+        Args:
+            rows: modulation rows of a step, [batch, rows, width].
+            split: tokens of the first segment.
+        """
+        scale, shift = (over_tokens(rows, row, x, split) for row in (self.scale, self.shift))
+        norm = F.layer_norm if self.kind == "layer" else F.rms_norm
+        return torch.addcmul(shift, norm(x.to(rows.dtype), x.shape[-1:], eps=self.eps), scale).to(x.dtype)
+
+
+def over_tokens(rows: Tensor, row: Row, x: Tensor, split: int) -> Tensor:
+    """Row `row` of [batch, rows, width] as tokens of x take it: [batch, 1 or tokens, width]."""
+    if isinstance(row, int):
+        return rows.narrow(1, row, 1)
+    lengths = (split, x.shape[1] - split)
+    return torch.cat([rows.narrow(1, one, 1).expand(-1, length, -1) for one, length in zip(row, lengths)], dim=1)
+
+
+def by_segment(row: Row | None, segments: int) -> tuple[int | None, ...]:
+    """A row for each segment."""
+    return row if isinstance(row, tuple) else (row,) * segments
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Branch:
     """A residual function before its gate: `stages` on y. x += gate * stages(y).
 
-    `gate` is the number of a modulation row. Without a norm, y is x; without a gate, the gate is 1.
+    Without a norm, y is x; without a gate, the gate is 1.
     """
 
     stages: tuple[Stage, ...]
     norm: Norm | None
-    gate: int | None
+    gate: Row | None
 
     def compute(self, y: Tensor, held: Held | None) -> Tensor:
         """[batch, tokens, width] -> a new one; differentiable."""
@@ -55,9 +112,10 @@ class Inputs:
     """A forward call's arguments, read.
 
     Attributes:
-        sample: [batch, channels, height, width].
+        sample: [batch, channels, height, width], or what else the model takes.
         timestep: [batch], the same for all.
-        conditioning: what else the output depends on; tensors whose first dimension is the batch.
+        conditioning: what else the output depends on; tensors whose first dimension is the batch, or that are no
+            sample's own.
         return_dict: as in diffusers.
     """
 
@@ -84,6 +142,7 @@ class Macs:
     """Multiply-accumulates of one forward: one evaluation of each branch, and everything that is not a branch.
 
     Attributes:
+        branches: of one layer's branches, group after group.
         around: what of `fixed` is in one block.
     """
 
@@ -97,16 +156,25 @@ class Adapter(ABC):
 
     Attributes:
         model_class: diffusers class name.
+        automatic: whether builders take level branches unless another is asked for: where that is measured to pay.
         branches: names of a layer's branches, in the order they run.
+        groups: the model's lists of blocks, in the order they run.
         end_launches: ops that `embed` and `finish` launch, views not counted.
         layers: number of transformer blocks, L.
         width: channels of the token stream.
         in_channels: channels of a sample.
         out_channels: channels of the output, learned variances included.
         rows: modulation rows of a step: the shifts, scales and gates of all branches and of the head's norm.
+        rows_dtype: which the model modulates in; None for the stream's.
+        segments: of the stream: 2 for text, then image.
+        channel_dim: of a sample, which one its channels are.
         contexts: sets of keys and values that cross-attention reads.
     """
 
+    automatic: ClassVar[bool] = True
+    segments: ClassVar[int] = 1
+    channel_dim: ClassVar[int] = 1
+    rows_dtype: ClassVar[torch.dtype | None] = None
     model_class: ClassVar[str]
     branches: ClassVar[tuple[str, ...]]
     end_launches: ClassVar[int]
@@ -118,9 +186,13 @@ class Adapter(ABC):
     rows: int
     contexts: int = 0
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (Group("transformer_blocks", self.layers, self.branches),)
+
     @abstractmethod
     def layer(self, number: int, join: bool) -> list[Branch]:
-        """The B branches of a layer in the order they run, on the model's own weights.
+        """The branches of a layer, of those of all groups, in the order they run, on the model's own weights.
 
         Args:
             join: query, key and value weights are made neighbours in memory (the model's parameters become views of one
@@ -133,7 +205,7 @@ class Adapter(ABC):
         """What prepares y for `finish`."""
 
     def bind(self) -> tuple[list[Branch], Norm]:
-        """The L * B branches in the order they run, their weights joined, and the head's norm."""
+        """All branches in the order they run, their weights joined, and the head's norm."""
         return [branch for i in range(self.layers) for branch in self.layer(i, join=True)], self.head_norm()
 
     @abstractmethod
@@ -141,24 +213,29 @@ class Adapter(ABC):
         """Fill the modulation rows of n steps at once.
 
         Args:
-            timesteps: [n].
+            timesteps: [n], as the model takes them.
             conditioning: as in `Inputs`.
             out: [n, batch, rows, width].
         """
 
+    def timesteps(self, sampler: Sequence[float], like: Tensor) -> Tensor:
+        """What the forward is called with at a sampler's timesteps, [n], on the device and in the dtype of `like`."""
+        return torch.tensor(sampler, dtype=like.dtype, device=like.device)
+
     def context_tokens(self, conditioning: tuple[Tensor, ...]) -> int:
-        """Tokens that cross-attention reads, 0 without it."""
+        """Tokens of text, 0 without any."""
         return 0
 
-    def hold(self, batch: int, context: int, dtype: torch.dtype, device: torch.device) -> Held:
-        """What stages read of a run, still empty. `context`: tokens that cross-attention reads."""
+    def hold(self, shape: Shape) -> Held:
+        """What stages and `embed` read of a run, still empty."""
+        on = {"dtype": shape.dtype, "device": shape.device}
         return Held(
-            torch.empty(self.contexts, 2, batch, context, self.width, dtype=dtype, device=device),
-            torch.empty(batch, 1, 1, context, dtype=dtype, device=device),
+            context=torch.empty(self.contexts, 2, shape.batch, shape.context, self.width, **on),
+            bias=torch.empty(shape.batch, 1, 1, shape.context, **on),
         )
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:  # noqa: B027
-        """Fill what stages read, the same at all steps of a run. Nothing to do without cross-attention.
+        """Fill what is held, the same at all steps of a run. Nothing to do where the stream is all there is.
 
         Args:
             conditioning: as in `Inputs`.
@@ -173,16 +250,25 @@ class Adapter(ABC):
         """The forward's arguments besides sample and timestep: what `inputs` reads `conditioning` from."""
 
     @abstractmethod
-    def tokens(self, height: int, width: int) -> int:
-        """Length of the token stream for such a sample. Raises ValueError if it does not fit the patches."""
+    def stream(self, shape: Shape) -> tuple[int, int]:
+        """Tokens of the first of two segments, 0 where there is one, and of the whole stream.
+
+        Raises ValueError if such a sample does not fit the model.
+        """
 
     @abstractmethod
-    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
-        """[batch, channels, height, width] -> `out` [batch, tokens, width]; differentiable where there is no `out`."""
+    def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
+        """A sample -> `out` [batch, tokens, width]; differentiable where there is no `out`."""
 
     @abstractmethod
-    def finish(self, y: Tensor, height: int, width: int) -> Tensor:
-        """The head, after its norm: [batch, tokens, width] -> a new [batch, out channels, height, width]."""
+    def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
+        """The head, after its norm: [batch, tokens, width] -> a new output for a sample of shape `sample`."""
+
+    def output_shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the output for a sample of that shape."""
+        shape = list(sample)
+        shape[self.channel_dim] = self.out_channels
+        return tuple(shape)
 
     @abstractmethod
     def output(self, sample: Tensor) -> Any:
@@ -197,6 +283,19 @@ class Adapter(ABC):
             context: tokens that cross-attention reads; as many as the model's pipeline takes unless given.
         """
 
+    def macs_of(self, shape: Shape) -> Macs:
+        """`macs` of a call of that shape."""
+        return self.macs(*shape.sample[2:], shape.batch, shape.context or None)
+
+    def by_entry(self, kinds: Sequence[float]) -> np.ndarray:
+        """What is told of a layer's branches, group after group, for each entry."""
+        parts, start = [], 0
+        for group in self.groups:
+            own = kinds[start : start + len(group.branches)]
+            parts.append(np.tile(np.asarray(own, dtype=np.float64), group.layers))
+            start += len(group.branches)
+        return np.concatenate(parts)
+
     def branch_macs(self, batch: int, tokens: int, context: int = 0) -> tuple[int, ...]:
         """Those of a layer's branches as their stages count them; zeros for a model without layers."""
         if not self.layers:
@@ -208,7 +307,8 @@ class Adapter(ABC):
         for what, expected, got in [
             ("model", self.model_class, schedule.model),
             ("layers", self.layers, schedule.layers),
-            ("branches", self.branches, schedule.branches),
+            ("branches", tuple(dict.fromkeys(b for group in self.groups for b in group.branches)), schedule.branches),
+            ("groups", self.groups, schedule.groups),
         ]:
             if expected != got:
                 raise ValueError(f"schedule does not fit the model: {what} expected {expected}, got {got}")

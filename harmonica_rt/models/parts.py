@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .base import Adapter, UnsupportedModelError, expect_exactly, join_rows
-from .stages import Gelu, Linear, SelfAttention, Stage
+from .base import Adapter, Shape, UnsupportedModelError, expect_exactly, join_rows
+from .stages import Gelu, Held, Linear, SelfAttention, Stage
 
 # A wrapper or subclass of any of these may compute something else
 ATTENTION: dict[str, type[nn.Module]] = {
@@ -100,13 +101,17 @@ class PatchAdapter(Adapter):
     head: nn.Linear
 
     def tokens(self, height: int, width: int) -> int:
+        """Length of the token stream for such a sample. Raises ValueError if it does not fit the patches."""
         return self.patches.tokens(height, width)
 
-    def embed(self, sample: Tensor, out: Tensor | None = None) -> Tensor:
+    def stream(self, shape: Shape) -> tuple[int, int]:
+        return 0, self.tokens(*shape.sample[2:])
+
+    def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
         return self.patches.embed(sample, out)
 
-    def finish(self, y: Tensor, height: int, width: int) -> Tensor:
-        return self.patches.join(self.head(y), height, width, self.out_channels)
+    def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
+        return self.patches.join(self.head(y), *sample[2:], self.out_channels)
 
     def output(self, sample: Tensor) -> Transformer2DModelOutput:
         return Transformer2DModelOutput(sample=sample)
@@ -186,6 +191,20 @@ def read_sample(arguments: dict[str, Any], channels: int) -> Tensor:
     if 0 in sample.shape:
         raise ValueError(f"hidden_states: expected at least one sample and pixel, got {describe(sample)}")
     return sample
+
+
+def expect_tokens(name: str, value: Any, channels: int) -> Tensor:
+    """[batch, tokens, channels], none of them 0."""
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[2] != channels or 0 in value.shape:
+        raise ValueError(f"{name}: expected a tensor [batch, tokens, {channels}], got {describe(value)}")
+    return value
+
+
+def refuse(arguments: dict[str, Any], names: Sequence[str], hint: str) -> None:
+    """Raise ValueError if one of `names`, which no program can express, was given."""
+    for name in names:
+        if (value := arguments.get(name)) is not None and len(value):
+            raise ValueError(f"{name}: expected none at level 'branches', got {describe(value)}; {hint}")
 
 
 def expect_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:

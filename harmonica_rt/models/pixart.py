@@ -131,10 +131,10 @@ class PixArtAdapter(PatchAdapter):
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:
         _, (text, *mask) = self._split(conditioning)
-        bias = held.bias
+        bias = held["bias"]
         if self.model.caption_projection is not None:
             text = self.model.caption_projection(text)
-        for block, (keys, values) in zip(self.blocks, held.context.unbind()):
+        for block, (keys, values) in zip(self.blocks, held["context"].unbind()):
             keys.copy_(block.attn2.to_k(text))
             values.copy_(block.attn2.to_v(text))
         if not mask:

@@ -6,32 +6,38 @@ Stages take and give h [batch, tokens, columns]. A branch's first one takes y, i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class Held:
     """What stages read besides h, the same at all steps of a run: static buffers of a plan, or tensors of a learner.
 
-    Attributes:
-        context: [contexts, 2, batch, context tokens, width], keys and values that cross-attention reads.
-        bias: [batch, 1, 1, context tokens], added to its scores.
+    Args:
+        tensors: by the names that the adapter gives them. Those of cross-attention are ``context`` [contexts, 2, batch,
+            context tokens, width], keys and values, and ``bias`` [batch, 1, 1, context tokens], added to its scores.
     """
 
-    context: Tensor
-    bias: Tensor
-    _views: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+        self._views: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def nothing(self) -> bool:
+        return not any(tensor.numel() for tensor in self.tensors.values())
 
     def keys_values(self, number: int, heads: int) -> tuple[Tensor, ...]:
         """Both of set `number`, [batch, heads, context tokens, head width]: views, made once."""
         if (number, heads) not in self._views:
-            self._views[number, heads] = split_heads(self.context.select(0, number), heads).unbind()
+            self._views[number, heads] = split_heads(self["context"].select(0, number), heads).unbind()
         return self._views[number, heads]
 
 
@@ -159,13 +165,50 @@ class CrossAttention(Stage):
     def compute(self, h: Tensor, held: Held | None) -> Tensor:
         keys, values = held.keys_values(self.context, self.heads)
         q = split_heads(h, self.heads)
-        return join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=held.bias))
+        return join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=held["bias"]))
 
     def columns(self, before: int) -> int:
         return before
 
     def macs(self, batch: int, tokens: int, columns: int, context: int) -> int:
         return 2 * batch * tokens * context * columns
+
+
+@dataclass(frozen=True, eq=False)
+class Call(Stage):
+    """The model's own submodules, whatever is in them: LoRA layers, quantised weights, an attention backend.
+
+    Attributes:
+        run: (y, held) -> the result, or its two segments, text and image, a tensor each. Calls `modules`.
+        modules: those that hold the weights.
+        counted: multiply-accumulates, of (batch, tokens, context).
+    """
+
+    run: Callable[[Tensor, Held], Tensor | tuple[Tensor, Tensor]]
+    modules: tuple[nn.Module, ...]
+    counted: Callable[[int, int, int], int]
+
+    @property
+    def weights(self) -> int:
+        return sum(p.numel() for module in self.modules for p in module.parameters())
+
+    def compute(self, h: Tensor, held: Held | None) -> Tensor:
+        result = self.run(h, held)
+        return result if isinstance(result, Tensor) else torch.cat(result, dim=1)
+
+    def into(self, h: Tensor, held: Held | None, out: Tensor) -> Tensor:
+        result = self.run(h, held)
+        parts, start = (result,) if isinstance(result, Tensor) else result, 0
+        for part in parts:
+            out.narrow(1, start, part.shape[1]).copy_(part)
+            start += part.shape[1]
+        return out
+
+    def columns(self, before: int) -> int:
+        return before
+
+    def macs(self, batch: int, tokens: int, columns: int, context: int) -> int:
+        return self.counted(batch, tokens, context)
 
 
 def walk(stages: Sequence[Stage], width: int) -> Iterator[tuple[Stage, int]]:

@@ -106,7 +106,7 @@ def test_sigterm_leaves_whole_lines_and_a_second_run_goes_on(tmp_path: Path) -> 
     begun = [(line["stage"], line["case"]) for line in lines(path, "begin")]
     assert len(begun) > before
     assert [key for key in begun if key[0] == "environment"] == [
-        ("environment", c) for c in ("versions", "attention", "limits")
+        ("environment", c) for c in ("versions", "limits", "attention")
     ]
     assert lines(path)[-1]["how"] == "complete"
 

@@ -9,11 +9,11 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench.measure import CountLaunches
 from harmonica_rt.backends import OPS, LinearGelu, fused
-from harmonica_rt.buffers import Buffers, Shape
+from harmonica_rt.buffers import Buffers
 from harmonica_rt.counting import CountMacs
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import adapt
-from harmonica_rt.models.base import Branch, Norm
+from harmonica_rt.models.base import Branch, Norm, Shape
 from harmonica_rt.models.stages import CrossAttention, Gelu, Held, Linear, SelfAttention, Stage, scratch_columns
 
 from ..conftest import BACKENDS, assert_close, make_dit, make_pixart
@@ -26,7 +26,7 @@ def linear(before: int, columns: int, bias: bool = True) -> Linear:
 
 
 def held() -> Held:
-    return Held(torch.randn(3, 2, BATCH, TEXT, WIDTH), torch.randn(BATCH, 1, 1, TEXT))
+    return Held(context=torch.randn(3, 2, BATCH, TEXT, WIDTH), bias=torch.randn(BATCH, 1, 1, TEXT))
 
 
 def stream(columns: int = WIDTH) -> Tensor:
@@ -66,7 +66,7 @@ def test_cross_attention_reads_its_own_set() -> None:
     run, h = held(), stream()
     one, other = (CrossAttention(2, context=i).compute(h, run) for i in (0, 1))
     assert not torch.allclose(one, other)
-    run.context.select(0, 0).copy_(run.context.select(0, 1))  # as a plan fills it anew
+    run["context"].select(0, 0).copy_(run["context"].select(0, 1))  # as a plan fills it anew
     assert torch.equal(CrossAttention(2, context=0).compute(h, run), other)
 
 
@@ -88,7 +88,7 @@ CHAINS = {
 def test_backends_run_any_chain_of_stages(name: str, backend: str) -> None:
     stages: tuple[Stage, ...] = CHAINS[name]()
     branch, model = Branch(stages, Norm(0, 1, 1e-6), 2), make_dit()
-    shape = Shape(BATCH, 8, 8, torch.float32, torch.device("cpu"))
+    shape = Shape((BATCH, 4, 8, 8), torch.float32, torch.device("cpu"))
     widest = max(scratch_columns(stages), default=0)
     buffers = Buffers(adapt(model), lower(hrt.Schedule.full(model, 1)), shape, widest)
     ops = OPS[backend]([branch], Norm(0, 1, 1e-6), buffers)
