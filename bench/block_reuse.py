@@ -1,22 +1,26 @@
 """Reuse of groups of blocks, or of the output, on the diffusers model itself: the tests' oracle at those levels.
 
-For models with one list of blocks and one stream (DiT, PixArt): the list is replaced by one of groups.
+For DiT, PixArt and Flux: each list of blocks is replaced by one of groups.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from harmonica_rt import Schedule
 from harmonica_rt.forecast import forecast
 
-from .module_reuse import ModuleReuse
+from .module_reuse import ModuleReuse, Reuse
+
+LISTS = ("transformer_blocks", "single_transformer_blocks")
+# The streams through a block in the order it returns them, by the names it takes them by; else one, its first argument
+STREAMS = {"FluxTransformer2DModel": ("encoder_hidden_states", "hidden_states")}
 
 
 def by_hand(model: nn.Module, schedule: Schedule) -> ModuleReuse | BlockReuse:
@@ -24,84 +28,88 @@ def by_hand(model: nn.Module, schedule: Schedule) -> ModuleReuse | BlockReuse:
     return (ModuleReuse if schedule.level == "branches" else BlockReuse)(model, schedule)
 
 
-class BlockReuse(nn.Module):
+class BlockReuse(Reuse):
     """`model` whose groups of blocks, or itself, return what `schedule` says of their last values.
 
-    Steps are counted: call `reset()` before each run. `remove()` gives the model its blocks back.
+    `remove()` gives the model its blocks back.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
-        super().__init__()
-        self.model, self.schedule, self.step = model, schedule, 0
-        self.config, self.dtype, self.device = model.config, model.dtype, model.device
-        self.computed = self.reused = self.outputs_reused = 0
-        self.outputs: list[Tensor] = []  # newest first
-        self.blocks = list(model.transformer_blocks)
-        if schedule.groups:
-            parts = np.array_split(np.arange(len(self.blocks)), schedule.groups[0].layers)
-            grouped = [_Group(self, [self.blocks[i] for i in part], g) for g, part in enumerate(parts)]
-            model.transformer_blocks = nn.ModuleList(grouped).eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.schedule.output[self.step]:
-            self.outputs_reused += 1
-            weights = list(torch.from_numpy(self.schedule.output_weights[self.step].copy()).float())
-            if self.schedule.output_channels is not None:
-                own = torch.from_numpy(self.schedule.output_channels[self.step].copy())
-                weights = [w + each.view(-1, 1, 1) for w, each in zip(weights, own)]
-            sample = sum(w * output for w, output in zip(weights, self.outputs))
-            output = Transformer2DModelOutput(sample=sample) if kwargs.get("return_dict", True) else (sample,)
-        else:
-            output = self.model(*args, **kwargs)
-            self.outputs = [output[0], *(self.outputs if self.step else [])][: self.schedule.order + 1]
-        self.step += 1
-        return output
-
-    def reset(self) -> None:
-        self.step = 0
+        super().__init__(model, schedule)
+        self.streams = STREAMS.get(schedule.model, ())
+        self.blocks = {name: list(getattr(model, name)) for name in LISTS if hasattr(model, name)}
+        if not schedule.groups:
+            return
+        groups = {name: count for name, count, _ in schedule.groups}
+        lists = self.blocks
+        if "trunk" in groups:  # all lists' blocks in the first, none in the others
+            lists = dict.fromkeys(lists, ()) | {LISTS[0]: [block for blocks in lists.values() for block in blocks]}
+            groups = {LISTS[0]: 1}
+        numbers = iter(range(sum(groups.values())))
+        for name, blocks in lists.items():
+            parts = np.array_split(np.arange(len(blocks)), groups[name]) if name in groups else ()
+            own = [_Group(self, schedule, [blocks[i] for i in part], next(numbers)) for part in parts]
+            setattr(model, name, nn.ModuleList(own).eval())
 
     def remove(self) -> nn.Module:
-        self.model.transformer_blocks = nn.ModuleList(self.blocks).eval()
+        for name, blocks in self.blocks.items():
+            setattr(self.model, name, nn.ModuleList(blocks).eval())
         return self.model
 
 
 class _Group(nn.Module):
-    def __init__(self, owner: BlockReuse, blocks: Sequence[nn.Module], number: int) -> None:
+    def __init__(self, owner: BlockReuse, schedule: Schedule, blocks: Sequence[nn.Module], number: int) -> None:
         super().__init__()
         object.__setattr__(self, "owner", owner)
         self.blocks = nn.ModuleList(blocks)
-        schedule = owner.schedule
+        entries = schedule.compute.shape
+
+        def of(table: np.ndarray) -> np.ndarray:
+            """This group's, [steps, ...]."""
+            return table.reshape(entries[0], -1, *table.shape[len(entries) :])[:, number]
+
         unlearned = forecast(schedule.compute, schedule.order, schedule.positions)
+        tables = (schedule.compute, schedule.weights, unlearned, schedule.carry)
         self.plan = [
-            (bool(c), a.tolist(), w.tolist(), float(carry))
-            for c, a, w, carry in zip(
-                *(t[:, number, 0] for t in (schedule.compute, schedule.weights, unlearned, schedule.carry))
-            )
+            (bool(c), a.tolist(), w.tolist(), float(carry)) for c, a, w, carry in zip(*(of(table) for table in tables))
         ]
-        channels = schedule.channels
-        self.channels = None if channels is None else torch.from_numpy(channels[:, number, 0].copy())
-        self.values: list[tuple[Tensor, Tensor]] = []  # stream before and after, newest first
+        self.channels = None if schedule.channels is None else torch.from_numpy(of(schedule.channels).copy())
+        # Streams before and after it, newest first
+        self.values: dict[str | None, list[tuple[list[Tensor], list[Tensor]]]] = defaultdict(list)
 
     def __getattr__(self, name: str) -> Any:
         """DiT asks its first block for the embedding of its head."""
         return super().__getattr__(name) if name == "blocks" else getattr(self.blocks[0], name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        computed, a, w, carry = self.plan[self.owner.step]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        names = self.owner.streams
+        if not names:
+            return self._streams([args[0]], lambda block, x: [block(*x, *args[1:], **kwargs)])[0]
+        rest = {name: value for name, value in kwargs.items() if name not in names}
+        x = [kwargs[name] for name in names]
+        return tuple(self._streams(x, lambda block, x: block(*args, **dict(zip(names, x)), **rest)))
+
+    def _streams(self, x: list[Tensor], run: Any) -> list[Tensor]:
+        """The streams after it: `run`(block, streams) block by block, or what stands in."""
+        owner, values = self.owner, self.values[self.owner.context]
+        computed, a, w, carry = self.plan[owner.step]
         if computed:
             h = x
             for block in self.blocks:
-                h = block(h, *args, **kwargs)
-            self.values = [(x, h), *(self.values if self.owner.step else [])][: len(a)]
-            self.owner.computed += 1
+                h = run(block, h)
+            self.values[owner.context] = [(x, h), *(values if owner.step else [])][: len(a)]
+            owner.computed += 1
             return h
-        self.owner.reused += 1
+        owner.reused += 1
         if self.channels is not None:
-            own = self.channels[self.owner.step]
+            own = self.channels[owner.step]
             a, carry = [weight + each for weight, each in zip(a, own)], carry + own[-1]
-        o = torch.zeros_like(x)
-        for weight, (_, h) in zip(a, self.values):
-            o = o + weight * h
-        if isinstance(carry, Tensor) or carry:
-            o = o + carry * (x - sum(weight * before for weight, (before, _) in zip(w, self.values)))
-        return o
+        out = []
+        for stream, now in enumerate(x):
+            o = torch.zeros_like(now)
+            for weight, (_, h) in zip(a, values):
+                o = o + weight * h[stream]
+            if isinstance(carry, Tensor) or carry:
+                o = o + carry * (now - sum(weight * before[stream] for weight, (before, _) in zip(w, values)))
+            out.append(o)
+        return out

@@ -21,7 +21,7 @@ from .frechet import WIDTH
 from .judges import JUDGES
 from .measure import Timing, environment, interleave, pooled_psnr, psnr, ssim
 from .peers import PEERS, Peer
-from .peers.base import branch_names
+from .peers.base import branch_modules
 from .reference import TRAINED, noise
 from .sampling import Sampling
 
@@ -184,9 +184,16 @@ class _Evaluations:
     """How often a model's branch modules run, whatever is wrapped around them later."""
 
     def __init__(self, model: nn.Module) -> None:
-        names = branch_names(model)
-        self.modules = [getattr(block, name) for block in model.transformer_blocks for name in names]
+        self.modules = list(branch_modules(model).values())
         self.of_a_forward = len(self.modules)
+
+    @staticmethod
+    def _inner(module: nn.Module) -> nn.Module:
+        """A projection within it."""
+        if not hasattr(module, "to_q"):
+            return module.net[2]
+        out = getattr(module, "to_out", None)  # Flux's single blocks have theirs outside
+        return out[0] if out else module.to_q
 
     @contextmanager
     def counted(self) -> Iterator[list[int]]:
@@ -196,9 +203,7 @@ class _Evaluations:
         def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
             count[0] += len(output)
 
-        for module in self.modules:
-            inner = module.to_out[0] if hasattr(module, "to_out") else module.net[2]
-            handles.append(inner.register_forward_hook(add))
+        handles += [self._inner(module).register_forward_hook(add) for module in self.modules]
         try:
             yield count
         finally:

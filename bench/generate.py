@@ -40,8 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import harmonica_rt as hrt
-from bench.pipelines import PixelPipeline, PixelPixArtPipeline
-from bench.reference import REFERENCES, TRAINED, load_pipeline, timesteps
+from bench.pipelines import PixelPipeline
+from bench.reference import REFERENCES, TRAINED, load_pipeline
 from bench.run_latency import positive
 from bench.schedule_specs import parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
@@ -139,7 +139,7 @@ def prepare(
     planned = "none"
     if schedule is not None:
         plan = parse_schedule(schedule, pipeline, steps)
-        _check_schedule(schedule, plan, sampler, timesteps(pipeline, steps))
+        _check_schedule(schedule, plan, sampler, pipeline.timesteps(steps))
         planned = f"{Path(schedule).stem if Path(schedule).is_file() else schedule}, {_schedule_digest(plan)}"
         pipeline = hrt.compile(pipeline, plan, backend=backend, plans=1, strict=True)
     made = "diffusers" if schedule is None else backend
@@ -188,19 +188,16 @@ def _noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
 
 def render(pipeline: PixelPipeline, job: Job, shard: int) -> dict[str, Tensor]:
     """The tensors of a shard's file. Batches are always whole, so that one plan serves all: what is beyond is cut."""
-    config, model = pipeline.transformer.config, pipeline.transformer
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    prompts = pipeline.prompts.names if isinstance(pipeline, PixelPixArtPipeline) else None
-    kinds = config.num_embeds_ada_norm if prompts is None else len(prompts)
+    known, shown = pipeline.known, "labels" if pipeline.prompts is None else "prompts"
     indices, parts = job.indices(shard), []
     for first in range(indices.start, indices.stop, job.batch):
         batch = range(first, first + job.batch)
-        wanted: list[Any] = [i % kinds if prompts is None else prompts[i % kinds] for i in batch]
-        start = noise(job.seed, batch, shape).to(model.device)
+        wanted = [known[i % len(known)] for i in batch]
+        start = noise(job.seed, batch, pipeline.shape).to(pipeline.transformer.device)
         call = {"num_inference_steps": job.steps, "latents": start, "output_type": "latent"}
         parts.append(pipeline(wanted, job.guidance, **call).images.cpu())
     images = torch.cat(parts)[: len(indices)].to(getattr(torch, job.dtype))
-    return {"images": images, "labels" if prompts is None else "prompts": torch.tensor([i % kinds for i in indices])}
+    return {"images": images, shown: torch.tensor([i % len(known) for i in indices])}
 
 
 # ---- the folder

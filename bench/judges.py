@@ -76,10 +76,10 @@ class Frechet(Judge):
 
 @dataclass(frozen=True)
 class NearestGlyph(Judge):
-    """pixart-emoji: how many images are as near (in L2 over pixels) to their prompt's glyph as to any other."""
+    """Of emoji: how many images are as near (in L2 over pixels) to their prompt's glyph as to any other."""
 
     names: list[str]
-    glyphs: Tensor  # [names, pixels], in [-1, 1]: what the model was trained on
+    glyphs: Tensor  # [names, pixels], in [-1, 1]: what the models were trained on
 
     @classmethod
     def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> NearestGlyph:
@@ -96,4 +96,4 @@ class NearestGlyph(Judge):
         return {"glyph_accuracy": (apart.gather(1, wanted[:, None])[:, 0] <= apart.amin(1)).double().mean().item()}
 
 
-JUDGES: dict[str, type[Judge]] = {"dit-fashion": Frechet, "pixart-emoji": NearestGlyph}
+JUDGES: dict[str, type[Judge]] = {"dit-fashion": Frechet, "pixart-emoji": NearestGlyph, "flux-emoji": NearestGlyph}

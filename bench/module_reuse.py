@@ -5,6 +5,7 @@ The naive baseline of the benchmarks, and the tests' oracle: it shares nothing w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from harmonica_rt import Schedule
 
+from .wrapper import Wrapper
+
 # Where a branch's modules live in a block, by model class and branch name
 MODULES = {
     "DiTTransformer2DModel": {"attn": ["attn1"], "mlp": ["ff"]},
@@ -22,21 +25,56 @@ MODULES = {
 }
 
 
-class ModuleReuse(nn.Module):
-    """`model` whose branch modules, or itself, return a weighted sum of their last outputs where `schedule` says reuse.
+class Reuse(Wrapper):
+    """`model`, which returns a weighted sum of its last outputs where `schedule` says so.
 
-    Steps are counted: call `reset()` before each run. `remove()` gives the model its modules back.
+    Steps are counted, those of each context apart: call `reset()` before each run.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
-        super().__init__()
-        self.model, self.step = model, 0
-        self.config = model.config
-        self.dtype, self.device = model.dtype, model.device
-        self.computed = self.reused = self.outputs_reused = 0
+        super().__init__(model)
         self.output, self.output_weights = schedule.output.tolist(), schedule.output_weights.tolist()
         self.output_channels = schedule.output_channels
-        self.outputs: list[Tensor] = []  # newest first
+        self.computed = self.reused = self.outputs_reused = 0
+        self.reset()
+
+    @property
+    def step(self) -> int:
+        return self.steps[self.context]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.outputs[self.context]  # newest first
+        if self.output[self.step]:
+            output = self._reuse_output(outputs, kwargs.get("return_dict", True))
+        else:
+            output = self.model(*args, **kwargs)
+            self.outputs[self.context] = [output[0], *outputs][: len(self.output_weights[0])]
+        self.steps[self.context] += 1
+        return output
+
+    def _reuse_output(self, outputs: list[Tensor], return_dict: bool) -> Any:
+        self.outputs_reused += 1
+        weights = self.output_weights[self.step]
+        if self.output_channels is not None:
+            own = torch.from_numpy(self.output_channels[self.step].copy())
+            weights = [w + each.view(-1, *(1,) * (outputs[0].ndim - 2)) for w, each in zip(weights, own)]
+        terms = zip(weights, outputs)
+        sample = sum(weight * output for weight, output in terms)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def reset(self) -> None:
+        self.steps: dict[str | None, int] = defaultdict(int)
+        self.outputs: dict[str | None, list[Tensor]] = defaultdict(list)
+
+
+class ModuleReuse(Reuse):
+    """`model` whose branch modules, or itself, return a weighted sum of their last outputs where `schedule` says reuse.
+
+    `remove()` gives the model its modules back.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        super().__init__(model, schedule)
         self.wrapped: list[tuple[nn.Module, str]] = []
         compute = schedule.compute.reshape(schedule.steps, -1)
         weights = schedule.weights.reshape(*compute.shape, -1)
@@ -53,28 +91,6 @@ class ModuleReuse(nn.Module):
                 setattr(block, attribute, _Cached(self, getattr(block, attribute), plan))
                 self.wrapped.append((block, attribute))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.output[self.step]:
-            output = self._reuse_output(kwargs.get("return_dict", True))
-        else:
-            output = self.model(*args, **kwargs)
-            self.outputs = [output[0], *(self.outputs if self.step else [])][: len(self.output_weights[0])]
-        self.step += 1
-        return output
-
-    def _reuse_output(self, return_dict: bool) -> Any:
-        self.outputs_reused += 1
-        weights = self.output_weights[self.step]
-        if self.output_channels is not None:
-            own = torch.from_numpy(self.output_channels[self.step].copy())
-            weights = [w + each.view(-1, 1, 1) for w, each in zip(weights, own)]
-        terms = zip(weights, self.outputs)
-        sample = sum(weight * output for weight, output in terms)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def reset(self) -> None:
-        self.step = 0
-
     def remove(self) -> nn.Module:
         for block, attribute in self.wrapped:
             setattr(block, attribute, getattr(block, attribute).module)
@@ -87,19 +103,21 @@ class _Cached(nn.Module):
         super().__init__()
         object.__setattr__(self, "owner", owner)
         self.module, self.plan = module, plan
-        self.values: list[Tensor] = []  # newest first, of joint attention both segments
+        # Newest first; of joint attention both segments
+        self.values: dict[str | None, list[Tensor | tuple[Tensor, ...]]] = defaultdict(list)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        computed, weights = self.plan[self.owner.step]
+        owner, values = self.owner, self.values[self.owner.context]
+        computed, weights = self.plan[owner.step]
         if computed:
-            self.owner.computed += 1
+            owner.computed += 1
             value = self.module(*args, **kwargs)
-            self.values = [value, *(self.values if self.owner.step else [])][: len(weights)]
+            self.values[owner.context] = [value, *(values if owner.step else [])][: len(weights)]
             return value
-        self.owner.reused += 1
-        if isinstance(self.values[0], tuple):
-            return tuple(_sum(weights, values) for values in zip(*self.values))
-        return _sum(weights, self.values)
+        owner.reused += 1
+        if isinstance(values[0], tuple):
+            return tuple(_sum(weights, segment) for segment in zip(*values))
+        return _sum(weights, values)
 
 
 def _sum(weights: Sequence[float | Tensor], values: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pipelines around a transformer alone: class labels or prompts in, pixels (or latents) out, no VAE.
+"""Pipelines around a transformer alone: labels or prompts in, pixels out. What all have in common, DiT's, PixArt's.
 
 Calls are those of diffusers' `DiTPipeline` and `PixArtAlphaPipeline`, as far as they go without a VAE.
 """
@@ -6,7 +6,7 @@ Calls are those of diffusers' `DiTPipeline` and `PixArtAlphaPipeline`, as far as
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,65 @@ OnStepEnd = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], dict[str,
 
 
 class PixelPipeline(DiffusionPipeline):
-    """The sampling loop, whatever images are conditioned on."""
+    """What a bench asks of any model's pipeline.
 
-    model_cpu_offload_seq = "transformer"
-    context: int | None = None  # tokens of a prompt, where there is one
-    steps: int | None = None  # denoiser calls of a run, where whoever prepared it wants others than asked for
-    _interrupt = False
+    A call takes labels or prompts, guidance, and `latents`, noise of `shape` an image, and returns pixels;
+    ``output_type="latent"`` leaves them as sampled, around [-1, 1].
+    """
+
+    reference: str | None = None  # name of the reference model it samples
+    prompts: PromptFeatures | None = None  # what it knows, where it reads text
+    batched_guidance = True  # both halves in one call of the model; else one each, in cache contexts
+    steps: int | None = None  # steps of a run, where whoever prepared it wants others than asked for
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a sample."""
+        config = self.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def known(self) -> Sequence[Any]:
+        """Everything an image may be asked to show: labels or prompts."""
+        return self.prompts.names
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt."""
+        return None if self.prompts is None else self.prompts.states.shape[1]
+
+    def examples(self, count: int) -> list[Any]:
+        """What `count` images are to show, from all over `known`."""
+        known = self.known
+        return [known[i * len(known) // count] if count <= len(known) else known[i % len(known)] for i in range(count)]
+
+    def timesteps(self, steps: int) -> list[float]:
+        """Those a call of `steps` steps goes through."""
+        self.scheduler.set_timesteps(steps)
+        return self.scheduler.timesteps.tolist()
+
+    def pictures(self, states: Tensor) -> Tensor:
+        """What the transformer reads as `hidden_states`, as samples [n, channels, height, width]."""
+        return states
 
     def around(self, denoiser: nn.Module) -> PixelPipeline:
         """A quiet pipeline of its own around `denoiser`, with a scheduler of its own."""
-        scheduler = self.scheduler.from_config(self.scheduler.config)
-        own = type(self)(self.transformer, scheduler, **self._parts())
+        own = self._again(self.scheduler.from_config(self.scheduler.config))
+        own.reference = self.reference
         own.set_progress_bar_config(disable=True)
         object.__setattr__(own, "transformer", denoiser)
         return own
 
-    def _parts(self) -> dict[str, Any]:
-        """What the constructor takes besides transformer and scheduler."""
-        return {}
+    def _again(self, scheduler: SchedulerMixin) -> PixelPipeline:
+        """A pipeline of the same parts, but for the scheduler."""
+        raise NotImplementedError
+
+
+class LoopPipeline(PixelPipeline):
+    """The sampling loop of diffusers' DiT and PixArt pipelines, whatever images are conditioned on."""
+
+    model_cpu_offload_seq = "transformer"
+    _interrupt = False
 
     def conditioning(self, wanted: list[Any], guidance_scale: float) -> dict[str, Any]:
         """The transformer's arguments besides sample and timestep for such images, doubled where there is guidance."""
@@ -60,7 +101,7 @@ class PixelPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """`arguments`: the transformer's, for all samples; with guidance conditional ones first."""
         config, device = self.transformer.config, self._execution_device
-        shape = (images, config.in_channels, config.sample_size, config.sample_size)
+        shape = (images, *self.shape)
         x = randn_tensor(shape, generator, device, self.transformer.dtype) if latents is None else latents
         guided, self._interrupt = guidance_scale > 1, False
         self.scheduler.set_timesteps(num_inference_steps)
@@ -96,16 +137,23 @@ class PixelPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
 
-class PixelDiTPipeline(PixelPipeline):
+class PixelDiTPipeline(LoopPipeline):
     """Class-conditional sampling of a DiT."""
 
     def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
+    @property
+    def known(self) -> range:
+        return range(self.transformer.config.num_embeds_ada_norm)
+
     def examples(self, count: int) -> list[int]:
-        """Class labels for `count` images: every class in turn."""
-        return [i % self.transformer.config.num_embeds_ada_norm for i in range(count)]
+        """Every class in turn."""
+        return [i % len(self.known) for i in range(count)]
+
+    def _again(self, scheduler: SchedulerMixin) -> PixelDiTPipeline:
+        return type(self)(self.transformer, scheduler)
 
     def conditioning(self, wanted: list[int], guidance_scale: float) -> dict[str, Any]:
         labels = torch.tensor(wanted, device=self._execution_device)
@@ -141,7 +189,7 @@ class PixelDiTPipeline(PixelPipeline):
         return self._sample(arguments, len(class_labels), guidance_scale, *rest)
 
 
-class PixelPixArtPipeline(PixelPipeline):
+class PixelPixArtPipeline(LoopPipeline):
     """Text-to-image sampling of a PixArt.
 
     Args:
@@ -159,17 +207,8 @@ class PixelPixArtPipeline(PixelPipeline):
         self.sized = transformer.use_additional_conditions  # it is told resolution and aspect ratio
         self.prompts = PromptFeatures.load(EMOJI) if prompts is None else prompts
 
-    def _parts(self) -> dict[str, Any]:
-        return {"prompts": self.prompts}
-
-    @property
-    def context(self) -> int:
-        return self.prompts.states.shape[1]
-
-    def examples(self, count: int) -> list[str]:
-        """Prompts for `count` images, from all over the list."""
-        names = self.prompts.names
-        return [names[i * len(names) // count] if count <= len(names) else names[i % len(names)] for i in range(count)]
+    def _again(self, scheduler: SchedulerMixin) -> PixelPixArtPipeline:
+        return type(self)(self.transformer, scheduler, self.prompts)
 
     def conditioning(self, wanted: list[str], guidance_scale: float) -> dict[str, Any]:
         model, images = self.transformer, len(wanted)

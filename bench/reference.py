@@ -1,7 +1,7 @@
 """The models the benchmarks run, by name.
 
-``dit-fashion`` and ``pixart-emoji`` were trained for this project; the others are published architectures with random
-weights, good for timings only.
+``dit-fashion``, ``pixart-emoji`` and ``flux-emoji`` were trained for this project; the others are published
+architectures with random weights, good for timings only.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+)
 from torch import Tensor
 
+from .flux_pipeline import PixelFluxPipeline
 from .pipelines import PixelDiTPipeline, PixelPipeline, PixelPixArtPipeline
 from .prompts import PromptFeatures
 
 MODELS = Path(__file__).parent / "models"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # as both were trained
-TRANSFORMERS = {"dit": DiTTransformer2DModel, "pixart": PixArtTransformer2DModel}
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # as DiT and PixArt were trained
+TRANSFORMERS = {"dit": DiTTransformer2DModel, "pixart": PixArtTransformer2DModel, "flux": FluxTransformer2DModel}
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Reference:
         size: side of its input.
         guidance: classifier-free guidance it is sampled with.
         text: tokens of a prompt.
+        prompts: whose prompts a trained one reads; its own unless given.
     """
 
     kind: str
@@ -40,6 +49,7 @@ class Reference:
     size: int
     guidance: float
     text: int = 0
+    prompts: str | None = None
 
     @property
     def trained(self) -> bool:
@@ -62,6 +72,7 @@ REFERENCES = {
     "dit-s-2": _dit(layers=12, heads=6, head_dim=64),
     "dit-xl-2": _dit(layers=28, heads=16, head_dim=72),
     "pixart-emoji": Reference("pixart", None, size=32, guidance=4.5),
+    "flux-emoji": Reference("flux", None, size=32, guidance=4.0, prompts="pixart-emoji"),
     "pixart-alpha-256": _pixart(32),
     "pixart-alpha-512": _pixart(64),
     "pixart-alpha-1024": _pixart(128),
@@ -74,14 +85,16 @@ TRAINED = [name for name, reference in REFERENCES.items() if reference.trained]
 def load_pipeline(
     name: str, layers: int | None = None, size: int | None = None, device: torch.device | str = "cpu"
 ) -> PixelPipeline:
-    """A quiet fp32 pipeline of one of `REFERENCES` on linear betas: a DiT with DDIM, a PixArt with DPM-Solver++.
+    """A quiet fp32 pipeline of one of `REFERENCES`.
+
+    A DiT's sampler is DDIM and a PixArt's DPM-Solver++, both on linear betas; a Flux's is Euler's of flow matching.
 
     Args:
         layers, size: shrink a published architecture (no trained one) so that a CPU can finish.
         device: where it is; random weights are drawn there.
     """
     reference = REFERENCES[name]
-    kind, prompts = TRANSFORMERS[reference.kind], None
+    kind = TRANSFORMERS[reference.kind]
     if reference.trained:
         if layers is not None or size is not None:
             raise ValueError(f"{name} is trained: expected no other layers or size, got {layers} and {size}")
@@ -96,11 +109,13 @@ def load_pipeline(
         with torch.device(device):
             transformer = kind(**config).eval()
     if reference.kind == "dit":
-        scheduler = DDIMScheduler(clip_sample=False, **LINEAR)
-        pipeline: PixelPipeline = PixelDiTPipeline(transformer, scheduler)
+        pipeline: PixelPipeline = PixelDiTPipeline(transformer, DDIMScheduler(clip_sample=False, **LINEAR))
+    elif reference.kind == "flux":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        pipeline = PixelFluxPipeline.of(transformer, scheduler, prompt_features(name))
     else:
-        prompts = prompt_features(name)
-        pipeline = PixelPixArtPipeline(transformer, DPMSolverMultistepScheduler(**LINEAR), prompts)
+        pipeline = PixelPixArtPipeline(transformer, DPMSolverMultistepScheduler(**LINEAR), prompt_features(name))
+    pipeline.reference = name
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -109,17 +124,10 @@ def prompt_features(name: str) -> PromptFeatures:
     """What a text-to-image reference reads."""
     reference = REFERENCES[name]
     if reference.trained:
-        return PromptFeatures.load(MODELS / name)
+        return PromptFeatures.load(MODELS / (reference.prompts or name))
     return PromptFeatures.random(reference.text, reference.config["caption_channels"])
 
 
 def noise(pipeline: PixelPipeline, count: int, seed: int = 0) -> Tensor:
     """Initial noise for `count` images."""
-    config = pipeline.transformer.config
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=generator)
-
-
-def timesteps(pipeline: PixelPipeline, steps: int) -> list[int]:
-    pipeline.scheduler.set_timesteps(steps)
-    return pipeline.scheduler.timesteps.tolist()
+    return torch.randn(count, *pipeline.shape, generator=torch.Generator().manual_seed(seed))

@@ -26,14 +26,17 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import breakdown
+from bench import breakdown, costs
 from bench.block_reuse import by_hand
 from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
 from bench.pipelines import PixelPipeline
 from bench.reference import REFERENCES, load_pipeline, noise
 from bench.schedule_specs import SPECS, parse_schedule
+from bench.wrapper import Wrapper
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
+from harmonica_rt.models.blocks import block_lists
+from harmonica_rt.report import Report
 from harmonica_rt.train import models
 
 EAGER, COMPILED, NAIVE = "diffusers eager", "torch.compile, full", "module-level reuse"
@@ -124,19 +127,19 @@ def measure(
         fast = hrt.compile(pipeline.around(transformer), plan, backend=backend)
         outputs[name] = sample(fast)
         _gate(name, outputs[name], expected, GATE[dtype])
-        report = reports[name] = fast.transformer.report().plans[0]
-        if report.launches is None:  # the model's own forward: its ops are dispatched, but within compiled blocks
+        report = reports[name] = fast.transformer.report()
+        if report.level != "branches":  # the model's own forward: its ops are dispatched, but within compiled blocks
             launches[name] = None
-            if report.backend == "eager":
+            if report.plans[0].backend == "eager":
                 sample(counting := _counted(pipeline, plan, backend))
                 launches[name] = counting.transformer.launches / steps
         else:
-            launches[name] = (sum(report.launches) + around) / steps
-        seconds[name] = report.seconds
+            launches[name] = (sum(sum(each.launches) for each in report.plans) + around) / steps
+        seconds[name] = sum(each.seconds for each in report.plans)
         candidates[name] = lambda fast=fast: sample(fast)
     progress(f"{model}: {rounds} rounds of {len(candidates)} candidates")
     timings = interleave(candidates, rounds)
-    theoretical = plan.speedup(transformer, context=pipeline.context)
+    theoretical = costs.theoretical(next(iter(reports.values())))
     return {
         "model": model,
         "schedule": Path(schedule).stem if isinstance(schedule, str) else schedule.note,
@@ -146,8 +149,8 @@ def measure(
         "batch": batch,
         "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
         "guidance": guidance,
-        "layers": transformer.config.num_layers,
-        "size": transformer.config.sample_size,
+        "layers": sum(map(len, block_lists(transformer).values())),
+        "size": pipeline.shape[-1],
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(on) if on.type == "cpu" else torch.cuda.get_device_name(on),
         "rounds": rounds,
@@ -158,13 +161,18 @@ def measure(
             | {
                 "launches_per_step": launches[name],
                 "compile_seconds": seconds[name],
-                "slot_bytes": reports[name].slot_bytes if name in reports else None,
-                "slot_share": reports[name].slot_bytes / reports[name].model_bytes if name in reports else None,
+                "slot_bytes": costs.slot_bytes(reports[name]) if name in reports else None,
+                "slot_share": _slot_share(reports[name]) if name in reports else None,
                 "psnr": _mean_psnr(outputs[name], full) if REFERENCES[model].trained else None,
             }
             for name in candidates
         ],
     }
+
+
+def _slot_share(report: Report) -> float:
+    """Of the model's weights."""
+    return costs.slot_bytes(report) / report.plans[0].model_bytes
 
 
 def _row(name: str, timings: dict[str, Timing], theoretical: float, steps: int, batch: int) -> dict[str, Any]:
@@ -185,17 +193,14 @@ def _row(name: str, timings: dict[str, Timing], theoretical: float, steps: int, 
     }
 
 
-class _Counted(torch.nn.Module):
-    """`denoiser`, its launches counted: those of the sampler around it are the same for all."""
+class _Counted(Wrapper):
+    """`model`, its launches counted: those of the sampler around it are the same for all."""
 
-    def __init__(self, denoiser: torch.nn.Module) -> None:
-        super().__init__()
-        self.denoiser, self.launches = denoiser, 0
-        self.config, self.dtype, self.device = denoiser.config, denoiser.dtype, denoiser.device
+    launches = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with CountLaunches() as counter:
-            output = self.denoiser(*args, **kwargs)
+            output = self.model(*args, **kwargs)
         self.launches += counter.count
         return output
 
@@ -213,7 +218,7 @@ def _around_steps(pipeline: PixelPipeline, plan: hrt.Schedule, sample: Callable[
     Counted on the eager backend, where every launch is dispatched; it is the same code on all backends.
     """
     sample(own := _counted(pipeline, plan, "eager"))
-    return own.transformer.launches - sum(own.transformer.denoiser.report().plans[0].launches)
+    return own.transformer.launches - sum(sum(plan.launches) for plan in own.transformer.model.report().plans)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -391,6 +396,8 @@ def _profile(arguments: argparse.Namespace, progress: Callable[[str], None]) -> 
     if arguments.sampler is not None:
         pipeline.scheduler = models.scheduler(arguments.sampler, pipeline.scheduler.config)
     schedule = parse_schedule(arguments.schedule, pipeline, arguments.steps)
+    if schedule.level != "branches":
+        raise ValueError(f"--profile: expected a schedule of level branches, got one of level {schedule.level}")
     start, wanted = noise(pipeline, arguments.batch), pipeline.examples(arguments.batch)
 
     def sample(own: PixelPipeline) -> Tensor:

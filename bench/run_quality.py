@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import comparison, results, run_latency
+from bench import comparison, costs, results, run_latency
 from bench.frechet import WIDTH
 from bench.judges import Frechet
 from bench.measure import environment, pooled_psnr, psnr
@@ -42,10 +42,14 @@ from harmonica_rt.train import models
 MODEL = "dit-fashion"
 ALL = tuple(range(len(CLASSES)))
 TARGETS = {"full": "the full run", "converged": "the converged solution"}
-NAMES = {"DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
+NAMES = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM-Solver++",
+    "FlowMatchEulerDiscreteScheduler": "Euler",
+}
 SCHEDULES = ("uniform:2:0", "uniform:2:1", "uniform:3:0", "uniform:3:1", "uniform:4:0", "uniform:4:1")
 FEWER = (14, 10, 7, 5)
-JUDGED = {"dit-fashion": 400, "pixart-emoji": 128}  # images: of the Fréchet distance, of the nearest glyph
+JUDGED = {"dit-fashion": 400, "pixart-emoji": 128, "flux-emoji": 128}  # images: for Fréchet, for the nearest glyph
 FULL, PSNR = "full run", ("mean", "pooled", "worst")
 
 
@@ -104,7 +108,7 @@ def measure(
     if classes is not None and (not classes or not set(classes) <= set(ALL)):
         raise ValueError(f"--classes: expected labels from 0 to {ALL[-1]}, got {list(classes)}")
     sampling = Sampling.of(model, sampler, guidance, None if classes is None else tuple(classes))
-    pipeline, transformer = sampling.pipeline, sampling.pipeline.transformer
+    pipeline = sampling.pipeline
     plans = [load_schedule(text, pipeline, steps) for text in schedules]
     start = torch.cat([noise(pipeline, count, seed + i) for i in range(seeds)])
     progress(f"full run, {steps} steps")
@@ -125,14 +129,9 @@ def measure(
     def measured(name: str, schedule: hrt.Schedule) -> dict[str, Any]:
         progress(name)
         with accelerated(pipeline, schedule):
-            row = _row(
-                name,
-                schedule.cur,
-                schedule.speedup(transformer, context=pipeline.context),
-                sampling(start, steps),
-                wanted,
-                seeds,
-            )
+            images = sampling(start, steps)
+            theoretical = costs.theoretical(pipeline.transformer.report())
+            row = _row(name, schedule.cur, theoretical, images, wanted, seeds)
             return row | (judge(sampling, steps) if judge else {})
 
     for name, schedule in plans:

@@ -9,6 +9,7 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import harmonica_rt as hrt
@@ -16,6 +17,8 @@ from harmonica_rt.train import models
 
 from .pipelines import PixelPipeline
 from .reference import REFERENCES, load_pipeline
+
+FLOW_CONVERGED_STEPS = 200  # of Euler's: FluxPipeline takes no sampler of a higher order
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,12 @@ class Sampling:
         """The solution that this sampler's runs approximate: what learning aims at (train/weights.py)."""
         from harmonica_rt.train.weights import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
 
-        pipeline = self.pipeline.around(self.pipeline.transformer)
-        pipeline.scheduler = converged_scheduler(self.pipeline.scheduler)
-        return Sampling(pipeline, self.guidance, self.classes)(start, CONVERGED_STEPS)
+        pipeline, steps = self.pipeline.around(self.pipeline.transformer), CONVERGED_STEPS
+        if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            steps = FLOW_CONVERGED_STEPS
+        else:
+            pipeline.scheduler = converged_scheduler(pipeline.scheduler)
+        return Sampling(pipeline, self.guidance, self.classes)(start, steps)
 
 
 @contextmanager

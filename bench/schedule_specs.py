@@ -10,7 +10,6 @@ import numpy as np
 import harmonica_rt as hrt
 
 from .pipelines import PixelPipeline
-from .reference import timesteps
 
 SPECS = (
     "full, uniform:N[:ORDER], blocks:N[:ORDER][:groups=G][:carry=C], output:N[:ORDER], "
@@ -24,7 +23,7 @@ def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedu
     ``uniform`` is of level branches. Random: that share of all branches is reused, the hardest kind for a runtime, no
     two steps alike.
     """
-    known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": timesteps(pipeline, steps)}
+    known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": pipeline.timesteps(steps)}
     name, *parts = text.split(":")
     numbers = [int(part) for part in parts if part.isdigit()]
     options = [part.split("=", 1) for part in parts if not part.isdigit()]

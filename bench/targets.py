@@ -27,7 +27,7 @@ import harmonica_rt as hrt
 from bench import breakdown, run_latency, run_quality
 from bench.measure import interleave, ratio
 from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise, timesteps
+from bench.reference import REFERENCES, load_pipeline, noise
 from harmonica_rt.lowering import lower
 
 INDUCTOR, EAGER = "harmonica_rt, inductor", "harmonica_rt, eager"
@@ -94,7 +94,7 @@ def host(rounds: int) -> Iterator[Target]:
             wanted, REFERENCES["dit-fashion"].guidance, num_inference_steps=20, latents=start, output_type="latent"
         ).images
 
-    schedule = hrt.Schedule.uniform(pipeline.transformer, 20, every=2, timesteps=timesteps(pipeline, 20))
+    schedule = hrt.Schedule.uniform(pipeline.transformer, 20, every=2, timesteps=pipeline.timesteps(20))
     found = breakdown.profile(pipeline.around(pipeline.transformer), schedule, "eager", sample, rounds)
     parts = {part: seconds.sum() for part, seconds in found.medians().items()}
     share = 100 * parts["host"] / sum(parts.values())
@@ -255,7 +255,7 @@ def capture() -> Iterator[Target]:
 
     pipeline = load_pipeline("dit-xl-2")
     model, steps = pipeline.transformer, 20
-    schedule = hrt.Schedule.uniform(model, steps, every=2, order=1, timesteps=timesteps(pipeline, steps))
+    schedule = hrt.Schedule.uniform(model, steps, every=2, order=1, timesteps=pipeline.timesteps(steps))
     fast = hrt.compile(model, schedule, backend="cudagraph")
     fast._recorder = Emulator
     fast(torch.randn(2, 4, 32, 32), torch.full((2,), schedule.timesteps[0]), torch.tensor([1, 1000]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +11,14 @@ from torch import nn
 
 from ..module_reuse import MODULES
 from ..pipelines import PixelPipeline
+from ..wrapper import Wrapper
+
+# Names of a block's branch modules, by model class and list of blocks
+BRANCHES = {name: {"transformer_blocks": tuple(modules.values())} for name, modules in MODULES.items()}
+BRANCHES["FluxTransformer2DModel"] = {
+    "transformer_blocks": ("attn", "ff", "ff_context"),
+    "single_transformer_blocks": ("attn",),  # its MLP is in one projection with it
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,39 @@ def with_denoiser(pipeline: PixelPipeline, denoiser: nn.Module) -> PixelPipeline
     return pipeline
 
 
+def expect_batched_guidance(pipeline: PixelPipeline, peer: str) -> None:
+    """Raise ValueError where a pipeline calls its model twice a step: `peer` would take one context for the other."""
+    if not pipeline.batched_guidance:
+        kind = type(pipeline).__name__
+        raise ValueError(f"{peer}: expected both halves of guidance in one batch, got a call for each from {kind}")
+
+
+class Running(Wrapper):
+    """`model`, which knows where a run of `steps` steps begins."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        super().__init__(model)
+        self.steps = steps
+        self.calls: Counter[str | None] = Counter()  # of each context
+
+    def count(self) -> bool:
+        """Count a call; whether it is a run's first. The same context begins every run."""
+        begins = self.context == next(iter(self.calls), self.context) and self.calls[self.context] % self.steps == 0
+        self.calls[self.context] += 1
+        return begins
+
+
+def branch_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every branch module, by its name in `model`."""
+    return {
+        f"{blocks}.{number}.{name}": getattr(block, name)
+        for blocks, names in BRANCHES[type(model).__name__].items()
+        for number, block in enumerate(getattr(model, blocks))
+        for name in names
+    }
+
+
 def branch_names(model: nn.Module) -> list[str]:
-    """Names of a block's branch modules."""
-    return list(MODULES[type(model).__name__].values())
-
-
-def branch_patterns(model: nn.Module) -> list[str]:
-    """Patterns that match the whole name of every branch module."""
-    return [rf"transformer_blocks\.\d+\.{name}" for name in branch_names(model)]
+    """Names of the branch modules of a block, in models whose blocks are all alike."""
+    (names,) = BRANCHES[type(model).__name__].values()
+    return list(names)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..pipelines import PixelPipeline
-from .base import Peer, with_denoiser
+from .base import Peer, Running, with_denoiser
 
 
-class Refreshed(nn.Module):
+class Refreshed(Running):
     """`model` with its cache context renewed before each run: its step counter slips by one otherwise."""
-
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        super().__init__()
-        self.model, self.steps, self.calls = model, steps, 0
-        self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         import cache_dit
 
-        if self.calls % self.steps == 0:
+        if self.count():
             cache_dit.refresh_context(self.model, num_inference_steps=self.steps)
-        self.calls += 1
         return self.model(*args, **kwargs)
 
 
@@ -36,11 +28,12 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
     if kind.startswith("mask"):
         mask = [int(step % int(value) == 0) for step in range(steps)]
-        config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, max_warmup_steps=2, steps_computation_mask=mask, steps_computation_policy="static"
-        )
+        options = {"steps_computation_mask": mask, "steps_computation_policy": "static"}
     else:
-        config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=float(value))
+        options = {"residual_diff_threshold": float(value)}
+    if not pipeline.batched_guidance:
+        options["enable_separate_cfg"] = True
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, **options)
     cache_dit.enable_cache(pipeline.transformer, cache_config=config, calibrator_config=calibrator)
     return with_denoiser(pipeline, Refreshed(pipeline.transformer, steps))
 

@@ -10,7 +10,7 @@ from diffusers.hooks import apply_faster_cache
 from torch import Tensor, nn
 
 from ..pipelines import PixelPipeline
-from .base import Peer, with_denoiser
+from .base import Peer, expect_batched_guidance, with_denoiser
 from .hooked import Hooked, hooked
 
 
@@ -42,6 +42,7 @@ def swap(value: Any) -> Any:
 
 
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    expect_batched_guidance(pipeline, "FasterCache")
     every = int(setting.split()[1])
     arguments = ("timestep", "class_labels", "encoder_hidden_states", "encoder_attention_mask")
 

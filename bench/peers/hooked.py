@@ -1,4 +1,4 @@
-"""diffusers' cache hooks on a transformer whose pipeline has no cache context of its own."""
+"""diffusers' cache hooks on a transformer, whether or not its pipeline has cache contexts."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
 from ..pipelines import PixelPipeline
-from .base import with_denoiser
+from .base import Running, with_denoiser
 
 
-class Hooked(nn.Module):
-    """`model` under a cache context; its hooks forget at the first of `steps` calls."""
-
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        super().__init__()
-        self.model, self.steps, self.calls = model, steps, 0
-        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+class Hooked(Running):
+    """`model` under a cache context; its hooks forget at the first call of a run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         registry = HookRegistry.check_if_exists_or_initialize(self.model)
-        if self.calls % self.steps == 0:
+        if self.count():
             registry.reset_stateful_hooks()
-        self.calls += 1
         self._timestep = kwargs["timestep"]
-        _set_cache_context(self.model, CacheContext("run", **self.where(kwargs)))  # as CacheMixin, which it lacks
+        context = CacheContext(self.context or "run", **self.where(kwargs))
+        _set_cache_context(self.model, context)  # as CacheMixin, which DiT and PixArt lack
         try:
             return self.model(*args, **kwargs)
         finally:

@@ -20,11 +20,11 @@ def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     calibrating = hooked(
         own, steps, apply_mag_cache, lambda _: MagCacheConfig(calibrate=True, num_inference_steps=steps)
     )
-    said = io.StringIO()  # it prints what it found
+    said = io.StringIO()  # it prints what it found, context by context, conditional first
     with contextlib.redirect_stdout(said):
         calibrating(own.examples(4), num_inference_steps=steps, latents=noise(pipeline, 4, 1), output_type="latent")
-    found = [line for line in said.getvalue().splitlines() if line.startswith("[")]
-    ratios = [float(number) for number in found[-1].strip("[]").split(",")]
+    found = [line for line in said.getvalue().splitlines() if line.startswith("[") and line[1:2].isdigit()]
+    ratios = [float(number) for number in found[0].strip("[]").split(",")]
 
     def config(_: object) -> MagCacheConfig:
         return MagCacheConfig(threshold=float(setting), num_inference_steps=steps, mag_ratios=ratios)

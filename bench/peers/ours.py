@@ -11,7 +11,7 @@ from ..pipelines import PixelPipeline
 from .base import Peer
 
 SHIPPED = Path(__file__).parent.parent / "schedules"
-SAMPLERS = {"dit-fashion": "ddim", "pixart-emoji": "dpmsolver++"}  # their own
+SAMPLERS = {"dit-fashion": "ddim", "pixart-emoji": "dpmsolver++", "flux-emoji": "flow-euler"}  # their own
 
 
 def shipped(model: str, setting: str) -> Path:
@@ -27,12 +27,11 @@ def exists(model: str, setting: str) -> bool:
 def schedule(pipeline: PixelPipeline, setting: str, steps: int) -> hrt.Schedule:
     """``uniform N``, ``output N`` (the output reused but every Nth step), or ``learned [SAMPLER] NAME``, a file."""
     if setting.startswith("learned"):
-        return hrt.Schedule.load(shipped("dit-fashion" if pipeline.context is None else "pixart-emoji", setting))
+        return hrt.Schedule.load(shipped(pipeline.reference, setting))
     kind, every = setting.split()
-    pipeline.scheduler.set_timesteps(steps)
-    known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": pipeline.scheduler.timesteps}
+    known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": pipeline.timesteps(steps)}
     uniform = hrt.Schedule.uniform(pipeline.transformer, steps, int(every), **known)
-    return uniform if kind == "uniform" else uniform.replace(output=~uniform.compute.any((1, 2)))
+    return uniform if kind == "uniform" else uniform.replace(output=~uniform.compute.reshape(steps, -1).any(1))
 
 
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:

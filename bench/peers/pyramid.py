@@ -6,15 +6,16 @@ from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from ..pipelines import PixelPipeline
-from .base import Peer, branch_names
+from .base import Peer, branch_modules, expect_batched_guidance
 from .hooked import Hooked, hooked
 
 
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
+    expect_batched_guidance(pipeline, "PyramidAttentionBroadcast")
     every = int(setting.split()[1])
 
     def config(own: Hooked) -> PyramidAttentionBroadcastConfig:
-        cross = every if "attn2" in branch_names(own.model) else None
+        cross = every if any(name.endswith("attn2") for name in branch_modules(own.model)) else None
         return PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=every,
             cross_attention_block_skip_range=cross,

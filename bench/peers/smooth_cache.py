@@ -15,24 +15,21 @@ from torch import Tensor, nn
 
 from ..pipelines import PixelPipeline
 from ..reference import noise
-from .base import Peer, branch_names, with_denoiser
+from .base import Peer, Running, branch_names, with_denoiser
 
 FURTHEST = 3  # steps that one value may serve
 
 
-class Quiet(nn.Module):
+class Quiet(Running):
     """`model` with the helper's counters reset before each run, and without its print for every module and step."""
 
     def __init__(self, model: nn.Module, helper: Any, steps: int) -> None:
-        super().__init__()
-        self.model, self.steps, self.calls = model, steps, 0
+        super().__init__(model, steps)
         self.helper = helper
-        self.config, self.dtype, self.device = model.config, model.dtype, model.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.calls % self.steps == 0:
+        if self.count():
             self.helper.reset_state()
-        self.calls += 1
         return self.model(*args, **kwargs)
 
 
@@ -62,6 +59,11 @@ def _keep(outputs: list[Tensor], module: nn.Module, inputs: Any, output: Tensor)
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     from SmoothCache import smooth_cache_helper
 
+    if not any(isinstance(module, BasicTransformerBlock) for module in pipeline.transformer.modules()):
+        raise ValueError(
+            f"SmoothCache: expected a model of blocks of the kind BasicTransformerBlock, got "
+            f"{type(pipeline.transformer).__name__}"
+        )
     smooth_cache_helper.print = lambda *said: None  # it tells of every module and step
     alpha, schedule = float(setting), {}
     for kind, change in changes(pipeline, steps).items():

@@ -12,7 +12,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
-from bench.reference import load_pipeline, timesteps
+from bench.reference import load_pipeline
 
 from .conftest import inductor
 
@@ -28,7 +28,7 @@ def pipeline() -> PixelPipeline:
 def schedule(percent: int) -> hrt.Schedule:
     """The third step reuses `percent` of its attentions and as much of its MLPs, each spread over the layers."""
     model = pipeline().transformer
-    full = hrt.Schedule.full(model, STEPS, order=1, timesteps=timesteps(pipeline(), STEPS))
+    full = hrt.Schedule.full(model, STEPS, order=1, timesteps=pipeline().timesteps(STEPS))
     compute = full.compute.copy()
     reached = np.arange(full.layers + 1) * percent // 100
     reused = np.diff(reached) > 0
@@ -37,7 +37,7 @@ def schedule(percent: int) -> hrt.Schedule:
 
 
 def call(model: nn.Module, step: int, samples: list[torch.Tensor]) -> None:
-    timestep = torch.full((SAMPLES,), timesteps(pipeline(), STEPS)[step])
+    timestep = torch.full((SAMPLES,), pipeline().timesteps(STEPS)[step])
     model(samples[step], timestep=timestep, class_labels=torch.arange(SAMPLES))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise, timesteps
+from bench.reference import REFERENCES, load_pipeline, noise
 
 from .conftest import inductor
 
@@ -29,7 +29,7 @@ def test_trajectory(benchmark: Any, schedule: str, backend: str) -> None:
     pipeline = load_pipeline("dit-fashion")
     if backend != "diffusers":
         every = 2 if schedule == "uniform:2" else 1
-        known = timesteps(pipeline, STEPS)
+        known = pipeline.timesteps(STEPS)
         plan = hrt.Schedule.uniform(pipeline.transformer, STEPS, every, timesteps=known)
         benchmark.extra_info["theoretical"] = plan.speedup(pipeline.transformer)
         hrt.compile(pipeline, plan, backend=backend)

@@ -14,7 +14,7 @@ import harmonica_rt as hrt
 from bench import demo, run_latency, run_quality
 from bench.measure import CountLaunches, Timing, interleave, psnr, ratio
 from bench.module_reuse import ModuleReuse
-from bench.reference import load_pipeline, noise, timesteps
+from bench.reference import load_pipeline, noise
 from bench.schedule_specs import parse_schedule
 from harmonica_rt.train import models
 from harmonica_rt.train.task import Batch, Task
@@ -33,10 +33,12 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert demo.main(["--out", str(tmp_path), "--count", "4", "--rounds", "1", "--backend", "eager"]) == 0
     printed = capsys.readouterr().out
     assert "Seen: with 51 % of its branches reused" in printed
-    assert all(png(tmp_path / f"{name}.png") for name in ("images", "converged", "schedule", "latency"))
+    assert all(png(tmp_path / f"{name}.png") for name in ("images", "converged", "text", "schedule", "latency"))
     result = json.loads((tmp_path / "demo.json").read_text())
     assert result["demo"]["psnr_mean"] > 45
     assert result["demo"]["converged"]["learned"] > result["demo"]["converged"]["full"] + 2
+    assert list(result["demo"]["text"]) == ["pixart-emoji", "flux-emoji"]
+    assert all(20 < value < 60 for value in result["demo"]["text"].values())
     assert result["cur"] == pytest.approx(0.508, abs=0.001)
 
 
@@ -101,7 +103,7 @@ def test_random_schedules_reuse_what_was_asked_for() -> None:
 
 def test_a_schedule_file_is_benchmarked(tmp_path: Path) -> None:
     pipeline = load_pipeline("dit-s-2", layers=1, size=8)
-    schedule = hrt.Schedule.uniform(pipeline.transformer, 3, 3, timesteps=timesteps(pipeline, 3))
+    schedule = hrt.Schedule.uniform(pipeline.transformer, 3, 3, timesteps=pipeline.timesteps(3))
     schedule.save(tmp_path / "s.json")
     arguments = [*SMALL, "--schedule", str(tmp_path / "s.json"), "--backend", "eager", "--no-compile"]
     assert run_latency.main([*arguments, "--json", str(tmp_path / "r.json")]) == 0
@@ -131,7 +133,7 @@ def learned(tmp_path: Path) -> Path:
     """A file of a schedule for 4 steps whose weights are worse than the forecast's, made for guidance 1.5."""
     pipeline = load_pipeline("dit-fashion")
     schedule = hrt.Schedule.uniform(
-        pipeline.transformer, 4, 2, 0, sampler="DDIMScheduler", timesteps=timesteps(pipeline, 4), guidance_scale=1.5
+        pipeline.transformer, 4, 2, 0, sampler="DDIMScheduler", timesteps=pipeline.timesteps(4), guidance_scale=1.5
     )
     schedule.replace(weights=0.5 * schedule.weights).save(tmp_path / "half.weights.json")
     return tmp_path / "half.weights.json"

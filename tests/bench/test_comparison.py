@@ -191,7 +191,7 @@ def test_unknown_names_list_the_known(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run_quality.main(["--peers", "eager,best", "--out", str(tmp_path)]) == 2
     assert "expected all or some of eager, learned," in (said := " ".join(capsys.readouterr().out.split()))
     assert "got best" in said
-    with pytest.raises(ValueError, match="--model: expected one of dit-fashion, pixart-emoji, got 'dit-xl-2'"):
+    with pytest.raises(ValueError, match="expected one of dit-fashion, pixart-emoji, flux-emoji, got 'dit-xl-2'"):
         Job("dit-xl-2")
     with pytest.raises(ValueError, match=r"--judged: expected 0, or more images than the 64 features .*, got 64"):
         Job("pixart-emoji", judged=64)

@@ -311,7 +311,7 @@ def test_command(tmp_path: Path, whole: dict[str, bytes], capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "dit-xl"], "--model: expected one of dit-fashion, pixart-emoji, got 'dit-xl'"),
+        (["--model", "dit-xl"], "--model: expected one of dit-fashion, pixart-emoji, flux-emoji, got 'dit-xl'"),
         (["--schedule", "uniform"], "or a schedule file, got 'uniform'"),
         (["--schedule", "bench/schedules/dit-fashion-ddim20-2x.json"], "has 20 steps, got 2"),
         (["--seed", "-1"], "--seed: expected an integer from 0 on, got -1"),
