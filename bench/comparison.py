@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .frechet import WIDTH
 from .judges import JUDGES
-from .measure import Timing, environment, interleave, pooled_psnr, psnr, ssim
+from .measure import Timing, interleave, pooled_psnr, psnr, ssim
 from .peers import PEERS, Peer
 from .peers.base import branch_modules
 from .reference import TRAINED, noise
 from .sampling import Sampling
+from .store import Store
 
 SHOWN = 8  # images of a row that picture sheets may show
 HELD_OUT = 500_000  # seed of the noises; training's are elsewhere
@@ -54,53 +51,6 @@ class Job:
             raise ValueError(
                 f"--judged: expected 0, or more images than the {WIDTH} features they are judged by, got {self.judged}"
             )
-
-
-class Store:
-    """A results file: its first line is the job, each other a row. A row is written when it is known, once.
-
-    Raises:
-        ValueError: the file holds another job's rows.
-    """
-
-    def __init__(self, path: Path, job: Job, command: str = "") -> None:
-        self.path, self.rows = path, []
-        head = {"job": asdict(job), "command": command, "environment": environment()}
-        self.commit = head["environment"]["commit"]  # a run that goes on may be at a later one
-        if path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            if not lines or lines[0].get("job") != asdict(job):
-                got = lines[0].get("job") if lines else "none"
-                raise ValueError(f"{path}: expected the results of {asdict(job)}, got those of {got}")
-            self.rows = [row for row in lines[1:] if row["error"] is None]  # what failed is tried again
-            head = lines[0]
-        self._write([head, *self.rows])  # a line cut short is gone
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return any((row["peer"], row["setting"]) == key for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Write a row; its images, if any, become a strip in a folder beside the file."""
-        row = row | {"commit": self.commit}
-        if (images := row.pop("images", None)) is not None:
-            folder = self.path.with_suffix("")
-            folder.mkdir(exist_ok=True)
-            strip = (images.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-            row["strip"] = re.sub(r"[^a-z0-9.]+", "-", f"{row['peer']} {row['setting']}".lower()) + ".png"
-            Image.fromarray(strip.squeeze(-1).numpy()).save(folder / row["strip"])
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        draft = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 class Bench:

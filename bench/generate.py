@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import harmonica_rt as hrt
 from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, TRAINED, load_pipeline
+from bench.reference import REFERENCES, TRAINED, load_pipeline, weights_digest
 from bench.run_latency import positive
 from bench.schedule_specs import parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
@@ -135,7 +135,7 @@ def prepare(
     pipeline = load_pipeline(model)
     if device != "cpu":
         pipeline.to(device)
-    weights, sampler = _weights_digest(pipeline.transformer), type(pipeline.scheduler).__name__
+    weights, sampler = weights_digest(pipeline.transformer), type(pipeline.scheduler).__name__
     planned = "none"
     if schedule is not None:
         plan = parse_schedule(schedule, pipeline, steps)
@@ -156,13 +156,6 @@ def _check_schedule(name: str, schedule: hrt.Schedule, sampler: str, known: list
         raise ValueError(f"--schedule: {name} was made for {schedule.sampler}, the model samples with {sampler}")
     if schedule.timesteps is not None and not np.allclose(schedule.timesteps, known):
         raise ValueError(f"--schedule: {name} was made for timesteps {schedule.timesteps}, {sampler} has {known}")
-
-
-def _weights_digest(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _schedule_digest(schedule: hrt.Schedule) -> str:

@@ -6,6 +6,7 @@ architectures with random weights, good for timings only.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,11 @@ def prompt_features(name: str) -> PromptFeatures:
 def noise(pipeline: PixelPipeline, count: int, seed: int = 0) -> Tensor:
     """Initial noise for `count` images."""
     return torch.randn(count, *pipeline.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """What tells a model's weights from others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -69,8 +69,11 @@ class Sampling:
 
 
 @contextmanager
-def accelerated(pipeline: PixelPipeline, schedule: hrt.Schedule) -> Iterator[None]:
-    hrt.compile(pipeline, schedule)
+def accelerated(
+    pipeline: PixelPipeline, schedule: hrt.Schedule | dict[str, hrt.Schedule], **options: Any
+) -> Iterator[None]:
+    """With `pipeline` compiled for `schedule`; `options` are `harmonica_rt.compile`'s."""
+    hrt.compile(pipeline, schedule, **options)
     try:
         yield
     finally:
