@@ -21,15 +21,16 @@ def page(rows: list[Row]) -> str:
     """For each model PSNR to the full run, the best of a line bold, and then what levels cost."""
     latest = {row["model"]: row["weights"] for row in rows}  # of several weights those measured last
     rows = [row for row in rows if row["weights"] == latest[row["model"]]]
-    qualities = [row for row in rows if row["kind"] == "quality"]
-    timed = {(*_run(row), row["level"]): row for row in rows if row["kind"] == "time" and row["contexts"] == "all"}
     parts = []
-    for model in dict.fromkeys(row["model"] for row in qualities):
-        mine = [row for row in qualities if row["model"] == model]
-        parts.append(_table(f"{model}: PSNR in dB, mean / worst", mine, _setting, _quality))
-        costs = {(*_run(row), row["level"]): row for row in mine if row["contexts"] == "all"}
-        title = f"{model}: theory, speed-up, KiB an image"
-        parts.append(_table(title, [*costs.values()], _run, lambda row, _: _cost(row, timed)))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        if qualities := [row for row in mine if row["kind"] == "quality"]:
+            parts.append(_table(f"{model}: PSNR in dB, mean / worst", qualities, _setting, _quality))
+        costs: dict[tuple[Any, ...], Row] = {}
+        for row in (row for row in mine if row["contexts"] == "all"):
+            at = (*_run(row), row["level"])
+            costs[at] = costs.get(at, {}) | row  # a time has what a quality has not
+        parts.append(_table(f"{model}: theory, speed-up, KiB an image", [*costs.values()], _run, _cost))
     return "\n\n".join(parts)
 
 
@@ -67,7 +68,6 @@ def _quality(row: Row, line: list[Row]) -> str:
     return f"**{text}**" if row["mean"] == max(each["mean"] for each in line) else text
 
 
-def _cost(row: Row, timed: dict[tuple[Any, ...], Row]) -> str:
-    time = timed.get((*_run(row), row["level"]))
-    parts = [f"{row['theoretical']:.2f}x", f"{row['slot_bytes'] / 1024:.0f} KiB"]
-    return ", ".join(parts if time is None else [parts[0], f"{time['speedup']:.2f}x {time['backend']}", parts[1]])
+def _cost(row: Row, line: list[Row]) -> str:
+    speedup = [f"{row['speedup']:.2f}x {row['timed']}"] if "speedup" in row else []
+    return ", ".join([f"{row['theoretical']:.2f}x", *speedup, f"{row['slot_bytes'] / 1024:.0f} KiB"])

@@ -37,6 +37,7 @@ from bench.sampling import Sampling, accelerated
 from bench.schedule_specs import parse_schedule
 from bench.store import Store
 from harmonica_rt.models import ADAPTERS
+from harmonica_rt.report import Report
 
 GUIDANCE = (1.0, 1.5, 3.0, 4.5, 7.5)
 EVERY, ORDERS = (2, 3), (0, 1, 2)
@@ -136,13 +137,16 @@ class Qualities:
         with accelerated(sampling.pipeline, schedules(point, self.job.steps), backend="eager"):
             values = psnr(sampling(start, self.job.steps, self.job.batch), full)
             report = sampling.pipeline.transformer.report()
-        return {
-            "mean": values.mean().item(),
-            "worst": values.min().item(),
-            "theoretical": costs.theoretical(report),
-            "slots": sum(plan.slots for plan in report.plans),
-            "slot_bytes": costs.slot_bytes(report) // self.job.batch,  # an image's
-        }
+        return {"mean": values.mean().item(), "worst": values.min().item()} | _costs(report, self.job.batch)
+
+
+def _costs(report: Report, batch: int) -> dict[str, float]:
+    """Columns of both kinds of point."""
+    return {
+        "theoretical": costs.theoretical(report),
+        "slots": sum(plan.slots for plan in report.plans),
+        "slot_bytes": costs.slot_bytes(report) // batch,  # an image's
+    }
 
 
 def times(points: list[Point], steps: int, rounds: int) -> Iterator[tuple[Point, dict[str, Any]]]:
@@ -162,11 +166,13 @@ def times(points: list[Point], steps: int, rounds: int) -> Iterator[tuple[Point,
         yield (
             point,
             {
+                "timed": point.backend,
                 "speedup": ratio(timings["full"], timing),
                 "ms_per_image": 1e3 * timing.median / TIMED,
                 "ms_per_image_full": 1e3 * timings["full"].median / TIMED,
                 "rounds": rounds,
-            },
+            }
+            | _costs(own[point].transformer.report(), TIMED),
         )
 
 

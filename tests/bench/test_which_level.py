@@ -68,8 +68,9 @@ def test_contexts_apart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_times_are_lines_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [*SMALL[:-2], "4", "--model", "flux-emoji", "--out", str(tmp_path / "r.jsonl")]
-    assert main(arguments) == 0
     assert main([*arguments, "--time", "--rounds", "1"]) == 0
+    assert "PSNR" not in (printed := capsys.readouterr().out) and "x eager, 48 KiB |" in printed
+    assert main(arguments) == 0
     rows = [row for row in lines(tmp_path / "r.jsonl") if row["kind"] == "time"]
     assert [row["guidance"] for row in rows] == [1.0] * 5 + [4.0] * 5
     assert all(row["speedup"] > 1 and row["ms_per_image"] > 1 for row in rows)
