@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -192,12 +193,15 @@ class BranchEngine(Engine):
 
     def _plan(self, program: Program, shape: Shape, backend: str, call: Inputs) -> Plan:
         plan = Plan(*self._bound, program, shape, backend)
-        if backend == "cudagraph":
-            plan.capture(self.recorder(shape.device))
-            try:  # captures them now, so that what a card refuses is known before the first step
-                plan.encode(call.conditioning)
-                plan.modulate(0, call.timestep.narrow(0, 0, 1), call.conditioning)
-            except Exception:
-                plan.release()
-                raise
+        if backend != "cudagraph":
+            return plan
+        plan.capture(self.recorder(shape.device))
+        started = time.perf_counter()
+        try:  # these are captured too, so that what a card refuses is known before the first step
+            plan.encode(call.conditioning)
+            plan.modulate(0, call.timestep.narrow(0, 0, 1), call.conditioning)
+        except Exception:
+            plan.release()
+            raise
+        plan.seconds += time.perf_counter() - started
         return plan

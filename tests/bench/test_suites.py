@@ -21,7 +21,7 @@ BRANCHES += [pytest.param("dit-s-2", "mlp", "inductor", marks=needs_compiler)]
 
 @pytest.mark.parametrize(("size", "branch", "implementation"), BRANCHES)
 def test_branches_are_diffusers_modules(size: str, branch: str, implementation: str) -> None:
-    y = torch.randn(bench_branches.plan(size).stream)
+    y = torch.randn(bench_branches.plan(size).buffers.stream)
     with torch.no_grad():
         expected, actual = (
             bench_branches.IMPLEMENTATIONS[name](size, branch)(y) for name in ("diffusers", implementation)
