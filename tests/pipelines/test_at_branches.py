@@ -1,0 +1,67 @@
+"""Pipelines at level branches, against reuse at module level on the pipeline's own transformer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import harmonica_rt as hrt
+from bench.module_reuse import ModuleReuse
+from harmonica_rt.layout import count_entries
+from harmonica_rt.models import adapt
+
+from ..conftest import BACKENDS, relative_error
+from .made import MADE
+from .parts import STEPS, Made
+
+NAMES = ("flux", "flux, true CFG", "flux, image to image", "flux, inpainting")
+
+
+def random_schedule(model: torch.nn.Module, order: int) -> hrt.Schedule:
+    rng, groups = np.random.default_rng(order), adapt(model).groups
+    compute = rng.random((STEPS, count_entries(groups))) >= 0.5
+    compute[0] = True
+    schedule = hrt.Schedule(compute, model=type(model).__name__, groups=groups, order=order)
+    return schedule.replace(weights=schedule.weights * rng.normal(1.0, 0.3, schedule.weights.shape))
+
+
+def by_module(made: Made, schedule: hrt.Schedule) -> torch.Tensor:
+    pipe = made.make()
+    stand_in = ModuleReuse(pipe.transformer, schedule.starting_at(made.first))
+    object.__setattr__(pipe, "transformer", stand_in)  # past the setter, which would write its class into the config
+    return made.call(pipe)
+
+
+def compiled(made: Made, schedule: hrt.Schedule, backend: str) -> DiffusionPipeline:
+    return hrt.compile(made.make(), schedule, backend=backend)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_run_is_the_pipelines_own(name: str, backend: str) -> None:
+    made = MADE[name]
+    plain = made.make()
+    full = hrt.Schedule.full(plain.transformer, STEPS, level="branches")
+    assert relative_error(made.call(compiled(made, full, backend)), made.call(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_random_schedules_equal_reuse_at_module_level(name: str, order: int) -> None:
+    made = MADE[name]
+    schedule = random_schedule(made.make().transformer, order)
+    wanted, pipe = by_module(made, schedule), compiled(made, schedule, "eager")
+    for _ in range(2):
+        assert relative_error(made.call(pipe), wanted) < 2e-5
+    assert pipe.transformer.report().level == "branches"
+
+
+def test_control_residuals_are_refused_by_name() -> None:
+    made = MADE["flux, ControlNet"]
+    pipe = compiled(made, random_schedule(made.make().transformer, 1), "eager")
+    with pytest.raises(
+        ValueError, match=r"controlnet_block_samples: expected none at level 'branches'.*level 'blocks'"
+    ):
+        made.call(pipe)
