@@ -103,8 +103,8 @@ class FluxAdapter(Adapter):
             text, image = cut(y, held)
             return block.ff_context(text), block.ff(image)
 
-        attn = Call(attend, (block.attn,), lambda b, n, _: b * n * (4 * d * d + 2 * n * d))
-        mlp = Call(feed, (block.ff, block.ff_context), lambda b, n, _: b * n * 2 * d * hidden)
+        attn = Call(attend, (block.attn,), lambda b, n, _: b * n * (4 * d * d + 2 * n * d), copies=2)
+        mlp = Call(feed, (block.ff, block.ff_context), lambda b, n, _: b * n * 2 * d * hidden, copies=2)
         norms = (
             Norm(pair(SHIFT_ATTN), pair(SCALE_ATTN), block.norm1.norm.eps),
             Norm(pair(SHIFT_MLP), pair(SCALE_MLP), block.norm2.eps),

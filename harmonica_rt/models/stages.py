@@ -46,12 +46,12 @@ class Stage(ABC):
 
     Attributes:
         launches: of `compute`.
-        copies: whether `into` launches one more.
+        copies: how many `into` launches more.
         weights: numbers that it reads besides h and what is held.
     """
 
     launches: ClassVar[int] = 1
-    copies: ClassVar[bool] = True
+    copies: int = 1
     weights: int = 0
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Linear(Stage):
 
     weight: Tensor
     bias: Tensor | None
-    copies = False
+    copies = 0
 
     @property
     def weights(self) -> int:
@@ -118,7 +118,7 @@ class Gelu(Stage):
     """`approximate` as in torch.nn.functional.gelu."""
 
     approximate: str
-    copies = False
+    copies = 0
 
     def compute(self, h: Tensor, held: Held | None) -> Tensor:
         return F.gelu(h, approximate=self.approximate)
@@ -178,15 +178,19 @@ class CrossAttention(Stage):
 class Call(Stage):
     """The model's own submodules, whatever is in them: LoRA layers, quantised weights, an attention backend.
 
+    What they launch is theirs: it counts as one.
+
     Attributes:
         run: (y, held) -> the result, or its two segments, text and image, a tensor each. Calls `modules`.
         modules: those that hold the weights.
         counted: multiply-accumulates, of (batch, tokens, context).
+        copies: one a segment.
     """
 
     run: Callable[[Tensor, Held], Tensor | tuple[Tensor, Tensor]]
     modules: tuple[nn.Module, ...]
     counted: Callable[[int, int, int], int]
+    copies: int = 1
 
     @property
     def weights(self) -> int:

@@ -252,3 +252,16 @@ def test_what_it_cannot_express_is_refused_by_name() -> None:
     calls.arguments["txt_ids"] = torch.zeros(9, 3)
     with pytest.raises(ValueError, match=r"txt_ids: expected a tensor of shape \[3, 3\]"):
         calls.call(fast, 0)
+
+
+def test_launches_count_a_call_of_the_models_own_as_one() -> None:
+    model = make_flux()
+    fast = hrt.compile(model, hrt.Schedule.uniform(model, STEPS, 2, order=0, level="branches"), backend="eager")
+    FluxCalls(model).run(fast)
+    computed, reused = fast.report().plans[0].launches[:2]
+    ends, head = 3, 3  # the head's norm has rows alike for both segments, but a term of a pair of gates is two launches
+    joint = 2 * (1 + 2)  # two calls, each copied a segment
+    joint_gaps = 2 * (2 + 1) + 2 * 2  # norms over both segments, terms over both
+    single = 1 + 1 + 2 + 1
+    assert computed == ends + 2 * (joint + joint_gaps) + 2 * single + head - 1
+    assert reused == ends + 2 * 4 + 2 + head - 1
