@@ -25,8 +25,8 @@ class PlanReport:
         slots, slot_bytes: values held between steps.
         modulation_bytes: modulation rows held for the steps ahead.
         model_bytes: the model's weights, for comparison.
-        launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart, and a branch
-            that is a call of the model's own modules counts as one. None where the model's own forward runs.
+        launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart, and a
+            branch that is a call of the model's own modules counts as one. None where the model's own forward runs.
         macs, full_macs: multiply-accumulates of a run, with the schedule and without; None where they were not counted.
         uncounted: why they were not.
         seconds: time it took to make the plan, compilation and capture included.
