@@ -34,7 +34,12 @@ class Timing:
         return float(np.percentile(self.seconds, q))
 
 
-def interleave(candidates: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+def interleave(
+    candidates: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Time every candidate once a round, in turn, so that all see the same noise of the machine."""
     for _ in range(warmup):
         for run in candidates.values():
@@ -42,9 +47,9 @@ def interleave(candidates: dict[str, Callable[[], Any]], rounds: int, warmup: in
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
