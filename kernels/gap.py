@@ -4,10 +4,10 @@
     y  = norm(x) * scale + shift
 
 x, y [batch, tokens, width]; arena [slots, batch, tokens, width]; rows [steps, batch, rows, width] holds the gates,
-scales (1 + scale) and shifts of every step. The first `split` tokens of every sample are one segment of the stream
-(text), the others another (image): gates, scales and shifts are given for each. One storage dtype, fp32, fp16 or bf16,
-but rows may be fp32; sums and statistics in fp32. Terms are data: a table of (slot, gate row in the first segment, in
-the second) and their weights, so that a schedule compiles nothing.
+scales (1 + scale) and shifts of every step. A fresh Gap has 0 for the x on the right. The first `split` tokens of every
+sample are one segment of the stream (text), the others another (image): gates, scales and shifts are given for each.
+One storage dtype, fp32, fp16 or bf16, but rows may be fp32; sums and statistics in fp32. Terms are data: a table of
+(slot, gate row in the first segment, in the second) and their weights, so that a schedule compiles nothing.
 
 Imports triton: only the backends that run on a GPU import this file.
 """
@@ -33,7 +33,12 @@ NO_TERM = -2  # instead of a gate: the term adds nothing to the segment, whose p
 
 
 # What varies from step to step, schedule to schedule and batch to batch must not make a new variant
-@triton.jit(do_not_specialize=["terms", "tokens", "split", "total", "shift_0", "shift_1", "scale_0", "scale_1", "eps"])
+@triton.jit(
+    do_not_specialize=[
+        *("terms", "tokens", "split", "total", "eps", "fresh"),
+        *("shift_0", "shift_1", "scale_0", "scale_1"),
+    ]
+)
 def gap_kernel(
     x_ptr,
     y_ptr,
@@ -54,6 +59,7 @@ def gap_kernel(
     scale_0,
     scale_1,
     eps,
+    fresh,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,7 +73,7 @@ def gap_kernel(
     sample = (row // tokens).to(tl.int64)
     modulation = rows_ptr + tl.load(step_ptr).to(tl.int64) * step_stride + sample * sample_stride + col
 
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask & (fresh == 0), other=0.0).to(tl.float32)
     for k in range(terms):
         slot = tl.load(table_ptr + 3 * k).to(tl.int64)
         gate = tl.where(first, tl.load(table_ptr + 3 * k + 1), tl.load(table_ptr + 3 * k + 2))
@@ -75,7 +81,7 @@ def gap_kernel(
         value = tl.load(arena_ptr + slot * slot_stride + at, mask=mask & (gate > -2), other=0.0).to(tl.float32)
         gating = tl.load(modulation + gate * WIDTH, mask=mask & (gate >= 0), other=1.0).to(tl.float32)
         x += weight * (gating * value)
-    if terms > 0:
+    if terms + fresh > 0:
         tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
 
     if NORM != "none":
@@ -120,11 +126,12 @@ def gap_reference(
     scale: tuple[int, int] = (NO_ROW, NO_ROW),
     eps: float = 1e-6,
     split: int = 0,
+    fresh: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(x, y) in float64, segment by segment; y is x where there is no norm."""
     rows, done = rows[step].double()[:, :, None], []  # rows: [batch, rows, 1, width]
     for n, part in enumerate((slice(0, split), slice(split, None))):
-        total = x[:, part].double()
+        total = torch.zeros_like(x[:, part]).double() if fresh else x[:, part].double()
         for (slot, *gates), weight in zip(table, weights, strict=True):
             if gates[n] != NO_TERM:
                 value = arena[slot, :, part].double()
@@ -154,6 +161,7 @@ def launch_arguments(
     scale: Sequence[int],
     eps: float,
     split: int = 0,
+    fresh: bool = False,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, positional and constant arguments of a launch, checked."""
     batch, tokens, width = x.shape
@@ -187,7 +195,7 @@ def launch_arguments(
     grid = (triton.cdiv(total, config.rows),)
     tensors = (x, y, arena, rows, step, table, weights)
     strides = (arena.stride(0), rows.stride(0), rows.stride(1))
-    numbers = (len(table), tokens, split, total, *strides, *shift, *scale, eps)
+    numbers = (len(table), tokens, split, total, *strides, *shift, *scale, eps, int(fresh))
     constants = {
         "WIDTH": width,
         "BLOCK": config.block,
@@ -199,11 +207,19 @@ def launch_arguments(
 
 
 def bytes_moved(
-    x: Tensor, rows: Tensor, table: Tensor, norm: str, shift: Sequence[int], scale: Sequence[int], split: int = 0
+    x: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    norm: str,
+    shift: Sequence[int],
+    scale: Sequence[int],
+    split: int = 0,
+    fresh: bool = False,
 ) -> int:
     """Bytes of memory traffic of a launch, from its arguments; modulation rows, read by every token, count once."""
     batch, tokens, width = x.shape
-    terms, streams, read = len(table), x.numel() * (1 + (len(table) > 0) + (norm != "none")), set()
+    terms, read = len(table), set()
+    streams = x.numel() * ((not fresh) + (terms > 0 or fresh) + (norm != "none"))
     for n, length in enumerate((split, tokens - split)):
         if length:
             gates = [gates[n] for _, *gates in table.tolist()]
@@ -227,6 +243,7 @@ def gap(
     scale: Sequence[int],
     eps: float,
     split: int = 0,
+    fresh: bool = False,
 ) -> None:
     """Add the terms of `table` to x and write the modulated norm of the sum to y, both in place.
 
@@ -241,25 +258,26 @@ def gap(
         norm: "none", "layer" or "rms", the same in both segments.
         shift, scale: the rows that modulate the norm in the first and in the second segment; -1 for none.
         split: tokens of the first segment. At 0 all are of the second, at `tokens` all of the first.
+        fresh: x is 0 instead of what it holds, which is not read.
     """
     grid, arguments, constants = launch_arguments(
-        x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split
+        x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split, fresh
     )
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever its arguments lie
         gap_kernel[grid](*arguments, **constants)
 
 
 @gap.register_kernel("cpu")
-def _(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split=0):
-    launch_arguments(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split)
+def _(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split=0, fresh=False):
+    launch_arguments(x, y, arena, rows, step, table, weights, norm, shift, scale, eps, split, fresh)
     now, terms = rows[int(step)].float()[:, :, None], list(zip(table.tolist(), weights.tolist()))
     for n, part in enumerate((slice(0, split), slice(split, None))):
-        total = x[:, part].float()
+        total = torch.zeros_like(x[:, part]).float() if fresh else x[:, part].float()
         for (slot, *gates), weight in terms:
             if (gate := gates[n]) != NO_TERM:
                 value = arena[slot, :, part].float()
                 total = total + weight * (value if gate == NO_ROW else now[:, gate] * value)
-        if terms:
+        if terms or fresh:
             x[:, part] = total
         if norm == "none":
             continue

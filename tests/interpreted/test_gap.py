@@ -29,10 +29,11 @@ class Case:
         split: int = 0,
         rows: torch.dtype | None = None,
         slots: int = 3,
+        fresh: bool = False,
     ):
         batch, _, width = shape
-        self.shape, self.dtype, self.step, self.split = shape, dtype, 1, split
-        self.x = _padded((torch.randn(shape) * 2 + 1).to(dtype))
+        self.shape, self.dtype, self.step, self.split, self.fresh = shape, dtype, 1, split, fresh
+        self.x = _padded((torch.full(shape, torch.nan) if fresh else torch.randn(shape) * 2 + 1).to(dtype))
         self.rows = torch.full((3, batch, 8, width), torch.nan).to(rows or dtype)
         self.rows[self.step] = torch.randn(batch, 8, width).to(rows or dtype)
         self.table = [(k % slots, gates[k % len(gates)], gates[(k // 2 + k) % len(gates)]) for k in range(terms)]
@@ -48,7 +49,7 @@ class Case:
         x, y = _padded(self.x.clone()), _padded(torch.full(self.shape, 7.0).to(self.dtype))
         table = torch.tensor(self.table, dtype=torch.int32).view(-1, 3)
         step, weights = torch.tensor([self.step], dtype=torch.int32), torch.tensor(self.weights, dtype=torch.float32)
-        call = (x, y, self.arena, self.rows, step, table, weights, norm, shift, scale, 1e-5, self.split)
+        call = (x, y, self.arena, self.rows, step, table, weights, norm, shift, scale, 1e-5, self.split, self.fresh)
         if kernel:
             grid, arguments, constants = launch_arguments(*call)
             constants.pop("num_warps")
@@ -62,7 +63,7 @@ class Case:
 
     def reference(self, norm: str, shift: tuple[int, int] = (0, 6), scale: tuple[int, int] = (1, 7)):
         arguments = (self.x, self.arena, self.rows, self.step, self.table, self.weights)
-        return gap_reference(*arguments, norm, shift, scale, 1e-5, self.split)
+        return gap_reference(*arguments, norm, shift, scale, 1e-5, self.split, self.fresh)
 
 
 def _padded(values: torch.Tensor) -> torch.Tensor:
@@ -141,6 +142,22 @@ def test_missing_modulation(norm: str, shift: tuple[int, int], scale: tuple[int,
     close(y, case.reference(norm, shift, scale)[1], 1e-6)
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "cpu op"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("terms", [0, 1, 5])
+def test_a_fresh_gap_reads_nothing_of_the_stream(terms: int, norm: str, dtype: torch.dtype, kernel: bool) -> None:
+    case = Case((2, 9, 40), terms, dtype, GATES, split=4, fresh=True)
+    x, y = case.launch(norm, kernel=kernel)
+    wanted_x, wanted_y = case.reference(norm)
+    if terms:
+        close(x, wanted_x, TOLERANCE[dtype])
+    else:
+        assert not x.any()
+    if norm != "none":
+        close(y, wanted_y, TOLERANCE[dtype])
+
+
 def test_without_terms_the_stream_keeps_its_bits() -> None:
     case = Case((2, 9, 40), 0, torch.bfloat16)
     x, _ = case.launch("layer")
@@ -156,7 +173,8 @@ def test_any_shape(data: st.DataObject, seed: int, batch: int, tokens: int, widt
     pair = st.tuples(st.integers(-1, 7), st.integers(-1, 7))
     modulation = data.draw(pair, "shift"), data.draw(pair, "scale")
     norm = data.draw(st.sampled_from(["layer", "rms"] if width > 8 else ["rms"]), "norm")
-    case = Case((batch, tokens, width), terms, dtype, gates, data.draw(st.integers(0, tokens), "split"), rows)
+    split, fresh = data.draw(st.integers(0, tokens), "split"), data.draw(st.booleans(), "fresh")
+    case = Case((batch, tokens, width), terms, dtype, gates, split, rows, fresh=fresh)
     for actual, expected in zip(case.launch(norm, *modulation), case.reference(norm, *modulation)):
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCE[dtype] * expected.abs().max() + 1e-4, "sums and narrow rows may cancel"

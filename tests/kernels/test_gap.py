@@ -132,7 +132,7 @@ def test_few_variants_serve_every_schedule() -> None:
             constants = launch_arguments(**call)[2]
             seen.add(tuple(constants.items()))
     assert len(seen) == len(NORMS)
-    numbers = {"terms", "tokens", "split", "total", "shift_0", "shift_1", "scale_0", "scale_1", "eps"}
+    numbers = {"terms", "tokens", "split", "total", "shift_0", "shift_1", "scale_0", "scale_1", "eps", "fresh"}
     assert {p.name for p in gap_kernel.params if p.do_not_specialize} == numbers
 
 
@@ -163,7 +163,8 @@ def test_rows_in_the_millions_have_int64_offsets() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", [0, 1, 3])
 @pytest.mark.parametrize("split", [0, 63, 256])
-def test_bytes_are_each_operand_once(dtype: torch.dtype, terms: int, split: int) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_bytes_are_each_operand_once(dtype: torch.dtype, terms: int, split: int, fresh: bool) -> None:
     call = operands(dtype, batch=2, tokens=256, width=384, terms=terms) | {"split": split}
     call["rows"] = call["rows"].float()
     token, row, table = 2 * 384 * dtype.itemsize, 2 * 384 * 4, call["table"].tolist()
@@ -171,9 +172,11 @@ def test_bytes_are_each_operand_once(dtype: torch.dtype, terms: int, split: int)
     second = [gate for _, _, gate in table] * (split < 256)
     read = {gate for gate in (*first, *second) if gate >= 0}
     read |= ({0, 1} if split > 0 else set()) | ({5} if split < 256 else set())
-    least = token * (256 * (2 + (terms > 0)) + split * len(first) + (256 - split) * (len(second) - second.count(-2)))
+    streams = 2 if fresh else 2 + (terms > 0)  # x is written though not read, or read and written
+    least = token * (256 * streams + split * len(first) + (256 - split) * (len(second) - second.count(-2)))
     least += row * len(read)
-    moved = bytes_moved(*(call[name] for name in ("x", "rows", "table", "norm", "shift", "scale", "split")))
+    names = ("x", "rows", "table", "norm", "shift", "scale", "split")
+    moved = bytes_moved(*(call[name] for name in names), fresh=fresh)
     assert least <= moved <= least + 64
 
 
