@@ -1,6 +1,7 @@
 """Reuse of groups of blocks, or of the output, on the diffusers model itself: the tests' oracle at those levels.
 
-For DiT, PixArt and Flux: each list of blocks is replaced by one of groups.
+For DiT, PixArt and Flux: each list of blocks is replaced by one of groups. The trunk beside branches is one group of
+all blocks, whose branches are reused one by one within.
 """
 
 from __future__ import annotations
@@ -25,7 +26,22 @@ STREAMS = {"FluxTransformer2DModel": ("encoder_hidden_states", "hidden_states")}
 
 def by_hand(model: nn.Module, schedule: Schedule) -> ModuleReuse | BlockReuse:
     """Reuse on the model itself, at the schedule's level."""
-    return (ModuleReuse if schedule.level == "branches" else BlockReuse)(model, schedule)
+    if schedule.level == "branches":
+        return (TrunkReuse if schedule.groups[-1].name == "trunk" else ModuleReuse)(model, schedule)
+    return BlockReuse(model, schedule)
+
+
+class TrunkReuse(ModuleReuse):
+    """Reuse at module level, and of all blocks together where `schedule` reuses the trunk."""
+
+    def __init__(self, model: nn.Module, schedule: Schedule) -> None:
+        super().__init__(model, schedule)
+        self.streams, self.blocks = STREAMS.get(schedule.model, ()), _lists(model)
+        _join(self, schedule, -1)
+
+    def remove(self) -> nn.Module:
+        _put_back(self)
+        return super().remove()
 
 
 class BlockReuse(Reuse):
@@ -36,29 +52,47 @@ class BlockReuse(Reuse):
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         super().__init__(model, schedule)
-        self.streams = STREAMS.get(schedule.model, ())
-        self.blocks = {name: list(getattr(model, name)) for name in LISTS if hasattr(model, name)}
-        if not schedule.groups:
-            return
+        self.streams, self.blocks = STREAMS.get(schedule.model, ()), _lists(model)
         groups = {name: count for name, count, _ in schedule.groups}
-        lists = self.blocks
-        if "trunk" in groups:  # all lists' blocks in the first, none in the others
-            lists = dict.fromkeys(lists, ()) | {LISTS[0]: [block for blocks in lists.values() for block in blocks]}
-            groups = {LISTS[0]: 1}
+        if "trunk" in groups:
+            _join(self, schedule, 0)
+        elif groups:
+            self._split(schedule, groups)
+
+    def _split(self, schedule: Schedule, groups: dict[str, int]) -> None:
         numbers = iter(range(sum(groups.values())))
-        for name, blocks in lists.items():
-            parts = np.array_split(np.arange(len(blocks)), groups[name]) if name in groups else ()
+        for name, blocks in self.blocks.items():
+            parts = np.array_split(np.arange(len(blocks)), groups[name])
             own = [_Group(self, schedule, [blocks[i] for i in part], next(numbers)) for part in parts]
-            setattr(model, name, nn.ModuleList(own).eval())
+            setattr(self.model, name, nn.ModuleList(own).eval())
 
     def remove(self) -> nn.Module:
-        for name, blocks in self.blocks.items():
-            setattr(self.model, name, nn.ModuleList(blocks).eval())
+        _put_back(self)
         return self.model
 
 
+def _lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    return {name: list(getattr(model, name)) for name in LISTS if hasattr(model, name)}
+
+
+def _join(owner: BlockReuse | TrunkReuse, schedule: Schedule, number: int) -> None:
+    """All lists' blocks in the first, as one group that is entry `number`, none in the others."""
+    whole = _Group(owner, schedule, [block for blocks in owner.blocks.values() for block in blocks], number)
+    for name in owner.blocks:
+        setattr(owner.model, name, nn.ModuleList([whole] if name == LISTS[0] else []).eval())
+
+
+def _put_back(owner: BlockReuse | TrunkReuse) -> None:
+    for name, blocks in owner.blocks.items():
+        setattr(owner.model, name, nn.ModuleList(blocks).eval())
+
+
 class _Group(nn.Module):
-    def __init__(self, owner: BlockReuse, schedule: Schedule, blocks: Sequence[nn.Module], number: int) -> None:
+    """Consecutive blocks, entry `number` of `schedule`."""
+
+    def __init__(
+        self, owner: BlockReuse | TrunkReuse, schedule: Schedule, blocks: Sequence[nn.Module], number: int
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "owner", owner)
         self.blocks = nn.ModuleList(blocks)

@@ -80,8 +80,9 @@ class ModuleReuse(Reuse):
         weights = schedule.weights.reshape(*compute.shape, -1)
         channels = schedule.channels
         if channels is not None:
-            channels = torch.from_numpy(channels.reshape(*weights.shape, -1).copy())
-        blocks = ((block, group.branches) for group in schedule.groups for block in getattr(model, group.name))
+            channels = torch.from_numpy(channels.reshape(*compute.shape, *channels.shape[-2:]).copy())
+        groups = [group for group in schedule.groups if group.name != "trunk"]  # whose entry is the last, if there is
+        blocks = ((block, group.branches) for group in groups for block in getattr(model, group.name))
         for entry, (block, name) in enumerate((block, name) for block, branches in blocks for name in branches):
             plan = list(zip(compute[:, entry].tolist(), weights[:, entry].tolist()))
             if channels is not None:

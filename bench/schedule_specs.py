@@ -12,16 +12,22 @@ import harmonica_rt as hrt
 from .pipelines import PixelPipeline
 
 SPECS = (
-    "full, uniform:N[:ORDER], blocks:N[:ORDER][:groups=G][:carry=C], output:N[:ORDER], "
+    "full, uniform:N[:ORDER], trunk:N[:ORDER][:carry=C], blocks:N[:ORDER][:groups=G][:carry=C], output:N[:ORDER], "
     "random:PERCENT[:ORDER[:SEED]]"
 )  # every Nth step computed
+LEVELS: dict[str, tuple[str, dict[str, type]]] = {
+    "uniform": ("branches", {}),
+    "trunk": ("branches", {"carry": float}),
+    "blocks": ("blocks", {"groups": int, "carry": float}),
+    "output": ("output", {}),
+}  # of a spec, and its options
 
 
 def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule:
     """A schedule file, or one of `SPECS` for the pipeline.
 
-    ``uniform`` is of level branches. Random: that share of all branches is reused, the hardest kind for a runtime, no
-    two steps alike.
+    ``uniform`` is of level branches, and so is ``trunk``, the trunk reused as one entry. Random: that share of all
+    branches is reused, the hardest kind for a runtime, no two steps alike.
     """
     known = {"sampler": type(pipeline.scheduler).__name__, "timesteps": pipeline.timesteps(steps)}
     name, *parts = text.split(":")
@@ -30,9 +36,9 @@ def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedu
     if all(len(option) == 2 for option in options):
         if name == "full" and not parts:
             return hrt.Schedule.full(pipeline.transformer, steps, **known)
-        if name in ("uniform", "blocks", "output") and 1 <= len(numbers) <= 2:
-            level = "branches" if name == "uniform" else name
-            taken = _options(text, dict(options) if level == "blocks" else {}, len(options))
+        if name in LEVELS and 1 <= len(numbers) <= 2:
+            level, kinds = LEVELS[name]
+            taken = _options(text, dict(options), kinds) | ({"trunk": True} if name == "trunk" else {})
             every, order = [*numbers, 1][:2]
             return hrt.Schedule.uniform(pipeline.transformer, steps, every, order, level=level, **taken, **known)
         if name == "random" and 1 <= len(numbers) == len(parts) <= 3:
@@ -42,15 +48,11 @@ def parse_schedule(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedu
     return hrt.Schedule.load(text)
 
 
-def _options(text: str, options: dict[str, str], count: int) -> dict[str, Any]:
-    kinds = {"groups": int, "carry": float}
+def _options(text: str, options: dict[str, str], kinds: dict[str, type]) -> dict[str, Any]:
     try:
-        taken = {name: kinds[name](value) for name, value in options.items()}
+        return {name: kinds[name](value) for name, value in options.items()}
     except (KeyError, ValueError):
-        taken = {}
-    if len(taken) != count:
-        raise ValueError(f"--schedule: expected {SPECS} or a schedule file, got {text!r}")
-    return taken
+        raise ValueError(f"--schedule: expected {SPECS} or a schedule file, got {text!r}") from None
 
 
 def _random(text: str, pipeline: PixelPipeline, steps: int, numbers: list[int], known: dict[str, Any]) -> hrt.Schedule:

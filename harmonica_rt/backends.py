@@ -16,7 +16,7 @@ from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
 from .models.base import Branch, Norm, Row, by_segment
 from .models.stages import Gelu, Held, Linear, Stage, scratch_columns
-from .program import Gap, Term
+from .program import STREAM, Gap, Term
 
 GapCall = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> (x moved on, y)
 BranchCall = Callable[[Tensor, Tensor], None]  # (out, y): the branch of y goes into out
@@ -42,9 +42,10 @@ class EagerOps:
         norm, made = self.norms[gap.norm], [self._at(gate, step) for gate in gates]
         rows = None if norm is None else (self._at(norm.shift, step), self._at(norm.scale, step), norm.eps)
         kind = "layer" if norm is None else norm.kind
-        return partial(
+        add = partial(
             gap_eager, slots=slots, gates=made, weights=weights, norm=rows, split=self.buffers.split, kind=kind
         )
+        return add if gap.start == STREAM else partial(_started, self._start(gap), add)
 
     def branch(self, entry: int) -> BranchCall:
         """The calls of a branch, the last one writing into a slot."""
@@ -58,6 +59,7 @@ class EagerOps:
 
     def gap_launches(self, gap: Gap) -> int:
         norm, terms = self.norms[gap.norm], sum(1 + self._apart(self.gate(term)) for term in gap.terms)
+        terms += gap.start != STREAM
         if norm is None:
             return terms
         wider = self.buffers.rows.dtype != self.buffers.x.dtype
@@ -69,11 +71,17 @@ class EagerOps:
 
     def gate(self, term: Term) -> Row | None:
         """The modulation row that multiplies a term; None for 1."""
-        return self.branches[term.entry].gate if term.channel is None else self.buffers.channel_row(term.channel)
+        if term.channel is not None:
+            return self.buffers.channel_row(term.channel)
+        return None if term.entry is None else self.branches[term.entry].gate
 
     def _stages(self, branch: Branch) -> tuple[Stage, ...]:
         """A branch's, as they run here."""
         return branch.stages
+
+    def _start(self, gap: Gap) -> Tensor | None:
+        """What a Gap that does not start from the stream starts from; None for 0."""
+        return None if gap.start is None else self.buffers.slots.select(0, gap.start)
 
     def _terms(self, gap: Gap) -> tuple[list[Tensor], list[Row | None], list[float]]:
         slots = [self.buffers.slots.select(0, term.slot) for term in gap.terms]
@@ -97,6 +105,7 @@ class InductorOps(EagerOps):
         super().__init__(branches, head, buffers)
         batch, rows, width = buffers.rows.shape[1:]
         row = (batch, 1, width), (rows * width, width, 1)  # a modulation row's strides, as kernels are compiled for
+        self._zero: Tensor | None = None  # a stream of zeros, for Gaps that start from 0
         self._one = torch.empty_strided(*row, dtype=buffers.rows.dtype, device=buffers.rows.device).fill_(1)
         bare = any(norm is None for norm in self.norms)
         for terms in (0, *CHUNKS):  # all variants now: no later step or schedule of this shape compiles anything
@@ -117,7 +126,14 @@ class InductorOps(EagerOps):
             eps, kind = (norm.eps, norm.kind) if normed else (0.0, "layer")
             scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.buffers.shape.device)
             calls.append((self._variant(terms, normed, kind), [scalars, *slots[part], *self._rows(rows, step)]))
-        return partial(_gap_compiled, calls, bool(slots), norm is not None)
+        run = partial(_gap_compiled, calls, bool(slots), norm is not None)
+        return run if gap.start == STREAM else partial(_instead, self._start(gap), run)
+
+    def _start(self, gap: Gap) -> Tensor:
+        if (start := super()._start(gap)) is None:
+            self._zero = torch.zeros_like(self.buffers.x) if self._zero is None else self._zero
+            start = self._zero
+        return start
 
     def _rows(self, rows: list[Row | None], step: int) -> list[Tensor]:
         """As a compiled kernel takes them: of one segment, or of the first and then of the second."""
@@ -169,16 +185,18 @@ class CudaGraphOps(EagerOps):
     def gap(self, gap: Gap, step: int) -> GapCall:
         buffers, norm = self.buffers, self.norms[gap.norm]
         if gap not in self._tables:
-            entries = [[term.slot, *self._numbers(self.gate(term))] for term in gap.terms]
+            terms = gap.terms if gap.start in (STREAM, None) else (Term(gap.start, 1.0, None), *gap.terms)
+            entries = [[term.slot, *self._numbers(self.gate(term))] for term in terms]
             on = buffers.shape.device
             table = torch.tensor(entries, dtype=torch.int32, device=on).view(-1, 3)
-            weights = torch.tensor([term.weight for term in gap.terms], dtype=torch.float32, device=on)
+            weights = torch.tensor([term.weight for term in terms], dtype=torch.float32, device=on)
             self._tables[gap] = table, weights
         operands = (self._y, buffers.slots, buffers.rows, buffers.step, *self._tables[gap])
+        fresh = gap.start != STREAM
         if norm is None:
-            rest = ("none", (-1, -1), (-1, -1), 0.0, buffers.split)
-            return partial(_gap_op_bare, self._op if gap.terms else None, operands, rest)
-        rest = (norm.kind, self._numbers(norm.shift), self._numbers(norm.scale), norm.eps, buffers.split)
+            rest = ("none", (-1, -1), (-1, -1), 0.0, buffers.split, fresh)
+            return partial(_gap_op_bare, self._op if gap.terms or fresh else None, operands, rest)
+        rest = (norm.kind, self._numbers(norm.shift), self._numbers(norm.scale), norm.eps, buffers.split, fresh)
         return partial(_gap_op, self._op, operands, rest)
 
     @staticmethod
@@ -191,7 +209,7 @@ class CudaGraphOps(EagerOps):
         return tuple(fused(branch.stages)) if self.buffers.shape.device.type == "cuda" else branch.stages
 
     def gap_launches(self, gap: Gap) -> int:
-        return 0 if not gap.terms and self.norms[gap.norm] is None else 1
+        return 0 if not gap.terms and gap.start == STREAM and self.norms[gap.norm] is None else 1
 
 
 OPS: dict[str, type[EagerOps]] = {"eager": EagerOps, "inductor": InductorOps, "cudagraph": CudaGraphOps}
@@ -243,6 +261,15 @@ def _run_stages(calls: list[Callable[[Tensor], Tensor]], last: Callable[..., Ten
 
 
 # ---- calls of a Gap
+
+
+def _started(start: Tensor | None, add: GapCall, x: Tensor) -> tuple[Tensor, Tensor]:
+    return add(x.zero_() if start is None else x.copy_(start))
+
+
+def _instead(start: Tensor, run: GapCall, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`run` leaves what it is given as it is, so that nothing is copied."""
+    return run(start)
 
 
 def _gap_compiled(

@@ -22,7 +22,7 @@ class Buffers:
         stream: shape of x, (batch, tokens, width).
         split: tokens of its first segment, text; 0 where there is one segment.
         x: the stream.
-        slots: [slots, batch, tokens, width], what reused branches stand on.
+        slots: [slots, batch, tokens, width], what reused branches and the reused trunk stand on.
         outputs: [outputs, batch, out channels, height, width], what reused outputs stand on.
         rows: [window, batch, rows, width], the modulation rows of `window` steps: the adapter's, and behind them a gate
             times its weights per channel for each term that has such, and for each segment.

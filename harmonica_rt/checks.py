@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .forecast import FORECASTS, history, over_entries
-from .layout import Group, shape_of_entries
+from .forecast import FORECASTS, history
+from .layout import Group, left_alone, shape_of_entries, trunk_beside
 
 
 def positive(name: str, value: Any) -> int:
@@ -45,6 +45,11 @@ def check_compute(compute: Any, groups: Sequence[Group]) -> np.ndarray:
         where = ", ".join(f"{name} {i}" for name, i in zip(_axes(compute), np.argwhere(~compute[0])[0]))
         raise ValueError(
             f"compute: step 0 must compute every branch, but {where} is reused there (nothing is cached yet)"
+        )
+    if trunk_beside(groups) and (bad := ~compute[:, -1] & compute.any(1)).any():
+        step = int(np.argmax(bad))
+        raise ValueError(
+            f"compute: step {step} reuses the trunk: expected no branch computed there, got {compute[step].sum()}"
         )
     return compute
 
@@ -90,9 +95,11 @@ def check_numbers(name: str, weights: Any, expected: tuple[int, ...]) -> np.ndar
     return weights
 
 
-def check_weights(weights: Any, compute: np.ndarray, output: np.ndarray, order: int) -> np.ndarray:
+def check_weights(
+    weights: Any, compute: np.ndarray, output: np.ndarray, groups: Sequence[Group], order: int
+) -> np.ndarray:
     weights = check_numbers("weights", weights, (*compute.shape, order + 1))
-    _check_reused("weights", weights, compute, output)
+    _check_reused("weights", weights, compute, output, groups)
     if (bad := (weights != 0) & (history(compute, order) < 0)).any():
         where = np.argwhere(bad)[0]
         raise ValueError(
@@ -102,23 +109,36 @@ def check_weights(weights: Any, compute: np.ndarray, output: np.ndarray, order: 
     return weights
 
 
-def check_carry(carry: Any, compute: np.ndarray, output: np.ndarray, level: str) -> np.ndarray:
+def check_carry(carry: Any, compute: np.ndarray, output: np.ndarray, groups: Sequence[Group], level: str) -> np.ndarray:
     carry = np.asarray(carry)
     if not np.issubdtype(carry.dtype, np.floating) or carry.shape != compute.shape:
         raise ValueError(f"carry: expected floats {list(compute.shape)}, got {carry.dtype} {list(carry.shape)}")
     carry = carry.astype(np.float64) + 0.0
     if not (finite := np.abs(carry) <= np.finfo(np.float32).max).all():
         raise ValueError(f"carry: expected finite numbers, got {carry[~finite][0]}")
-    if level != "blocks" and carry.any():
-        raise ValueError(f"carry: expected 0 at level {level}, got {carry[carry != 0][0]:g}")
-    _check_reused("carry", carry[..., None], compute, output)
+    if (bad := (carry != 0) & ~may_carry(compute, groups, level)).any():
+        what = "of a branch" if trunk_beside(groups) else f"at level {level}"
+        raise ValueError(f"carry: expected 0 {what}, got {carry[bad][0]:g}")
+    _check_reused("carry", carry[..., None], compute, output, groups)
     return carry
 
 
-def check_channels(channels: Any, compute: np.ndarray, output: np.ndarray, order: int, level: str) -> np.ndarray:
-    values = order + 1 + (level == "blocks")
-    channels = _check_floats("channels", channels, (*compute.shape, values))
-    _check_reused("channels", channels.any(-1), compute, output)
+def may_carry(compute: np.ndarray, groups: Sequence[Group], level: str) -> np.ndarray:
+    """Entries that may have a carry, bool shaped as `compute`: streams, not branches or outputs."""
+    allowed = np.full(compute.shape, level == "blocks")
+    if trunk_beside(groups):
+        allowed[:, -1] = True
+    return allowed
+
+
+def check_channels(
+    channels: Any, compute: np.ndarray, output: np.ndarray, groups: Sequence[Group], order: int, level: str
+) -> np.ndarray:
+    carries = may_carry(compute, groups, level)
+    channels = _check_floats("channels", channels, (*compute.shape, order + 1 + bool(carries.any())))
+    _check_reused("channels", channels.any(-1), compute, output, groups)
+    if channels[~carries][:, order + 1 :].any():
+        raise ValueError(f"channels: expected 0 for the carry of a branch (value {order + 1}), got other numbers")
     if (bad := channels[..., : order + 1, :].any(-1) & (history(compute, order) < 0)).any():
         where = np.argwhere(bad)[0]
         raise ValueError(
@@ -152,12 +172,15 @@ def _check_floats(name: str, channels: Any, shape: tuple[int, ...]) -> np.ndarra
     return channels
 
 
-def _check_reused(name: str, numbers: np.ndarray, compute: np.ndarray, output: np.ndarray) -> None:
+def _check_reused(
+    name: str, numbers: np.ndarray, compute: np.ndarray, output: np.ndarray, groups: Sequence[Group]
+) -> None:
     """0 where nothing is reused; `numbers` are [..., any]."""
-    if (bad := (numbers != 0) & over_entries(output, compute)[..., None]).any():
+    if (bad := (numbers != 0) & left_alone(compute, output, groups)[..., None]).any():
         where = np.argwhere(bad)[0]
+        whole = "output" if output[where[0]] else "trunk"
         raise ValueError(
-            f"{name}: expected 0 where the output is reused, got {numbers[tuple(where)]} at {_place(where[:-1])}"
+            f"{name}: expected 0 where the {whole} is reused, got {numbers[tuple(where)]} at {_place(where[:-1])}"
         )
     if (bad := (numbers != 0) & compute[..., None]).any():
         where = np.argwhere(bad)[0]

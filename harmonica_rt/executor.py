@@ -76,12 +76,16 @@ class Plan:
         body, last = self.calls(step)
         x, done = self.buffers.x, 0
         try:
-            self.adapter.embed(sample, self.buffers.held, x)
+            if instructions.embeds:
+                into = x if instructions.before is None else self.buffers.slots.select(0, instructions.before)
+                self.adapter.embed(sample, self.buffers.held, into)
             for gap, compute in body:
                 x, y = gap(x)
                 compute(y)
                 done += 1
-            _, y = last(x)
+            x, y = last(x)
+            if instructions.after is not None:
+                self.buffers.slots.select(0, instructions.after).copy_(x)
             output = self.adapter.finish(y, self.shape.sample)
             if instructions.keep is not None:
                 self.buffers.outputs.select(0, instructions.keep).copy_(output)
@@ -134,7 +138,8 @@ class Plan:
             for term in gap.terms:
                 if term.channel is not None:
                     weights = self.buffers.channels.select(0, step).select(0, term.channel).to(rows.dtype)
-                    gates = by_segment(self.branches[term.entry].gate, self.buffers.segments)
+                    gate = None if term.entry is None else self.branches[term.entry].gate
+                    gates = by_segment(gate, self.buffers.segments)
                     into = by_segment(self.buffers.channel_row(term.channel), self.buffers.segments)
                     for gate, row in zip(gates, into):
                         rows.select(1, row).copy_(weights if gate is None else rows.select(1, gate) * weights)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from .layout import Group, left_alone
 
 ORDERS = (0, 1, 2)
 FORECASTS = ("index", "timestep", "logsnr")  # what the forecast extrapolates over
@@ -106,16 +109,20 @@ def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray, positions: np
 
 
 def unlearned(
-    compute: np.ndarray, output: np.ndarray, order: int, positions: np.ndarray | None = None
+    compute: np.ndarray,
+    output: np.ndarray,
+    groups: Sequence[Group],
+    order: int,
+    positions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The forecast's weights of entries [T, ..., order + 1] and of outputs [T, order + 1], 0 where neither is reused.
 
     Args:
         compute: bool [T, ...].
-        output: bool [T]; such steps leave the entries alone.
+        output, groups: as in `layout.left_alone`.
         positions: as in `basis`.
     """
-    entries = np.where(over_entries(output, compute)[..., None], 0.0, forecast(compute, order, positions))
+    entries = np.where(left_alone(compute, output, groups)[..., None], 0.0, forecast(compute, order, positions))
     return entries, forecast(~output, order, positions)
 
 

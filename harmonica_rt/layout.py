@@ -9,15 +9,15 @@ import numpy as np
 
 LEVELS = ("branches", "blocks", "output")
 TRUNK = "trunk"  # the one group that is all blocks of all lists
-BLOCKS = "blocks"  # what is computed or reused of a group at level blocks
+BLOCKS = "blocks"  # what is computed or reused of a group at level blocks, and of the trunk
 
 
 class Group(NamedTuple):
     """A run of alike entries, `layers` x `branches`.
 
-    At level branches the blocks of one list of the model, `name`, and the residual functions of each. At level blocks
-    the `layers` groups of consecutive blocks that the list `name` is split into, or the whole trunk, with one branch,
-    ``"blocks"``.
+    At level branches the blocks of one list of the model, `name`, and the residual functions of each; behind them may
+    stand the whole trunk, `WHOLE`. At level blocks the `layers` groups of consecutive blocks that the list `name` is
+    split into, with one branch, ``"blocks"``, or the whole trunk.
     """
 
     name: str
@@ -27,6 +27,9 @@ class Group(NamedTuple):
     @property
     def entries(self) -> int:
         return self.layers * len(self.branches)
+
+
+WHOLE = Group(TRUNK, 1, (BLOCKS,))  # its entry is the stream after the last block
 
 
 class Panel(NamedTuple):
@@ -43,6 +46,26 @@ def count_entries(groups: Sequence[Group]) -> int:
 def shape_of_entries(groups: Sequence[Group]) -> tuple[int, ...]:
     """[L, B] of one group, [entries] of none or several."""
     return (groups[0].layers, len(groups[0].branches)) if len(groups) == 1 else (count_entries(groups),)
+
+
+def trunk_beside(groups: Sequence[Group]) -> bool:
+    """Whether the last entry is the trunk that all others lie in."""
+    return len(groups) > 1 and groups[-1] == WHOLE
+
+
+def left_alone(compute: np.ndarray, output: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
+    """Entries that a step neither computes nor reuses, bool shaped as `compute`.
+
+    Args:
+        compute: bool [T, ...].
+        output: bool [T], steps that reuse the model's output, which leave all entries alone. Those that reuse the trunk
+            leave all others alone.
+    """
+    alone = np.zeros(compute.shape, dtype=bool)
+    alone[output] = True
+    if trunk_beside(groups):
+        alone[:, :-1] |= ~compute[:, -1:]
+    return alone
 
 
 def panels(groups: Sequence[Group]) -> Iterator[Panel]:
@@ -79,8 +102,10 @@ def check_groups(level: Any, groups: Any) -> tuple[str, tuple[Group, ...]]:
     if (level == "output") != (not checked):
         expected = "no groups" if level == "output" else "at least one group"
         raise ValueError(f"groups: expected {expected} at level {level}, got {len(checked)}")
-    if level == "blocks" and any(group.name == TRUNK for group in checked) and checked != (Group(TRUNK, 1, (BLOCKS,)),):
-        raise ValueError(f"groups: expected ('{TRUNK}', 1, ('{BLOCKS}',)) alone, got {tuple(map(tuple, checked))}")
+    if any(group.name == TRUNK for group in checked):
+        alone, place = ([WHOLE], "alone") if level == "blocks" else ([*checked[:-1], WHOLE], "behind others")
+        if list(checked) != alone or (level == "branches" and len(checked) == 1):
+            raise ValueError(f"groups: expected {tuple(WHOLE)} {place}, got {tuple(map(tuple, checked))}")
     for group in checked:
         if level == "blocks" and group.branches != (BLOCKS,):
             raise ValueError(f"groups: expected branches ('{BLOCKS}',) at level blocks, got {group.branches}")

@@ -8,12 +8,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .forecast import forecast
-from .layout import count_entries
-from .program import Addend, Combine, Compute, ForwardProgram, ForwardStep, Gap, Keep, Program, ReuseOutput, Step, Term
+from .layout import count_entries, trunk_beside
+from .program import (
+    Addend,
+    Combine,
+    Compute,
+    ForwardProgram,
+    ForwardStep,
+    Gap,
+    Keep,
+    Program,
+    ReuseOutput,
+    Step,
+    Term,
+)
 from .schedule import Schedule
 
 Value = tuple[int, int]  # (entry, step that computed it)
-# Before slots are known: [(entry to compute, [(value, what of it), ...] to add first), ...]; the head is entry L B
+BEFORE = -1  # in place of an entry: the stream before the first branch
+# Before slots are known: [(entry to compute, [(value, what of it), ...] to add first), ...]; the head is entry L B, and
+# its value the stream that it reads
 Draft = list[list[tuple[int, list[tuple[Value, Any]]]]]
 
 
@@ -51,7 +65,7 @@ def lower(schedule: Schedule) -> Program:
     draft = _draft(schedule)
     slots, count = _allocate(draft)
     outputs, kept, kept_count, output_channels = _lower_outputs(schedule)
-    entries = count_entries(schedule.groups)
+    entries = _branches(schedule)
     steps: list[Step | ReuseOutput] = []
     channels: list[_Rows] = []
     for i, drafted in enumerate(draft):
@@ -59,19 +73,31 @@ def lower(schedule: Schedule) -> Program:
         if schedule.output[i]:
             steps.append(ReuseOutput(outputs[i]))
             continue
-        gaps = [
-            Gap(
-                tuple(
-                    Term(slots[value], 1.0 if w.row is not None else w.number, value[0], rows.add(w.row))
-                    for value, w in terms
-                ),
-                norm=entry,
-            )
-            for entry, terms in drafted
-        ]
+        gaps = []
+        for entry, terms in drafted:
+            if entry == BEFORE:
+                continue
+            lowered = [
+                Term(
+                    slots[value],
+                    1.0 if w.row is not None else w.number,
+                    value[0] if 0 <= value[0] < entries else None,
+                    rows.add(w.row),
+                )
+                for value, w in terms
+            ]
+            fresh = not gaps and (drafted[0][0] == BEFORE or schedule.trunk[i])
+            gaps.append(_fresh(lowered, entry) if fresh else Gap(tuple(lowered), entry))
         body = tuple((gap, Compute(gap.norm, slots[gap.norm, i])) for gap in gaps[:-1])
-        steps.append(Step(body, gaps[-1], keep=kept.get((0, i))))
-    return Program(tuple(steps), entries, count, kept_count, _stack(channels), output_channels)
+        kinds = {"keep": kept.get((0, i)), "before": slots.get((BEFORE, i)), "after": slots.get((entries, i))}
+        steps.append(Step(body, gaps[-1], **kinds))
+    trunks = frozenset(np.flatnonzero(schedule.trunk).tolist()) if trunk_beside(schedule.groups) else None
+    return Program(tuple(steps), entries, count, kept_count, _stack(channels), output_channels, trunks)
+
+
+def _branches(schedule: Schedule) -> int:
+    """How many of the entries are branches."""
+    return count_entries(schedule.groups) - trunk_beside(schedule.groups)
 
 
 def lower_forward(schedule: Schedule) -> ForwardProgram:
@@ -164,17 +190,24 @@ def _counts(weight: _Weight) -> bool:
 
 
 def _draft(schedule: Schedule) -> Draft:
-    steps, entries, order = schedule.steps, count_entries(schedule.groups), schedule.order
-    computed = schedule.compute.reshape(steps, entries).tolist()
-    weights = schedule.weights.reshape(steps, entries, -1).tolist()
-    channels = None if schedule.channels is None else schedule.channels.reshape(steps, entries, order + 1, -1)
+    steps, entries, order = schedule.steps, _branches(schedule), schedule.order
+    computed = schedule.compute.reshape(steps, -1).tolist()
+    weights = schedule.weights.reshape(steps, -1, order + 1).tolist()
+    channels = None
+    if schedule.channels is not None:
+        channels = schedule.channels.reshape(steps, -1, *schedule.channels.shape[-2:])
+    trunk = _draft_trunk(schedule, entries)
+    befores = {value for drafted in trunk for _, terms in drafted for value, _ in terms if value[0] == BEFORE}
     cached: list[list[Value]] = [[] for _ in range(entries)]  # newest first
     draft: Draft = []
     for i in range(steps):
         drafted, terms = [], []
-        if schedule.output[i]:
-            draft.append(drafted)
+        if schedule.output[i] or schedule.trunk[i]:
+            draft.append(trunk[i])
             continue
+        if (BEFORE, i) in befores:
+            drafted.append((BEFORE, []))
+            terms.append(((BEFORE, i), _Weight(1.0)))
         for entry in range(entries):
             if computed[i][entry]:
                 drafted.append((entry, terms))
@@ -188,6 +221,33 @@ def _draft(schedule: Schedule) -> Draft:
         drafted.append((entries, terms))
         draft.append(drafted)
     return draft
+
+
+def _draft_trunk(schedule: Schedule, head: int) -> Draft:
+    """What steps that reuse the trunk add up, nothing for others. Its values are the head's."""
+    draft: Draft = [[] for _ in range(schedule.steps)]
+    if not schedule.trunk.any():
+        return draft
+    column = schedule.compute[:, -1]
+    unlearned = forecast(column, schedule.order, schedule.positions)
+    channels = None if schedule.channels is None else schedule.channels[:, -1]
+    carried, carries = _draft_carried(column, schedule.weights[:, -1], unlearned, schedule.carry[:, -1], channels)
+    for i in np.flatnonzero(schedule.trunk).tolist():
+        ((_, values),) = carried[i]
+        terms = [((head, step), a) for (_, step), (a, _) in values if _counts(a)]
+        if _counts(carries[i]):
+            draft[i].append((BEFORE, []))
+            terms.append(((BEFORE, i), carries[i]))
+            terms += [((BEFORE, step), w) for (_, step), (_, w) in values if _counts(w)]
+        draft[i].append((head, terms))
+    return draft
+
+
+def _fresh(terms: list[Term], norm: int) -> Gap:
+    """A Gap of nothing but `terms`. It starts from one that is a stream as it is, if there is such."""
+    plain = next((t for t in terms if t.entry is None and t.channel is None and t.weight == 1.0), None)
+    rest = tuple(term for term in terms if term is not plain)
+    return Gap(rest, norm, None if plain is None else plain.slot)
 
 
 def _draft_outputs(schedule: Schedule) -> Draft:

@@ -26,6 +26,7 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
     Learned weights have a second row: how far the newest value's weight is from the forecast's.
     """
     computed = schedule.compute.reshape(schedule.steps, -1) if schedule.groups else ~schedule.output[:, None]
+    alone = schedule.left_alone.reshape(schedule.steps, -1) if schedule.groups else schedule.output[:, None]
     columns = list(panels(schedule.groups)) or [Panel("output", np.zeros(1, dtype=int))]
     cur = schedule.cur_by_branch or {"output": schedule.cur}
     learned = schedule.learned and bool(schedule.groups)
@@ -33,13 +34,13 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
     figure = Figure(figsize=(1.4 + 3.4 * len(columns), 0.6 + 2.8 * rows), layout="constrained")
     grid = figure.subplots(rows, len(columns), sharey=len(schedule.groups) == 1, squeeze=False)
     for axes, panel in zip(grid[0], columns):
-        values = computed[:, panel.entries].T - 1.0 * schedule.output
+        values = (computed[:, panel.entries] - 1.0 * alone[:, panel.entries]).T
         _heatmap(axes, values, ListedColormap([OUTPUT, REUSE, COMPUTE]), 1)
         axes.set_title(f"{panel.title}: CUR {100 * cur[panel.title]:.0f} %", fontsize=10)
     if learned:
         unlearned = schedule.replace(weights=None, output_weights=None)
         change = (schedule.weights - unlearned.weights)[..., 0].reshape(schedule.steps, -1)
-        reused = ~computed & ~schedule.output[:, None]
+        reused = ~computed & ~alone
         limit = float(np.quantile(np.abs(change[reused]), 0.98)) if reused.any() else 1.0
         for axes, panel in zip(grid[1], columns):
             values = np.ma.masked_where(~reused[:, panel.entries], change[:, panel.entries]).T
@@ -50,9 +51,10 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
         axes.set_xlabel("step")
     for axes in grid[:, 0]:
         axes.set_ylabel("layer" if schedule.level == "branches" else "group")
+    whole = " or ".join(name for name in ("output", "trunk") if getattr(schedule, name).any())
     figure.suptitle(
         f"{schedule.model}, {schedule.steps} steps, order {schedule.order}: CUR {100 * schedule.cur:.0f} % "
-        f"(dark: computed, light: reused{', white: output reused' if schedule.output.any() else ''})",
+        f"(dark: computed, light: reused{f', white: {whole} reused' if whole else ''})",
         fontsize=10,
     )
     if path is not None:

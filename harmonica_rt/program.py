@@ -11,18 +11,21 @@ from typing import ClassVar
 
 import numpy as np
 
+STREAM = -1  # what a Gap starts from is the stream as it is
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
     """One addend of a Gap: weight * gate(entry, this step) * slot.
 
     Attributes:
+        entry: the branch whose value the slot holds; None where it holds a stream, which has no gate.
         channel: number of this step's row of weights per channel that multiplies the gate; None for 1.
     """
 
     slot: int
     weight: float
-    entry: int
+    entry: int | None
     channel: int | None = None
 
 
@@ -44,10 +47,15 @@ class Addend:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """x += sum of `terms`; then y = modulate(norm(x)) for branch `norm` (past the last: the model's head)."""
+    """x += sum of `terms`; then y = modulate(norm(x)) for branch `norm` (past the last: the model's head).
+
+    Attributes:
+        start: what x is before: `STREAM`, a slot, or None for 0.
+    """
 
     terms: tuple[Term, ...]
     norm: int
+    start: int | None = STREAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +72,21 @@ class Step:
 
     Attributes:
         keep: where the model's output goes for later steps to reuse; None if none does.
+        before: the slot that the sample is embedded into, if not into x: what reuse of the trunk reads of this step's
+            stream before the first branch, now or later.
+        after: the slot that the stream after the last branch goes to for later steps to reuse the trunk.
     """
 
     body: tuple[tuple[Gap, Compute], ...]
     last: Gap
     keep: int | None = None
+    before: int | None = None
+    after: int | None = None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the sample is read: not where the trunk is reused without a carry."""
+        return self.before is not None or self.gaps[0].start == STREAM
 
     @property
     def gaps(self) -> tuple[Gap, ...]:
@@ -89,6 +107,7 @@ class Program:
     """A lowered schedule. Entry e is branch e % B of layer e // B; `entries` (= L B) stands for the model's head.
 
     Attributes:
+        trunks: steps that reuse the trunk, or None where it is no entry.
         outputs: slots for the model's outputs.
         channels: rows of weights per channel, float32 [steps, most rows of a step, width], or None.
         output_channels: float32 [rows, channels of the output], or None.
@@ -100,10 +119,13 @@ class Program:
     outputs: int = 0
     channels: np.ndarray | None = field(default=None, compare=False)
     output_channels: np.ndarray | None = field(default=None, compare=False)
+    trunks: frozenset[int] | None = None
 
     @property
     def computed(self) -> int:
-        return sum(len(step.body) for step in self.steps)
+        """Entries computed: branches, and the trunk where it is an entry and branches run."""
+        run = 0 if self.trunks is None else sum(isinstance(step, Step) for step in self.steps) - len(self.trunks)
+        return run + sum(len(step.body) for step in self.steps)
 
     @property
     def terms(self) -> int:

@@ -144,9 +144,10 @@ def _describe_branches(plan: Plan, context: Hashable) -> PlanReport:
     macs = adapter.macs_of(shape)
     entries = adapter.by_entry(macs.branches)
     run = sum(macs.fixed for step in program.steps if isinstance(step, Step))
+    run -= adapter.layers * macs.around * len(program.trunks or ())
     run += sum(int(entries[compute.entry]) for step in program.steps for _, compute in step.body)
     full = len(program.steps) * (macs.fixed + int(entries.sum()))
-    total = len(program.steps) * program.entries
+    total = len(program.steps) * (program.entries + (program.trunks is not None))
     return PlanReport(
         shape=str(shape),
         backend=plan.backend,
@@ -176,7 +177,9 @@ def launches(plan: Plan, step: int) -> int:
         return 1 + len(instructions.terms)
     gaps = sum(plan.ops.gap_launches(gap) for gap in instructions.gaps)
     computes = sum(plan.ops.branch_launches(compute.entry) for _, compute in instructions.body)
-    return plan.adapter.end_launches + gaps + computes + (instructions.keep is not None)
+    ends = plan.adapter.end_launches - (0 if instructions.embeds else plan.adapter.embed_launches)
+    kept = (instructions.keep is not None) + (instructions.after is not None)
+    return ends + gaps + computes + kept
 
 
 def _mib(count: int) -> str:

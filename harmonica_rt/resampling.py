@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .checks import check_compute, check_output, positive
-from .forecast import carried, history, over_entries, unlearned
+from .forecast import carried, history, unlearned
+from .layout import left_alone
 from .schedule import Schedule, where
 
 
@@ -21,14 +22,15 @@ def between(schedule: Schedule, steps: int, fields: dict[str, Any]) -> Schedule:
     if steps == was:
         return schedule.replace(**fields) if fields else schedule
     output = ~respaced(~schedule.output, steps, _scaled((~schedule.output).sum(), was, steps))
-    running = int((~output).sum())
-    computed, carries = (values.reshape(was, -1) for values in (schedule.compute, schedule.carry))
+    computed, carries, alone = (v.reshape(was, -1) for v in (schedule.compute, schedule.carry, schedule.left_alone))
     compute = np.zeros((steps, computed.shape[1]), dtype=bool)
     carry = np.zeros(compute.shape)
-    for entry, column in enumerate(computed.T):
-        count = min(_scaled(column.sum(), was, steps), running)
-        compute[~output, entry] = respaced(column[~schedule.output], running, count)
-        new, old = (np.flatnonzero(~c & ~o) for c, o in ((compute[:, entry], output), (column, schedule.output)))
+    for entry in reversed(range(computed.shape[1])):  # the trunk is the last: it says at which steps branches run
+        column, before = computed[:, entry], ~alone[:, entry]
+        now = ~left_alone(compute, output, schedule.groups)[:, entry]
+        count = min(_scaled(column.sum(), was, steps), int(now.sum()))
+        compute[now, entry] = respaced(column[before], int(now.sum()), count)
+        new, old = np.flatnonzero(now & ~compute[:, entry]), np.flatnonzero(before & ~column)
         if len(new) and len(old):
             nearest = np.abs(new[:, None] / steps - old / was).argmin(1)
             carry[new, entry] = carries[old[nearest], entry]
@@ -76,7 +78,7 @@ def starting_at(schedule: Schedule, step: int) -> Schedule:
     snr = None if schedule.log_snr is None else schedule.log_snr[step:]
     positions = schedule.positions
     left = None if positions is None else positions[step:]
-    weights, output_weights = unlearned(compute, output, schedule.order, left)
+    weights, output_weights = unlearned(compute, output, schedule.groups, schedule.order, left)
     kept: list[np.ndarray] = []
     for new, old, was, now in (
         (weights, schedule.weights, schedule.compute, compute),
@@ -105,11 +107,13 @@ def with_compute(schedule: Schedule, compute: np.ndarray) -> Schedule:
         raise ValueError(f"compute: expected shape {list(schedule.compute.shape)}, got {list(np.shape(compute))}")
     compute = check_compute(compute, schedule.groups)
     check_output(schedule.output, compute)
-    reused = over_entries(schedule.output, compute)[..., None]
-    weights = np.where(reused, 0.0, carried(schedule.weights, schedule.compute, compute, schedule.positions))
+    alone = left_alone(compute, schedule.output, schedule.groups)
+    weights = np.where(alone[..., None], 0.0, carried(schedule.weights, schedule.compute, compute, schedule.positions))
     kept = {"output": schedule.output, "output_weights": schedule.output_weights}
     kept["output_channels"] = schedule.output_channels
     if schedule.channels is not None:
         alike = (history(compute, schedule.order) == history(schedule.compute, schedule.order)).all(-1)
-        kept["channels"] = where(alike & ~compute & ~schedule.compute, schedule.channels, 0)
-    return schedule.replace(compute=compute, weights=weights, carry=np.where(compute, 0.0, schedule.carry), **kept)
+        kept["channels"] = where(alike & ~(compute | alone | schedule.compute), schedule.channels, 0)
+    return schedule.replace(
+        compute=compute, weights=weights, carry=np.where(compute | alone, 0.0, schedule.carry), **kept
+    )

@@ -18,10 +18,21 @@ from .checks import (
     check_timesteps,
     check_weights,
     finite,
+    may_carry,
     positive,
 )
-from .forecast import ORDERS, over_entries, unlearned
-from .layout import TRUNK, Group, check_branches, check_groups, panels, shape_of_entries
+from .forecast import ORDERS, unlearned
+from .layout import (
+    TRUNK,
+    WHOLE,
+    Group,
+    check_branches,
+    check_groups,
+    left_alone,
+    panels,
+    shape_of_entries,
+    trunk_beside,
+)
 
 if TYPE_CHECKING:
     import os
@@ -47,16 +58,19 @@ class Schedule:
         level: what an entry is: ``"branches"``, a residual function of a block; ``"blocks"``, the stream after a group
             of consecutive blocks; ``"output"``, the model's output, which `output` decides about.
         groups: (name, layers, branches) each, e.g. ``("transformer_blocks", 19, ("attn", "mlp"))``; at level blocks
-            ``("trunk", 1, ("blocks",))`` or, for a list split into 8, ``("transformer_blocks", 8, ("blocks",))``.
+            ``("trunk", 1, ("blocks",))`` or, for a list split into 8, ``("transformer_blocks", 8, ("blocks",))``. At
+            level branches ``("trunk", 1, ("blocks",))`` may stand behind the others: the stream after the last branch
+            is an entry too. It is computed where the branches run, computed or reused; a step that reuses it leaves
+            them alone.
         order: number of cached values a reused entry may stand on, minus one: 0, 1 or 2.
         weights: reuse weights, float, shaped as `compute` with [order + 1] behind, newest value first; 0 where computed
             and for values that do not exist yet. The forecast's unless given.
-        carry: at level blocks, float shaped as `compute`: a reused group is sum a_k h_k + carry (x - sum w_k x_k), with
-            x and h the stream before and after it, a its weights, w the forecast's. 0 keeps the stream, 1 the
-            residual. 0 where computed, and everywhere unless given.
-        channels: weights per channel, float32, shaped as `compute` with [order + 1, width] behind, at level blocks
-            [order + 2, width], the carry's last: what each channel's weight is more than `weights` and `carry` say. 0
-            where these must be 0. None unless given.
+        carry: of groups of blocks and the trunk, float shaped as `compute`: if reused they are
+            sum a_k h_k + carry (x - sum w_k x_k), with x and h the stream before and after them, a their weights, w the
+            forecast's. 0 keeps the stream, 1 the residual. 0 where computed, and everywhere unless given.
+        channels: weights per channel, float32, shaped as `compute` with [order + 1, width] behind, where there may be
+            carries [order + 2, width], the carry's last: what each channel's weight is more than `weights` and `carry`
+            say. 0 where these must be 0. None unless given.
         output: bool [T], True for steps that run nothing of the model and return a weighted sum of its last computed
             outputs. None of their entries is computed. No step unless given.
         output_weights: float [T, order + 1], newest output first; 0 for other steps. The forecast's unless given.
@@ -158,15 +172,15 @@ class Schedule:
         if log_snr is not None:
             log_snr = check_timesteps(log_snr, len(compute), "log_snr")
         positions = check_positions(forecast, timesteps, log_snr)
-        default, output_default = unlearned(compute, output, order, positions)
-        weights = default if weights is None else check_weights(weights, compute, output, order)
-        carry = np.zeros(compute.shape) if carry is None else check_carry(carry, compute, output, level)
+        default, output_default = unlearned(compute, output, groups, order, positions)
+        weights = default if weights is None else check_weights(weights, compute, output, groups, order)
+        carry = np.zeros(compute.shape) if carry is None else check_carry(carry, compute, output, groups, level)
         if output_weights is None:
             output_weights = output_default
         else:
             output_weights = check_output_weights(output_weights, output, order)
         if channels is not None:
-            channels = check_channels(channels, compute, output, order, level)
+            channels = check_channels(channels, compute, output, groups, order, level)
         if output_channels is not None:
             output_channels = check_output_channels(output_channels, output, order)
         if guidance_scale is not None:
@@ -216,6 +230,7 @@ class Schedule:
         *,
         level: str = "auto",
         groups: int = 1,
+        trunk: bool = False,
         carry: float | None = None,
         **fields: Any,
     ) -> Schedule:
@@ -227,20 +242,28 @@ class Schedule:
             level: ``"branches"`` for models with an adapter, ``"blocks"`` for those with lists of blocks, ``"output"``
                 for any; ``"auto"`` is the first of these that the model can have.
             groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
-            carry: at level blocks, of all reused groups; 0 for one group and 1 for more unless given.
+            trunk: at level branches, the trunk is an entry beside them, and it is what the steps between reuse.
+            carry: of the reused trunk or groups; 0 for one group and 1 for more unless given.
             fields: further arguments of the constructor (sampler, timesteps, note, ...).
         """
         from .models import layout_of
 
         steps, every = positive("steps", steps), positive("every", every)
         layout = layout_of(model, level, positive("groups", groups))
+        if trunk:
+            if layout.level != "branches":
+                raise ValueError(
+                    f"trunk: expected False at level {layout.level}, whose groups=1 is the trunk, got True"
+                )
+            layout = layout._replace(groups=(*layout.groups, WHOLE))
         compute = np.zeros((steps, *shape_of_entries(layout.groups)), dtype=bool)
         compute[::every] = True
         if layout.level == "output":
             fields["output"] = np.arange(steps) % every != 0
-        if layout.level == "blocks":
-            carry = float(layout.groups[0].name != TRUNK) if carry is None else finite("carry", carry)
-            fields["carry"] = np.where(compute, 0.0, carry)
+        if layout.level == "blocks" or trunk:
+            carry = float(TRUNK not in [group.name for group in layout.groups]) if carry is None else carry
+            carries = may_carry(compute, layout.groups, layout.level) & ~compute
+            fields["carry"] = np.where(carries, finite("carry", carry), 0.0)
         elif carry is not None:
             raise ValueError(f"carry: expected none at level {layout.level}, got {carry!r}")
         fields.setdefault("note", f"uniform, every {every}" if every > 1 else "full")
@@ -319,10 +342,10 @@ class Schedule:
 
     def _carry_for(self, fields: dict[str, Any]) -> np.ndarray | None:
         """The carry of what other fields still reuse, if they are of the same shape."""
-        compute, output = (np.asarray(fields[name]) for name in ("compute", "output"))
+        compute, output, groups = *(np.asarray(fields[name]) for name in ("compute", "output")), fields["groups"]
         if compute.shape != self.compute.shape or output.shape != self.output.shape or compute.dtype != bool:
             return None
-        return np.where(compute | over_entries(output.astype(bool), compute), 0.0, self.carry)
+        return np.where(compute | left_alone(compute, output.astype(bool), groups or ()), 0.0, self.carry)
 
     def starting_at(self, step: int) -> Schedule:
         """What is left of the plan for a run that enters at `step` with nothing cached yet (image to image).
@@ -383,6 +406,16 @@ class Schedule:
         raise KeyError(f"{name!r}: expected one of {tuple(group.name for group in self.groups)}")
 
     @property
+    def trunk(self) -> np.ndarray:
+        """Steps that reuse the trunk beside branches, bool [T]."""
+        return ~self.compute[:, -1] & ~self.output if trunk_beside(self.groups) else np.zeros(self.steps, dtype=bool)
+
+    @property
+    def left_alone(self) -> np.ndarray:
+        """Entries that a step neither computes nor reuses, since it reuses the output or the trunk; as `compute`."""
+        return left_alone(self.compute, self.output, self.groups)
+
+    @property
     def cur(self) -> float:
         """Cache utilisation ratio: reused entries / all entries of all steps, from 0 to 1; outputs at level output."""
         return float(1.0 - self.compute.mean() if self.groups else self.output.mean())
@@ -398,7 +431,7 @@ class Schedule:
         """Whether the weights differ from the forecast's, or are per channel."""
         if self.channels is not None or self.output_channels is not None:
             return True
-        branches, outputs = unlearned(self.compute, self.output, self.order, self.positions)
+        branches, outputs = unlearned(self.compute, self.output, self.groups, self.order, self.positions)
         return not (np.array_equal(self.weights, branches) and np.array_equal(self.output_weights, outputs))
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import may_carry
 from .layout import Group, check_groups, panels, reading_order
 from .schedule import Schedule
 
@@ -53,13 +54,23 @@ def _arrays(schedule: Schedule) -> dict[str, np.ndarray]:
     """Weights per channel of what is reused, [entries and steps, values, channels] in reading order."""
     arrays = {}
     if schedule.channels is not None:
-        flat = schedule.channels.reshape(schedule.steps, -1, *schedule.channels.shape[-2:])
-        reused = ~schedule.compute.reshape(schedule.steps, -1)
         order = reading_order(schedule.groups)
-        arrays["channels"] = np.ascontiguousarray(flat[:, order][reused[:, order]])
+        flat = schedule.channels.reshape(schedule.steps, -1, *schedule.channels.shape[-2:])
+        arrays["channels"] = np.ascontiguousarray(flat[:, order][_with_rows(schedule)])
     if schedule.output_channels is not None:
         arrays["output_channels"] = np.ascontiguousarray(schedule.output_channels[schedule.output])
     return arrays
+
+
+def _with_rows(schedule: Schedule) -> np.ndarray:
+    """Which entries have weights per channel in a file, bool [steps, entries in reading order].
+
+    Those not computed; of steps that reuse the trunk it alone.
+    """
+    rows = ~schedule.compute.reshape(schedule.steps, -1)
+    if schedule.trunk.any():
+        rows[schedule.trunk, :-1] = False
+    return rows[:, reading_order(schedule.groups)]
 
 
 def _fields(schedule: Schedule) -> dict[str, Any]:
@@ -170,11 +181,11 @@ def _with_arrays(schedule: Schedule, arrays: dict[str, np.ndarray]) -> Schedule:
     """`schedule` with the weights per channel that `_arrays` wrote."""
     fields: dict[str, np.ndarray] = {}
     reading = reading_order(schedule.groups)
-    reused = ~schedule.compute.reshape(schedule.steps, -1)[:, reading]
-    for name, mask in (("channels", reused), ("output_channels", schedule.output)):
+    for name, mask in (("channels", _with_rows(schedule)), ("output_channels", schedule.output)):
         if (rows := arrays.get(name)) is None:
             continue
-        values = schedule.order + 1 + (name == "channels" and schedule.level == "blocks")
+        carries = may_carry(schedule.compute, schedule.groups, schedule.level).any()
+        values = schedule.order + 1 + (name == "channels" and bool(carries))
         if rows.ndim != 3 or rows.shape[:2] != (mask.sum(), values):
             raise ValueError(f"{name}: expected [{mask.sum()}, {values}, channels], got {list(rows.shape)}")
         if mask.size * values * rows.shape[2] * 4 > MAX_TENSOR_BYTES:

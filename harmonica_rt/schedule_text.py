@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .checks import may_carry
 from .layout import TRUNK, Group, Panel, panels
 
 if TYPE_CHECKING:
@@ -20,16 +21,18 @@ def headline(schedule: Schedule) -> str:
     kind = "learned weights" if schedule.learned else "forecast" if schedule.order else "plain reuse"
     if schedule.channels is not None or schedule.output_channels is not None:
         kind += " per channel"
-    if schedule.level == "blocks":
-        carries = schedule.carry[~schedule.compute]
+    carries = schedule.carry[may_carry(schedule.compute, schedule.groups, schedule.level) & ~schedule.compute]
+    if carries.size:
         least, most = carries.min(), carries.max()
         kind += f", carry {least:g}" if least == most else f", carry {least:.2g} to {most:.2g}"
     return f"{schedule.model}: {shape}, order {schedule.order} ({kind}), CUR {100 * schedule.cur:.1f} %"
 
 
 def _group(schedule: Schedule, group: Group) -> str:
+    if group.name == TRUNK:
+        return TRUNK
     if schedule.level == "blocks":
-        return TRUNK if group.name == TRUNK else f"{group.layers} groups of {group.name}"
+        return f"{group.layers} groups of {group.name}"
     return f"{group.layers} {'layers' if len(schedule.groups) == 1 else group.name} x {'/'.join(group.branches)}"
 
 
@@ -44,9 +47,13 @@ def page(schedule: Schedule) -> str:
     columns = list(panels(schedule.groups)) or [Panel("output", np.zeros(1, dtype=int))]
     computed = schedule.compute.reshape(schedule.steps, -1) if schedule.groups else ~schedule.output[:, None]
     widths = [max(len(panel.entries), len(panel.title)) for panel in columns]
-    legend = "(# compute, . reuse, = output reused)" if schedule.output.any() else "(# compute, . reuse)"
-    head.append("step  " + "  ".join(p.title.ljust(w) for p, w in zip(columns, widths)) + "  " + legend)
-    for i, marks in enumerate(np.where(schedule.output[:, None], "=", np.where(computed, "#", "."))):
+    legend = "# compute, . reuse" + (", = output reused" if schedule.output.any() else "")
+    legend += ", - trunk reused" if schedule.trunk.any() else ""
+    head.append("step  " + "  ".join(p.title.ljust(w) for p, w in zip(columns, widths)) + f"  ({legend})")
+    marked = np.where(computed, "#", ".")
+    if schedule.groups:
+        marked = np.where(schedule.left_alone.reshape(computed.shape), "-", marked)
+    for i, marks in enumerate(np.where(schedule.output[:, None], "=", marked)):
         row = "  ".join("".join(marks[p.entries]).ljust(w) for p, w in zip(columns, widths))
         head.append(f"{i:4}  {row.rstrip()}")
     return "\n".join(head)

@@ -32,8 +32,8 @@ def speedup(
     run = int((~schedule.output).sum())
     if schedule.level == "branches":
         adapter.check_schedule(schedule)
-        computed = schedule.compute.reshape(schedule.steps, -1).sum(axis=0) @ entries
-        computed += run * adapter.layers * macs.around
+        computed = schedule.compute.reshape(schedule.steps, -1).sum(axis=0)[: len(entries)] @ entries
+        computed += (run - int(schedule.trunk.sum())) * adapter.layers * macs.around
     elif schedule.level == "blocks":
         parts = []
         for group in schedule.groups:

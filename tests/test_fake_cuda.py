@@ -205,6 +205,28 @@ def test_launches_of_dit_xl_2(launches: Launches, monkeypatch: pytest.MonkeyPatc
     assert theirs > 4 * full
 
 
+@pytest.mark.parametrize(("carry", "slots", "launched"), [(0.0, 2, 3), (0.5, 5, 5)])
+def test_reuse_of_the_trunk_of_dit_xl_2(carry: float, slots: int, launched: int, launches: Launches) -> None:
+    """One Gap, projection and unpatchify; patches and positions with a carry alone. A computed step has a copy more."""
+    model = fake_dit(torch.bfloat16)
+    plain = compile_fake(model, hrt.Schedule.uniform(model, 8, every=2, order=1))
+    trunk = hrt.Schedule.uniform(model, 8, every=2, order=1, level="branches", trunk=True, carry=carry)
+    fast = compile_fake(model, trunk)
+    for each in (plain, fast):
+        call(each)
+    without, report = plain.report().plans[0], fast.report().plans[0]
+    assert (report.slots, without.slots) == (slots, 112)
+    assert report.launches[1] == launched
+    assert report.launches[0] == without.launches[0] + 1
+    (plan,) = fast._plans.values()
+    sample = torch.empty(2, 4, 32, 32, dtype=torch.bfloat16, device="cuda")
+    for step in range(4):
+        plan.select(step)
+        launches.take()
+        plan.launch(step, sample)
+        assert sum(launches.take().values()) == report.launches[step]
+
+
 @pytest.mark.parametrize(("order", "share"), [(0, 0.06), (1, 0.10)])
 def test_slots_of_dit_xl_2(order: int, share: float, launches: Launches) -> None:
     """Slot memory against the model's, batch 1 with guidance (the paper: under 6 % for plain reuse)."""

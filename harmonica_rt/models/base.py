@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..layout import Group
+from ..layout import WHOLE, Group
 from .stages import Held, Stage, walk
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ class Adapter(ABC):
         branches: names of a layer's branches, in the order they run.
         groups: the model's lists of blocks, in the order they run.
         end_launches: ops that `embed` and `finish` launch, views not counted.
+        embed_launches: how many of them `embed` does.
         layers: number of transformer blocks, L.
         width: channels of the token stream.
         in_channels: channels of a sample.
@@ -178,6 +179,7 @@ class Adapter(ABC):
     model_class: ClassVar[str]
     branches: ClassVar[tuple[str, ...]]
     end_launches: ClassVar[int]
+    embed_launches: ClassVar[int] = 2
     model: nn.Module
     layers: int
     width: int
@@ -304,14 +306,19 @@ class Adapter(ABC):
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Raise ValueError unless `schedule` is for such a model."""
+        groups = tuple(group for group in schedule.groups if group != WHOLE)  # any model has a trunk
         for what, expected, got in [
             ("model", self.model_class, schedule.model),
-            ("layers", self.layers, schedule.layers),
-            ("branches", tuple(dict.fromkeys(b for group in self.groups for b in group.branches)), schedule.branches),
-            ("groups", self.groups, schedule.groups),
+            ("layers", self.layers, sum(group.layers for group in groups)),
+            ("branches", _names(self.groups), _names(groups)),
+            ("groups", self.groups, groups),
         ]:
             if expected != got:
                 raise ValueError(f"schedule does not fit the model: {what} expected {expected}, got {got}")
+
+
+def _names(groups: Sequence[Group]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(branch for group in groups for branch in group.branches))
 
 
 class UnsupportedModelError(TypeError):

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
+from bench.block_reuse import TrunkReuse
 from bench.module_reuse import ModuleReuse
 from harmonica_rt.branch_engine import BranchRun
 from harmonica_rt.layout import count_entries
 from harmonica_rt.models import UnsupportedModelError, adapt, layout_of
 from tests.conftest import BACKENDS, assert_close, relative_error
 from tests.emulator import Emulator
+from tests.test_trunk import mixed
 
 STEPS = 6
 TIMES = torch.linspace(1000, 130, STEPS)  # a sampler's
@@ -156,6 +158,26 @@ def test_backends_and_weights_per_channel(order: int, backend: str) -> None:
     for text in (3, 5):
         calls = FluxCalls(model, text=text)
         wanted = by_module(model, schedule, calls)
+        for _ in range(2):
+            assert_close(calls.run(fast), wanted, 3e-5)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "cudagraph"])
+@pytest.mark.parametrize("carry", ["none", "one", "any"])
+def test_the_trunk_beside_branches(carry: str, backend: str) -> None:
+    """Its stream is both segments, across both lists."""
+    if backend == "cudagraph":
+        pytest.importorskip("triton")
+    model = make_flux(guidance_embeds=True)
+    for order in range(3):
+        schedule = mixed(model, 4 + order, STEPS, order, carry, channels=order == 1)
+        assert schedule.trunk.any()
+        calls = FluxCalls(model, text=2 + order)
+        reuse = TrunkReuse(model, schedule)
+        wanted = calls.run(reuse)
+        reuse.remove()
+        fast = hrt.compile(model, schedule, backend=backend)
+        fast._recorder = lambda device: Emulator()
         for _ in range(2):
             assert_close(calls.run(fast), wanted, 3e-5)
 
