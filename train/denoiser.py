@@ -17,6 +17,7 @@ from harmonica_rt.models.stages import Held
 
 Evaluate = Callable[[], Tensor]
 StandIn = Callable[[int, Evaluate], Tensor]  # (entry, evaluate its branch) -> its output before the gate
+TrunkStandIn = Callable[[Tensor, Evaluate], Tensor]  # (stream before, evaluate all branches) -> stream after
 
 
 class Denoiser:
@@ -56,7 +57,14 @@ class Denoiser:
             self.adapter.encode(conditioning, held)
         return held
 
-    def __call__(self, sample: Tensor, rows: Tensor, stand_in: StandIn, held: Held | None = None) -> Tensor:
+    def __call__(
+        self,
+        sample: Tensor,
+        rows: Tensor,
+        stand_in: StandIn,
+        held: Held | None = None,
+        trunk: TrunkStandIn | None = None,
+    ) -> Tensor:
         """The model's output.
 
         Args:
@@ -64,18 +72,26 @@ class Denoiser:
             rows: modulation rows of this step, [batch, rows, width].
             stand_in: called for each entry in order. It may evaluate the branch, or not.
             held: as `encode` gives it; None for a model whose stages read nothing of a run.
+            trunk: what stands in for all branches together; they are evaluated unless given.
         """
         x = self.adapter.embed(sample, held).to(sample.dtype)  # positions may be kept in fp32
-        for entry, branch in enumerate(self.branches):
 
-            def evaluate(x: Tensor = x, branch=branch) -> Tensor:
-                if self.checkpointing and torch.is_grad_enabled():
-                    return checkpoint(_branch, x, rows, held, branch, use_reentrant=False)
-                return _branch(x, rows, held, branch)
+        def run() -> Tensor:
+            h = x
+            for entry, branch in enumerate(self.branches):
 
-            output = stand_in(entry, evaluate)
-            x = x + output if branch.gate is None else torch.addcmul(x, output, over_tokens(rows, branch.gate, x, 0))
-        return self.adapter.finish(self.head.apply(x, rows), sample.shape)
+                def evaluate(h: Tensor = h, branch=branch) -> Tensor:
+                    if self.checkpointing and torch.is_grad_enabled():
+                        return checkpoint(_branch, h, rows, held, branch, use_reentrant=False)
+                    return _branch(h, rows, held, branch)
+
+                output = stand_in(entry, evaluate)
+                gate = None if branch.gate is None else over_tokens(rows, branch.gate, h, 0)
+                h = h + output if gate is None else torch.addcmul(h, output, gate)
+            return h
+
+        h = run() if trunk is None else trunk(x, run)
+        return self.adapter.finish(self.head.apply(h, rows), sample.shape)
 
 
 def compute(entry: int, evaluate: Evaluate) -> Tensor:

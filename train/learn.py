@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
+from harmonica_rt.layout import trunk_beside
 from harmonica_rt.schedule import Schedule
 
 from .search import Search
@@ -112,6 +113,8 @@ def learn(
     def weights(low: float, high: float, phase: str) -> Callable[[WeightProgress], None]:
         return lambda p: show(low + (high - low) * p.share, phase, p.judged, p.iteration)
 
+    if moves > 0 and any(trunk_beside(start.groups) for start in starts):
+        raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
     race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
     first = replace(settings, iterations=TRIAL, every=TRIAL)
     try:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from harmonica_rt.forecast import history
+from harmonica_rt.forecast import forecast, history
+from harmonica_rt.layout import trunk_beside
 from harmonica_rt.schedule import Schedule
 
 from .denoiser import Evaluate
@@ -17,12 +18,12 @@ TIES = ("none", "branch", "step")
 
 
 class ReuseWeights:
-    """What a schedule's reused branches and outputs stand on, as changes of the schedule's own weights.
+    """What a schedule's reused entries and outputs stand on, as changes of the schedule's own weights.
 
     Args:
         schedule: which values exist at each entry; its weights are the start.
         tie: "none": a change of its own for each step, layer and branch; "branch": layers share; "step": all share.
-            Outputs have their own, one for each step and value.
+            Outputs and the trunk have their own, one for each step and value.
 
     Attributes:
         change: [n], the changes, 0 at first; to be learned.
@@ -33,13 +34,17 @@ class ReuseWeights:
             raise ValueError(f"tie: expected one of {TIES}, got {tie!r}")
         self.schedule = schedule
         exists = history(schedule.compute, schedule.order) >= 0
-        free = exists & ~schedule.compute[..., None] & ~schedule.output[:, None, None, None]
+        free = exists & ~(schedule.compute | schedule.left_alone)[..., None]
+        free = free.reshape(schedule.steps, -1, schedule.order + 1)  # [T, entries, values]
         output_exists = history(~schedule.output[:, None, None], schedule.order)[:, 0, 0] >= 0
         output_free = output_exists & schedule.output[:, None]
         # Where each weight's change stands: weights that share one have the same number, others none
         number = np.arange(free.size).reshape(free.shape)
         if tie != "none":
-            number = np.broadcast_to(number[:, :1, : 1 if tie == "step" else None], free.shape)
+            _, layers, kinds = schedule.groups[0]
+            own = number[:, : layers * len(kinds)].reshape(schedule.steps, layers, len(kinds), -1)
+            tied = np.broadcast_to(own[:, :1, : 1 if tie == "step" else None], own.shape)
+            number[:, : layers * len(kinds)] = tied.reshape(schedule.steps, layers * len(kinds), -1)
         number = np.concatenate([number[free], free.size + np.flatnonzero(output_free)])
         names, index = np.unique(number, return_inverse=True)
         if not len(names):
@@ -52,7 +57,7 @@ class ReuseWeights:
         self.change = torch.zeros(len(names), device=device)
 
     def __call__(self, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights of branches [T, L B, order + 1, images] and of outputs [T, order + 1, images].
+        """Weights of entries [T, entries, order + 1, images] and of outputs [T, order + 1, images].
 
         Args:
             change: in place of `change`; [n] (images is 1), or [images, n], each image with its own.
@@ -60,10 +65,9 @@ class ReuseWeights:
         change = torch.atleast_2d(self.change if change is None else change)
         change = torch.cat([change, change.new_zeros(len(change), 1)], dim=1)
         weights = (self.start.to(change.dtype) + change[:, self.places]).T
-        steps, layers, branches, values = self.schedule.weights.shape
-        split = steps * layers * branches * values
+        split, steps, values = self.schedule.weights.size, self.schedule.steps, self.schedule.order + 1
         return (
-            weights[:split].view(steps, layers * branches, values, -1),
+            weights[:split].view(steps, self.schedule.weights.size // (steps * values), values, -1),
             weights[split:].view(steps, values, -1),
         )
 
@@ -84,6 +88,11 @@ class Reusing:
 
     def __init__(self, schedule: Schedule, weights: tuple[Tensor, Tensor], checkpointing: bool = False) -> None:
         self.compute = schedule.compute.reshape(schedule.steps, -1)
+        self.trunk = None
+        if trunk_beside(schedule.groups):  # its values are the stream after it and, as of one entry more, before it
+            unlearned = forecast(self.compute[:, -1], schedule.order, schedule.positions)
+            self.trunk = schedule.carry[:, -1].tolist(), torch.tensor(unlearned, dtype=torch.float32)[..., None]
+            self.compute = np.concatenate([self.compute, self.compute[:, -1:]], axis=1)
         self.output, self.order = schedule.output, schedule.order
         self.weights, self.output_weights = weights
         self.checkpointing = checkpointing
@@ -122,7 +131,18 @@ class Reusing:
             fresh.append(evaluate())
             return fresh[-1]
 
-        return [run.output(step, x, stand_in), *fresh]
+        def trunk(before: Tensor, run_branches: Evaluate) -> Tensor:
+            entry = len(computed) - 2
+            if computed[entry]:
+                after = run_branches()
+                fresh.extend((after, before))
+                return after
+            after, carry = _sum(values[entry], rows[entry]), self.trunk[0][step]
+            if carry:
+                after = after + carry * (before - _sum(values[entry + 1], self.trunk[1][step].to(before.device)))
+            return after
+
+        return [run.output(step, x, stand_in, None if self.trunk is None else trunk), *fresh]
 
 
 def _sum(values: tuple[Tensor, ...], weights: Tensor) -> Tensor:

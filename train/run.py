@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from harmonica_rt.layout import trunk_beside
 from harmonica_rt.models import adapt
 from harmonica_rt.schedule import Schedule
 
@@ -154,7 +155,7 @@ def _router(request: Request, task: Task, settings: Settings, accelerator: Accel
     """A router by SDT and IEPO, or L2C."""
     images = _images(request.images, task.model)
     start = _start(settings.init, task.model, request.steps, 0)
-    if start is not None and start.output.any():
+    if start is not None and (start.output.any() or trunk_beside(start.groups)):
         raise ValueError(f"init: expected a schedule that reuses branches alone for a router, got {request.init}")
     trainer = Trainer(task, settings, accelerator, images, start)
     if request.resume:
@@ -241,7 +242,9 @@ def _end_starts(request: Request, task: Task, accelerator: Accelerator) -> list[
     check_schedule(task, start)
     if request.order is not None and start.order != order:
         raise ValueError(f"init: expected a schedule of order {order}, got order {start.order}")
-    value = budget and budget.value(start.compute.reshape(start.steps, -1), int(start.output.sum()))
+    value = budget and budget.value(
+        start.compute.reshape(start.steps, -1)[:, : len(costs.entries)], int(start.output.sum())
+    )
     if budget is not None and value < (1 - TOLERANCE) * budget.target:
         raise ValueError(
             f"init: expected a schedule that meets the target of {budget.target:g}, got one of "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harmonica_rt.loop import guide, learns_variance
 
-from .denoiser import Denoiser, StandIn
+from .denoiser import Denoiser, StandIn, TrunkStandIn
 
 # (count, generator) -> conditional and unconditional tensors, [count, ...] each, as `Inputs.conditioning` has them
 Conditions = Callable[[int, torch.Generator], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
@@ -216,10 +216,10 @@ class Trajectory:
             return self.x
         return self.scheduler.scale_model_input(self.x, self.scheduler.timesteps[self.step])
 
-    def output(self, step: int, x: Tensor, stand_in: StandIn) -> Tensor:
+    def output(self, step: int, x: Tensor, stand_in: StandIn, trunk: TrunkStandIn | None = None) -> Tensor:
         """`denoise` of a step as a function of its arguments alone, so that it can be run again."""
         sample = torch.cat([x, x]) if self.task.guided else x
-        output = self.task.denoiser(sample, self.rows[step], stand_in, self.held)
+        output = self.task.denoiser(sample, self.rows[step], stand_in, self.held, trunk)
         return guide(output, self.task.guidance_scale, x.shape[1], self.task.learned_variance)
 
     def advance(self, output: Tensor) -> None:

@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 import harmonica_rt as hrt
+from harmonica_rt.layout import WHOLE
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.train.learn import learn
 from harmonica_rt.train.reuse import ReuseWeights, Reusing, reusing_run
 from harmonica_rt.train.task import Task, Trajectory
 from harmonica_rt.train.trainer import LossNotFinite
@@ -41,11 +43,27 @@ def schedule_for(task: Task, seed: int = 0, order: int = 1, outputs: bool = Fals
     return schedule.replace(**{k: v for k, v in task.fields().items() if k not in ("model", "branches")})
 
 
+def with_trunk(schedule: Schedule) -> Schedule:
+    """The same with the trunk, reused at the steps that compute least, with a carry."""
+    steps, groups = schedule.steps, (*schedule.groups, WHOLE)
+    compute = np.concatenate([schedule.compute.reshape(steps, -1), ~schedule.output[:, None]], axis=1)
+    compute[np.argsort(compute.sum(1) + 100 * schedule.output)[:2]] = False
+    compute[0] = True
+    kept = {"output": schedule.output, "sampler": schedule.sampler, "timesteps": schedule.timesteps}
+    made = Schedule(compute, model=schedule.model, groups=groups, order=schedule.order, **kept)
+    assert made.trunk.any()
+    carry = np.zeros(compute.shape)
+    carry[made.trunk, -1] = np.linspace(0.3, 0.8, made.trunk.sum())
+    return made.replace(carry=carry)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("outputs", [False, True])
-def test_a_run_is_the_runtimes(order: int, outputs: bool) -> None:
+@pytest.mark.parametrize("trunk", [False, True])
+def test_a_run_is_the_runtimes(order: int, outputs: bool, trunk: bool) -> None:
     task = make_task()
     schedule = schedule_for(task, order=order, outputs=outputs)
+    schedule = with_trunk(schedule) if trunk else schedule
     weights = ReuseWeights(schedule)
     weights.change.normal_(std=0.2)
     learned = weights.to_schedule()
@@ -93,9 +111,11 @@ def test_each_image_can_have_its_own_weights() -> None:
         assert relative_error(together[i : i + 1], alone) < 1e-5
 
 
-def test_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("trunk", [False, True])
+def test_checkpointing_changes_no_gradient(trunk: bool) -> None:
     task, gradients = make_task(), []
     schedule = schedule_for(task, outputs=True)
+    schedule = with_trunk(schedule) if trunk else schedule
     for checkpointing in (False, True):
         weights = ReuseWeights(schedule)
         change = weights.change.requires_grad_()
@@ -139,6 +159,33 @@ def test_ties(tie: str, axes: tuple[int, ...]) -> None:
     highest = changed.max(axes, keepdims=True) * np.ones_like(changed)
     assert np.allclose(changed[free], highest[free])
     assert np.array_equal(learned.output_weights != 0, schedule.output_weights != 0)
+
+
+@pytest.mark.parametrize("tie", ["none", "branch", "step"])
+def test_the_trunk_has_weights_of_its_own(tie: str) -> None:
+    schedule = with_trunk(schedule_for(make_task(), outputs=True))
+    weights = ReuseWeights(schedule, tie)
+    weights.change[:] = 1 + torch.arange(len(weights.change))
+    changed = (weights.to_schedule().weights - schedule.weights)[:, -1]
+    assert np.array_equal(changed != 0, schedule.weights[:, -1] != 0)
+    assert len(np.unique(changed[changed != 0])) == np.count_nonzero(changed)
+
+
+def test_moves_are_for_branches_alone() -> None:
+    task = make_task()
+    schedule = with_trunk(schedule_for(task))
+    with pytest.raises(ValueError, match="moves: expected 0 for a schedule with the trunk beside branches, got 3"):
+        learn(task, [schedule], WeightSettings(**SHORT), moves=3)
+
+
+def test_weights_of_the_trunk_are_learned() -> None:
+    task = make_task()
+    schedule = with_trunk(schedule_for(task))
+    trainer = WeightTrainer(task, schedule, WeightSettings(**SHORT))
+    before = trainer.best.errors.mean()
+    learned = trainer.run()
+    assert trainer.best.errors.mean() < before
+    assert (learned.weights != schedule.weights)[:, -1].any()
 
 
 def uniform(task: Task, every: int = 2, order: int = 1) -> Schedule:
