@@ -65,7 +65,7 @@ def lower(schedule: Schedule) -> Program:
     draft = _draft(schedule)
     slots, count = _allocate(draft)
     outputs, kept, kept_count, output_channels = _lower_outputs(schedule)
-    entries = _branches(schedule)
+    entries, reused = _branches(schedule), schedule.trunk.tolist()
     steps: list[Step | ReuseOutput] = []
     channels: list[_Rows] = []
     for i, drafted in enumerate(draft):
@@ -73,25 +73,17 @@ def lower(schedule: Schedule) -> Program:
         if schedule.output[i]:
             steps.append(ReuseOutput(outputs[i]))
             continue
-        gaps = []
-        for entry, terms in drafted:
-            if entry == BEFORE:
-                continue
-            lowered = [
-                Term(
-                    slots[value],
-                    1.0 if w.row is not None else w.number,
-                    value[0] if 0 <= value[0] < entries else None,
-                    rows.add(w.row),
-                )
-                for value, w in terms
-            ]
-            fresh = not gaps and (drafted[0][0] == BEFORE or schedule.trunk[i])
-            gaps.append(_fresh(lowered, entry) if fresh else Gap(tuple(lowered), entry))
+        gaps, elsewhere = [], reused[i] or drafted[0][0] == BEFORE  # the sample is embedded into a slot, if at all
+        for entry, addends in drafted:
+            if entry != BEFORE:
+                terms = [
+                    _term(slots[value], value[0] if value[0] < entries else BEFORE, w, rows) for value, w in addends
+                ]
+                gaps.append(_fresh(terms, entry) if elsewhere and not gaps else Gap(tuple(terms), entry))
         body = tuple((gap, Compute(gap.norm, slots[gap.norm, i])) for gap in gaps[:-1])
         kinds = {"keep": kept.get((0, i)), "before": slots.get((BEFORE, i)), "after": slots.get((entries, i))}
         steps.append(Step(body, gaps[-1], **kinds))
-    trunks = frozenset(np.flatnonzero(schedule.trunk).tolist()) if trunk_beside(schedule.groups) else None
+    trunks = frozenset(np.flatnonzero(reused).tolist()) if trunk_beside(schedule.groups) else None
     return Program(tuple(steps), entries, count, kept_count, _stack(channels), output_channels, trunks)
 
 
@@ -197,12 +189,13 @@ def _draft(schedule: Schedule) -> Draft:
     if schedule.channels is not None:
         channels = schedule.channels.reshape(steps, -1, *schedule.channels.shape[-2:])
     trunk = _draft_trunk(schedule, entries)
+    reused = schedule.trunk.tolist()
     befores = {value for drafted in trunk for _, terms in drafted for value, _ in terms if value[0] == BEFORE}
     cached: list[list[Value]] = [[] for _ in range(entries)]  # newest first
     draft: Draft = []
     for i in range(steps):
         drafted, terms = [], []
-        if schedule.output[i] or schedule.trunk[i]:
+        if schedule.output[i] or reused[i]:
             draft.append(trunk[i])
             continue
         if (BEFORE, i) in befores:
@@ -241,6 +234,11 @@ def _draft_trunk(schedule: Schedule, head: int) -> Draft:
             terms += [((BEFORE, step), w) for (_, step), (_, w) in values if _counts(w)]
         draft[i].append((head, terms))
     return draft
+
+
+def _term(slot: int, entry: int, weight: _Weight, rows: _Rows) -> Term:
+    number = weight.number if weight.row is None else 1.0
+    return Term(slot, number, None if entry == BEFORE else entry, rows.add(weight.row))
 
 
 def _fresh(terms: list[Term], norm: int) -> Gap:
