@@ -22,6 +22,7 @@ MODULES = {
     "DiTTransformer2DModel": {"attn": ["attn1"], "mlp": ["ff"]},
     "PixArtTransformer2DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
     "FluxTransformer2DModel": {"attn": ["attn"], "mlp": ["ff", "ff_context"], "block": ["proj_out"]},
+    "LTXVideoTransformer3DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
 }
 
 

@@ -15,6 +15,7 @@ from .blocks import block_lists, class_name, no_blocks
 ADAPTERS = {
     "DiTTransformer2DModel": ("dit", "DiTAdapter"),
     "FluxTransformer2DModel": ("flux", "FluxAdapter"),
+    "LTXVideoTransformer3DModel": ("ltx", "LTXAdapter"),
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
 }
 
