@@ -11,13 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harmonica_rt.models import adapt
+from harmonica_rt.models import Adapter, UnsupportedModelError, adapt
 from harmonica_rt.models.base import Branch, Shape, over_tokens
 from harmonica_rt.models.stages import Held
 
 Evaluate = Callable[[], Tensor]
 StandIn = Callable[[int, Evaluate], Tensor]  # (entry, evaluate its branch) -> its output before the gate
 TrunkStandIn = Callable[[Tensor, Evaluate], Tensor]  # (stream before, evaluate all branches) -> stream after
+
+
+SAMPLED = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # whose pipelines' loop is here too
+
+
+def adapt_to_learn(model: nn.Module) -> Adapter:
+    """The adapter of a model that can be learned on. Raises UnsupportedModelError naming those."""
+    adapter = adapt(model)
+    if adapter.model_class not in SAMPLED:
+        raise UnsupportedModelError(f"learning: expected a model of {' or '.join(SAMPLED)}, got {adapter.model_class}")
+    return adapter
 
 
 class Denoiser:
@@ -29,7 +40,7 @@ class Denoiser:
     """
 
     def __init__(self, model: nn.Module, checkpointing: bool = False) -> None:
-        self.adapter = adapt(model)
+        self.adapter = adapt_to_learn(model)
         self.branches, self.head = self.adapter.bind()
         self.checkpointing = checkpointing
         model.requires_grad_(False)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from harmonica_rt.models import Adapter, adapt
+from harmonica_rt.models import Adapter
 
+from .denoiser import adapt_to_learn
 from .task import Conditions, class_labels, prompts
 
 SAMPLERS = {
@@ -59,7 +60,7 @@ def conditions(
         features: a safetensors file: states [n + 1, tokens, features] and mask [n + 1, tokens]; last, the empty prompt.
             ``prompt_features.safetensors`` in the model's folder unless given.
     """
-    if not adapt(model).contexts:
+    if not adapt_to_learn(model).contexts:
         if features is not None:
             raise ValueError(f"features: expected none for {type(model).__name__}, which takes labels; got {features}")
         return class_labels(model, classes)

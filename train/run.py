@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from harmonica_rt.layout import trunk_beside
-from harmonica_rt.models import adapt
 from harmonica_rt.schedule import Schedule
 
 from . import learn, models
 from .budget import TOLERANCE, Budget, macs
+from .denoiser import adapt_to_learn
 from .progress import Display
 from .router import write_published
 from .stopping import EndedEarly, stopping
@@ -110,7 +110,7 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
         model.to(accelerator.device)
         within_steps = request.checkpointing and request.objective != "end"  # whose checkpoints are whole steps
         conditions = models.conditions(request.model, model, request.features, request.classes)
-        guidance = models.guidance(adapt(model)) if request.guidance is None else request.guidance
+        guidance = models.guidance(adapt_to_learn(model)) if request.guidance is None else request.guidance
         task = Task(model, scheduler, request.steps, guidance, conditions, within_steps)
         kind = _end if isinstance(settings, WeightSettings) else _router
         schedule = kind(request, task, settings, accelerator, display)

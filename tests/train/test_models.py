@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench.reference import MODELS, REFERENCES, TRAINED, load_pipeline, prompt_features
-from harmonica_rt.models import ADAPTERS, adapt
+from harmonica_rt.models import UnsupportedModelError, adapt
 from harmonica_rt.train import models
+from harmonica_rt.train.denoiser import SAMPLED
 
 from ..conftest import make_dit, make_pixart
 
@@ -23,11 +24,16 @@ def test_a_reference_is_what_the_benchmarks_run(name: str) -> None:
     assert model.state_dict().keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
     assert not model.training and model.dtype == torch.float32
-    if type(model).__name__ in ADAPTERS:  # others have no branches to learn
+    if type(model).__name__ in SAMPLED:
         assert models.guidance(adapt(model)) == REFERENCES[name].guidance
     for sampler in models.SAMPLERS:
         wanted = models.scheduler(sampler, pipeline.scheduler.config).config
         assert models.load(name, sampler)[1].config == wanted, sampler
+
+
+def test_a_model_that_cannot_be_learned_on_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"learning: expected .*PixArt.*, got FluxTransformer2DModel"):
+        models.conditions("flux-emoji", models.load("flux-emoji", "ddim")[0])
 
 
 def test_a_text_reference_reads_the_benchmarks_prompts() -> None:
