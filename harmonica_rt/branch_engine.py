@@ -102,8 +102,9 @@ class BranchEngine(Engine):
         self._bound: tuple[Adapter, list[Branch], Norm] | None = None
 
     def check(self, schedule: Schedule) -> None:
-        adapt_at_branches(self.model).check_schedule(schedule)
-        check_model(self.model)
+        adapter = adapt_at_branches(self.model)
+        adapter.check_schedule(schedule)
+        check_model(self.model, adapter.float32_parts)
 
     @property
     def adapter(self) -> Adapter:
@@ -129,7 +130,8 @@ class BranchEngine(Engine):
         if seen == self._seen:
             adapter, kind = self.adapter, self._kind
         else:
-            adapter, kind = adapt_at_branches(self.model), check_model(self.model)
+            adapter = adapt_at_branches(self.model)
+            kind = check_model(self.model, adapter.float32_parts)
         shape = shape_of(adapter, call)
         if (shape.dtype, shape.device) != kind:
             raise ValueError(

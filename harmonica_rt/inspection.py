@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,13 +120,21 @@ def _same_in_training(module: nn.Module) -> bool:
     return isinstance(module, SAME_IN_TRAINING) or type(module).__module__.startswith("peft.")
 
 
-def check_model(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The one floating dtype and device of an eval-mode model."""
+def check_model(model: nn.Module, float32_parts: Collection[str] = ()) -> tuple[torch.dtype, torch.device]:
+    """The one floating dtype and device of an eval-mode model.
+
+    Args:
+        float32_parts: as in `Adapter`.
+    """
     check_eval(model)
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
-    kinds = {(p.dtype, p.device) for p in model.parameters()}
-    if len(kinds) != 1:
+    kinds, wide = set(), set()
+    for name, p in model.named_parameters():
+        may = p.dtype == torch.float32 and not set(float32_parts).isdisjoint(name.split("."))
+        (wide if may else kinds).add((p.dtype, p.device))
+    if len(kinds) != 1 or len({device for _, device in kinds | wide}) != 1:
+        kinds |= wide
         raise ValueError(f"expected parameters of one dtype on one device, got {sorted(map(str, kinds))}")
     dtype, device = kinds.pop()
     if device.type == "meta":

@@ -17,6 +17,7 @@ ADAPTERS = {
     "FluxTransformer2DModel": ("flux", "FluxAdapter"),
     "LTXVideoTransformer3DModel": ("ltx", "LTXAdapter"),
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
+    "WanTransformer3DModel": ("wan", "WanAdapter"),
 }
 
 __all__ = [

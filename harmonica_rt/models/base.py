@@ -167,6 +167,8 @@ class Adapter(ABC):
         out_channels: channels of the output, learned variances included.
         rows: modulation rows of a step: the shifts, scales and gates of all branches and of the head's norm.
         rows_dtype: which the model modulates in; None for the stream's.
+        float32_parts: modules and parameters, by the last part or any other of their names, that may be float32 in a
+            model of another dtype: diffusers loads some so.
         segments: of the stream: 2 for text, then image.
         channel_dim: of a sample, which one its channels are.
         contexts: sets of keys and values that cross-attention reads.
@@ -176,6 +178,7 @@ class Adapter(ABC):
     segments: ClassVar[int] = 1
     channel_dim: ClassVar[int] = 1
     rows_dtype: ClassVar[torch.dtype | None] = None
+    float32_parts: ClassVar[tuple[str, ...]] = ()
     model_class: ClassVar[str]
     branches: ClassVar[tuple[str, ...]]
     end_launches: ClassVar[int]
@@ -355,8 +358,8 @@ def expect_exactly(module: nn.Module, kind: type[nn.Module], name: str) -> None:
             raise UnsupportedModelError(f"{name}: expected plain tensors, got {type(parameter.data).__name__}")
 
 
-def expect_plain_norm(module: nn.Module, name: str) -> None:
+def expect_plain_norm(module: nn.Module, name: str, kind: type[nn.LayerNorm] = nn.LayerNorm) -> None:
     """A LayerNorm without weight and bias, as the blocks' modulation needs it."""
-    expect_exactly(module, nn.LayerNorm, name)
+    expect_exactly(module, kind, name)
     if module.weight is not None:
         raise UnsupportedModelError(f"{name}: expected a LayerNorm without weight and bias, got an affine one")

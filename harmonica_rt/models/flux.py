@@ -159,7 +159,7 @@ class FluxAdapter(Adapter):
         sample = expect_tokens("hidden_states", arguments["hidden_states"], self.in_channels)
         batch = len(sample)
         text, pooled = arguments["encoder_hidden_states"], arguments["pooled_projections"]
-        text = expect_tokens("encoder_hidden_states", text, self.config.joint_attention_dim)
+        text = expect_tokens("encoder_hidden_states", text, self.config.joint_attention_dim, batch)
         pooled = expect_shape("pooled_projections", pooled, (batch, self.config.pooled_projection_dim))
         timestep = expect_shape("timestep", arguments["timestep"], (batch,))
         ids = []

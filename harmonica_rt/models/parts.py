@@ -181,22 +181,25 @@ def scale_from(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> None:
 # ---- arguments
 
 
-def read_sample(arguments: dict[str, Any], channels: int) -> Tensor:
-    """``hidden_states``, [batch, channels, height, width]. Arguments no program can express are refused."""
+def read_sample(arguments: dict[str, Any], channels: int, sizes: str = "height, width") -> Tensor:
+    """``hidden_states``, [batch, channels, *sizes]. Arguments no program can express are refused."""
     if arguments.get("cross_attention_kwargs"):
         raise ValueError(f"cross_attention_kwargs: expected none, got {sorted(arguments['cross_attention_kwargs'])}")
     sample = arguments["hidden_states"]
-    if not isinstance(sample, Tensor) or sample.ndim != 4 or sample.shape[1] != channels:
-        raise ValueError(f"hidden_states: expected [batch, {channels}, height, width], got {describe(sample)}")
+    axes = 3 + sizes.count(",")
+    if not isinstance(sample, Tensor) or sample.ndim != axes or sample.shape[1] != channels:
+        raise ValueError(f"hidden_states: expected [batch, {channels}, {sizes}], got {describe(sample)}")
     if 0 in sample.shape:
         raise ValueError(f"hidden_states: expected at least one sample and pixel, got {describe(sample)}")
     return sample
 
 
-def expect_tokens(name: str, value: Any, channels: int) -> Tensor:
-    """[batch, tokens, channels], none of them 0."""
-    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[2] != channels or 0 in value.shape:
-        raise ValueError(f"{name}: expected a tensor [batch, tokens, {channels}], got {describe(value)}")
+def expect_tokens(name: str, value: Any, channels: int, batch: int | None = None) -> Tensor:
+    """[batch, tokens, channels], none of them 0; of any batch unless it is given."""
+    fits = isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] == channels and 0 not in value.shape
+    if not fits or batch not in (None, len(value)):
+        expected = f"[{'batch' if batch is None else batch}, tokens, {channels}]"
+        raise ValueError(f"{name}: expected a tensor {expected}, got {describe(value)}")
     return value
 
 
