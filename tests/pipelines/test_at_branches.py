@@ -1,4 +1,4 @@
-"""Pipelines at level branches, against reuse at module level on the pipeline's own transformer."""
+"""Pipelines at level branches, against reuse at module level on the pipeline's own transformers."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from diffusers import DiffusionPipeline
 
 import harmonica_rt as hrt
 from bench.module_reuse import ModuleReuse
-from harmonica_rt.layout import count_entries
-from harmonica_rt.models import adapt
 
 from ..conftest import BACKENDS, relative_error
 from .made import MADE
 from .parts import STEPS, Made
 
 NAMES = ("flux", "flux, true CFG", "flux, image to image", "flux, inpainting")
+NAMES += ("wan 2.1", "wan 2.1, image to video", "wan 2.2")
 
 
 def random_schedule(model: torch.nn.Module, order: int) -> hrt.Schedule:
-    rng, groups = np.random.default_rng(order), adapt(model).groups
-    compute = rng.random((STEPS, count_entries(groups))) >= 0.5
+    rng, full = np.random.default_rng(order), hrt.Schedule.full(model, STEPS, level="branches")
+    compute = rng.random(full.compute.shape) >= 0.5
     compute[0] = True
-    schedule = hrt.Schedule(compute, model=type(model).__name__, groups=groups, order=order)
+    schedule = hrt.Schedule(compute, model=full.model, groups=full.groups, order=order)
     return schedule.replace(weights=schedule.weights * rng.normal(1.0, 0.3, schedule.weights.shape))
 
 
 def by_module(made: Made, schedule: hrt.Schedule) -> torch.Tensor:
     pipe = made.make()
-    stand_in = ModuleReuse(pipe.transformer, schedule.starting_at(made.first))
-    object.__setattr__(pipe, "transformer", stand_in)  # past the setter, which would write its class into the config
+    for name in made.denoisers:
+        first = next(call.step for call in made.calls if call.denoiser == name)
+        stand_in = ModuleReuse(getattr(pipe, name), schedule.starting_at(first))
+        object.__setattr__(pipe, name, stand_in)  # past the setter, which would write its class into the config
     return made.call(pipe)
 
 
@@ -55,7 +56,7 @@ def test_random_schedules_equal_reuse_at_module_level(name: str, order: int) -> 
     wanted, pipe = by_module(made, schedule), compiled(made, schedule, "eager")
     for _ in range(2):
         assert relative_error(made.call(pipe), wanted) < 2e-5
-    assert pipe.transformer.report().level == "branches"
+    assert {getattr(pipe, denoiser).report().level for denoiser in made.denoisers} == {"branches"}
 
 
 def test_control_residuals_are_refused_by_name() -> None:

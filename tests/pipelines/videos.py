@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import (
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -13,6 +15,7 @@ from diffusers import (
     LTXPipeline,
     LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -26,6 +29,7 @@ from .parts import (
     filled,
     in_turn,
     masked,
+    noise,
     one_batch,
     pooled,
     quiet,
@@ -33,22 +37,24 @@ from .parts import (
     text,
 )
 
+IMAGE = 10  # width of an image's states
 CLIP = {"height": 32, "width": 32, "num_frames": 9}
 VIDEO = ("hidden_states",)
 VIDEO_TEXT = ("hidden_states", "encoder_hidden_states")
 
 
-def wan_transformer(seed: int) -> WanTransformer3DModel:
+def wan_transformer(seed: int, **config: int) -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        in_channels=config.pop("in_channels", 4),
         out_channels=4,
         text_dim=TEXT,
         freq_dim=16,
         ffn_dim=32,
         num_layers=3,
         rope_max_seq_len=32,
+        **config,
     )
     return filled(model, seed)
 
@@ -56,6 +62,17 @@ def wan_transformer(seed: int) -> WanTransformer3DModel:
 def wan_2_1() -> DiffusionPipeline:
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return quiet(WanPipeline(vae=None, scheduler=scheduler, transformer=wan_transformer(0), **NO_TEXT))
+
+
+def wan_image_to_video() -> DiffusionPipeline:
+    """Latents, a mask of 4 frames a latent's, and the first frame's latents; the image read beside the text."""
+    transformer = wan_transformer(0, in_channels=12, image_dim=IMAGE, added_kv_proj_dim=24)
+    vae = filled(AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4))
+    parts = wan_2_1().components | {"transformer": transformer, "vae": vae}
+    parts |= {"image_encoder": None, "image_processor": None}
+    pipe = WanImageToVideoPipeline(**parts)
+    pipe.encode_image = lambda image, device: noise(1, 7, IMAGE, seed=4)  # the pipeline takes no states beside an image
+    return quiet(pipe)
 
 
 def wan_2_2() -> DiffusionPipeline:
@@ -116,6 +133,18 @@ def cogvideox() -> DiffusionPipeline:
 
 VIDEOS = {
     "wan 2.1": Made(wan_2_1, lambda: text(**CLIP), in_turn, named=True, streams={"blocks": VIDEO}),
+    "wan 2.1, image to video": Made(
+        wan_image_to_video,
+        lambda: {
+            "image": torch.zeros(1, 3, 32, 32),
+            "prompt_embeds": noise(1, 512, TEXT),
+            "negative_prompt_embeds": noise(1, 512, TEXT, seed=2),
+            **CLIP,
+        },
+        in_turn,
+        named=True,
+        streams={"blocks": VIDEO},
+    ),
     "wan 2.2": Made(
         wan_2_2,
         lambda: text(guidance_scale_2=3.0, **CLIP),
