@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
-from torch.utils._pytree import tree_map
 
 from .inspection import Snapshot, global_hooks
 from .kernels.inductor import CompilerMissing, first_line, missing_compiler
@@ -29,7 +28,7 @@ class CompiledBlocksReport:
 
     Attributes:
         blocks: how many the model has.
-        kinds: of blocks that were called: class, modules within, shapes and dtypes of their weights.
+        kinds: of blocks that were called: class, modules within, shapes, strides, dtypes and devices of their weights.
         compiles: for other numbers of dimensions, attributes or a batch of 1 there are more than one a kind.
         seconds: they took, together with the calls they were for.
         graph_breaks: kinds that TorchDynamo cannot take whole.
@@ -128,8 +127,7 @@ class CompiledBlocks:
         kind.called = True
         before, started = self.compiles, time.perf_counter()
         try:
-            dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
-            result = kind.call(block, *dense_args, **dense_kwargs)
+            result = kind.call(block, *_dense(args), **_dense(kwargs))
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             result = plain(*args, **kwargs)  # what is wrong with the call itself is raised here
             what = {Unsupported: "graph break", FailOnRecompileLimitHit: "too many compiles"}.get(type(error), "failed")
@@ -142,7 +140,14 @@ class CompiledBlocks:
     def _compiled(self) -> Callable[..., Any]:
         """A block's call with code of its own: TorchDynamo keeps, and limits, what it compiles by code object."""
         own = types.FunctionType(_call.__code__.replace(), globals(), _call.__name__)
-        return torch.compile(own, backend=self._inductor, fullgraph=True)
+        return torch.compile(
+            own, backend=self._inductor, fullgraph=True, options={"guard_filter_fn": self._guards_to_check}
+        )
+
+    def _guards_to_check(self, guards: Sequence[Any]) -> list[bool]:
+        """All but those on what weights look like: blocks of a kind agree in it, and `follow` looks at each run."""
+        weights = {id(weight) for weight in self._model.parameters() if type(weight) is nn.Parameter}
+        return [guard.guard_type != "TENSOR_MATCH" or id(guard.value) not in weights for guard in guards]
 
     def _inductor(self, graph: Any, examples: Any) -> Callable[..., Any]:
         from torch._dynamo import lookup_backend
@@ -171,20 +176,30 @@ def _call(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return block.forward(*args, **kwargs)  # a block with hooks is not compiled
 
 
-def _dense(leaf: Any) -> Any:
-    """A tensor as any other of its shape, unless it is expanded.
+def _dense(value: Any) -> Any:
+    """Arguments with each tensor as any other of its shape, in the same memory where it is contiguous.
 
     Strides, those of a size of 1 too, where its storage begins and whether it is a view are part of what code is
-    compiled for: what the model's first layer transposed or a block split off would be compiled for apart.
+    compiled for: what the model's first layer transposed or a block split off would be compiled for apart. What is
+    expanded stays so.
     """
-    if type(leaf) is not Tensor or any(size > 1 and step == 0 for size, step in zip(leaf.shape, leaf.stride())):
-        return leaf
-    strides = [1] * leaf.ndim
-    for axis in range(leaf.ndim - 1, 0, -1):
-        strides[axis - 1] = strides[axis] * max(leaf.shape[axis], 1)
-    if leaf.stride() != tuple(strides) or leaf.storage_offset():
-        return leaf.clone(memory_format=torch.contiguous_format)
-    return leaf.data if leaf._is_view() else leaf
+    if type(value) in (tuple, list):
+        return type(value)(map(_dense, value))
+    if type(value) is dict:
+        return {name: _dense(part) for name, part in value.items()}
+    if type(value) is not Tensor or value.is_conj() or value.is_neg():
+        return value
+    if not value.is_contiguous():
+        expanded = any(size > 1 and step == 0 for size, step in zip(value.shape, value.stride()))
+        return value if expanded else value.clone(memory_format=torch.contiguous_format)
+    strides = [1] * value.ndim
+    for axis in range(value.ndim - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * max(value.shape[axis], 1)
+    if not value._is_view() and value.stride() == tuple(strides) and not value.storage_offset():
+        return value
+    start = value.storage_offset() * value.itemsize
+    own = value.untyped_storage()[start : start + value.nbytes]  # keeps the whole
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(own, 0, value.shape, strides)
 
 
 def _refusal(block: nn.Module) -> str | None:
@@ -205,5 +220,8 @@ def _refusal(block: nn.Module) -> str | None:
 def _signature(block: nn.Module) -> Hashable:
     """What blocks that share code agree in."""
     modules = [(name, type(module)) for name, module in block.named_modules()]
-    tensors = [(name, type(t), t.shape, t.dtype) for name, t in (*block.named_parameters(), *block.named_buffers())]
+    tensors = [
+        (name, type(t), t.shape, t.stride(), t.dtype, t.device)
+        for name, t in (*block.named_parameters(), *block.named_buffers())
+    ]
     return tuple(modules), tuple(tensors)

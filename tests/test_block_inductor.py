@@ -158,6 +158,34 @@ def test_lora_and_new_weights_are_followed() -> None:
 
 
 @needs_compiler
+def test_weights_in_another_layout_are_followed(dit: nn.Module) -> None:
+    fast, eager = pair(dit)
+    before = run_both(fast, eager, Calls(STEPS))
+    weight = dit.transformer_blocks[1].ff.net[2].weight
+    weight.data = 2.0 * weight.data.t().contiguous().t()
+    for _ in range(2):
+        after = run_both(fast, eager, Calls(STEPS))
+    assert relative_error(after[0], before[0]) > 1e-3
+    assert (fast.report().compiled.kinds, compiles(fast), fast.report().compiled.eager) == (2, 2, {})
+
+
+def test_arguments_are_copied_only_where_they_do_not_lie_in_a_row() -> None:
+    whole = torch.randn(1, 7, 4)
+    half, expanded, turned = whole[:, 3:], whole[:, :1].expand(1, 3, 4), whole[:, 1:].mT
+    arguments = (whole, {"half": half, "rest": [expanded, (turned, 2)]})
+    got_whole, named = compiled_blocks._dense(arguments)
+    (got_expanded, (got_turned, number)), got_half = named["rest"], named["half"]
+    assert got_whole is whole and got_expanded is expanded and number == 2
+    for got, given in ((got_half, half), (got_turned, turned)):
+        assert_close(got, given, 0.0)
+        assert not got._is_view() and got.storage_offset() == 0
+        assert got.stride() == torch.empty(given.shape).stride()
+    assert got_half.data_ptr() == half.data_ptr()
+    got_half[0, 0, 0] = 5.0
+    assert whole[0, 3, 0] == 5.0, "what a block writes into its arguments is the model's"
+
+
+@needs_compiler
 def test_hooks_are_called_and_said(dit: nn.Module) -> None:
     fast, eager = pair(dit)
     calls = Calls(STEPS)
