@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from .base import Branch, Inputs, Macs, Norm, expect_plain_norm
 from .parts import (
     FEED_FORWARD,
+    GATE_ATTN,
+    GATE_MLP,
+    SCALE_ATTN,
+    SCALE_MLP,
+    SHIFT_ATTN,
+    SHIFT_MLP,
     PatchAdapter,
     Patches,
     check_attention,
@@ -39,8 +45,6 @@ BLOCK_PARTS: dict[str, type[nn.Module]] = {
     "norm1.emb": CombinedTimestepLabelEmbeddings,
     "norm3": nn.LayerNorm,
 }
-# Rows of a block, in the order its modulation layer puts them out
-SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 
 class DiTAdapter(PatchAdapter):
@@ -114,8 +118,6 @@ class DiTAdapter(PatchAdapter):
     # ---- counting
 
     def macs(self, height: int | None, width: int | None, batch: int, context: int | None = None) -> Macs:
-        size = self.config.sample_size
-        height, width = size if height is None else height, size if width is None else width
         n, d = self.tokens(height, width), self.width
         embedder = self.blocks[0].norm1.emb.timestep_embedder
         time = embedder.linear_1.in_features * d + d * d

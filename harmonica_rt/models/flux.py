@@ -19,8 +19,9 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from ..layout import Group
-from .base import Adapter, Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
-from .parts import expect_parts, expect_shape, expect_tokens, refuse
+from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
+from .joint import JointAdapter, fill_pair, fill_rows, joint_block
+from .parts import expect_parts, expect_shape, expect_tokens, macs_a_row, refuse
 from .stages import Call, Held
 
 MODEL_PARTS = {"": FluxTransformer2DModel, "norm_out": AdaLayerNormContinuous}
@@ -28,19 +29,15 @@ JOINT_PARTS = {"": FluxTransformerBlock, "norm1": AdaLayerNormZero, "norm1_conte
 JOINT_PARTS |= {"attn": FluxAttention}
 SINGLE_PARTS = {"": FluxSingleTransformerBlock, "norm": AdaLayerNormZeroSingle, "attn": FluxAttention}
 UNREAD = ("joint_attention_kwargs", "controlnet_block_samples", "controlnet_single_block_samples")
-# Rows of a joint block, for each segment in the order its modulation layer puts them out; of a single block
-SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
-JOINT, SINGLE = 12, 3
+JOINT, SINGLE = 12, 3  # rows of a block: image's six and text's, or those of both
 TEXT_TOKENS, IMAGE_TOKENS = 512, 4096  # of the pipeline's 1024 x 1024 pixels
 
 
-class FluxAdapter(Adapter):
+class FluxAdapter(JointAdapter):
     """Adapter of ``FluxTransformer2DModel``: dev, schnell, Kontext, Fill. The stream is [text, image]."""
 
     model_class = "FluxTransformer2DModel"
-    automatic = False  # attention and feed-forward are the model's own calls: level blocks keeps far less
     branches = ("attn", "mlp", "block")
-    segments = 2
     channel_dim = 2
     end_launches = 3  # text and image into the stream; the output projection
 
@@ -88,28 +85,11 @@ class FluxAdapter(Adapter):
                         lambda b, n, _: b * n * (4 * d * d + 2 * d * hidden + 2 * n * d))  # fmt: skip
             return [Branch((call,), Norm(row, row + 1, block.norm.norm.eps), row + 2)]
         block, row = self.joint[number], JOINT * number
-        hidden = block.ff.net[0].proj.out_features
-
-        def pair(which: int) -> tuple[int, int]:
-            return row + 6 + which, row + which
-
-        def attend(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
-            text, image = cut(y, held)
-            rotary = held["cos"], held["sin"]
-            image, text = block.attn(hidden_states=image, encoder_hidden_states=text, image_rotary_emb=rotary)
-            return text, image
-
-        def feed(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
-            text, image = cut(y, held)
-            return block.ff_context(text), block.ff(image)
-
-        attn = Call(attend, (block.attn,), lambda b, n, _: b * n * (4 * d * d + 2 * n * d), copies=2)
-        mlp = Call(feed, (block.ff, block.ff_context), lambda b, n, _: b * n * 2 * d * hidden, copies=2)
-        norms = (
-            Norm(pair(SHIFT_ATTN), pair(SCALE_ATTN), block.norm1.norm.eps),
-            Norm(pair(SHIFT_MLP), pair(SCALE_MLP), block.norm2.eps),
+        rows = [(row + 6 + which, row + which) for which in range(6)]
+        mlps, eps = (block.ff_context, block.ff), (block.norm1.norm.eps, block.norm2.eps)
+        return joint_block(
+            block.attn, mlps, rows, eps, d, lambda held: {"image_rotary_emb": (held["cos"], held["sin"])}
         )
-        return [Branch((attn,), norms[0], pair(GATE_ATTN)), Branch((mlp,), norms[1], pair(GATE_MLP))]
 
     def head_norm(self) -> Norm:
         return Norm(self.rows - 2, self.rows - 1, self.model.norm_out.norm.eps)
@@ -127,28 +107,17 @@ class FluxAdapter(Adapter):
         embedded = F.silu(embedded)
         layers = [layer for block in self.joint for layer in (block.norm1.linear, block.norm1_context.linear)]
         layers += [block.norm.linear for block in self.single]
-        start = 0
-        for layer in layers:
-            rows = layer(embedded).view(count, batch, -1, self.width)
-            own = out.narrow(2, start, rows.shape[2])
-            own.copy_(rows)
-            own[:, :, 1::3] += 1  # shift, scale, gate, and so on
-            start += rows.shape[2]
-        scale, shift = self.model.norm_out.linear(embedded).view(count, batch, 2, self.width).unbind(2)
-        out[:, :, -2], out[:, :, -1] = shift, 1 + scale
-
-    def context_tokens(self, conditioning: tuple[Tensor, ...]) -> int:
-        return conditioning[0].shape[1]
+        fill_rows(layers, embedded, out)
+        fill_pair(self.model.norm_out.linear, embedded, out[:, :, -2:])
 
     def hold(self, shape: Shape) -> Held:
         tokens = self.stream(shape)[1]
         table = torch.empty(2, tokens, sum(self.config.axes_dims_rope), device=shape.device)
-        text = torch.empty(shape.batch, shape.context, self.width, dtype=shape.dtype, device=shape.device)
-        return Held(text=text, cos=table[0], sin=table[1])
+        return Held(**super().hold(shape).tensors, cos=table[0], sin=table[1])
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:
-        text, _, text_ids, image_ids, *_ = conditioning
-        held["text"].copy_(self.model.context_embedder(text))
+        super().encode(conditioning, held)
+        _, _, text_ids, image_ids, *_ = conditioning
         for name, table in zip(("cos", "sin"), self.model.pos_embed(torch.cat([text_ids, image_ids]))):
             held[name].copy_(table)
 
@@ -180,8 +149,7 @@ class FluxAdapter(Adapter):
         return shape.context, shape.context + shape.sample[1]
 
     def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
-        text, image = held["text"], self.model.x_embedder(sample)
-        return torch.cat([text, image], dim=1) if out is None else torch.cat([text, image], dim=1, out=out)
+        return torch.cat([held["text"], self.model.x_embedder(sample)], dim=1, out=out)
 
     def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
         return self.model.proj_out(y[:, y.shape[1] - sample[1] :])
@@ -203,12 +171,5 @@ class FluxAdapter(Adapter):
         d, total = self.width, tokens + context
         kinds = [self.layer(number, join=False) for number in (0, len(self.joint)) if number < self.layers]
         branches = [branch.macs(batch, total, d, context) for layer in kinds for branch in layer]
-        embedder = sum(p.numel() for p in self.model.time_text_embed.parameters() if p.ndim == 2)
         ends = tokens * d * (self.in_channels + self.out_channels) + context * d * self.config.joint_attention_dim
-        return Macs(tuple(branches), batch * (ends + embedder + self.rows * d * d))
-
-
-def cut(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
-    """Both segments, text and image."""
-    split = held["text"].shape[1]
-    return y[:, :split], y[:, split:]
+        return Macs(tuple(branches), batch * (ends + macs_a_row(self.model.time_text_embed) + self.rows * d * d))

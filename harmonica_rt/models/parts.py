@@ -74,6 +74,8 @@ class Patches:
 
     def _position(self, rows: int, columns: int) -> Tensor:
         embed = self.module
+        if embed.pos_embed_max_size is not None:
+            return embed.cropped_pos_embed(rows * self.size, columns * self.size)
         if (rows, columns) == (embed.height, embed.width):
             return embed.pos_embed
         if (rows, columns) not in self._positions:
@@ -100,9 +102,10 @@ class PatchAdapter(Adapter):
     patches: Patches
     head: nn.Linear
 
-    def tokens(self, height: int, width: int) -> int:
-        """Length of the token stream for such a sample. Raises ValueError if it does not fit the patches."""
-        return self.patches.tokens(height, width)
+    def tokens(self, height: int | None, width: int | None) -> int:
+        """Patches of such a sample, of config.sample_size unless given. Raises ValueError if they do not fit it."""
+        size = self.model.config.sample_size
+        return self.patches.tokens(size if height is None else height, size if width is None else width)
 
     def stream(self, shape: Shape) -> tuple[int, int]:
         return 0, self.tokens(*shape.sample[2:])
@@ -165,6 +168,8 @@ def feed_forward(ff: nn.Module) -> tuple[Stage, ...]:
 
 # ---- modulation
 
+SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)  # as AdaLN-Zero layers put them out
+
 
 def scale_from(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> None:
     """Rows for the model's own `norm` -> rows for one without weight and bias, scale holding 1 + scale. In place.
@@ -176,6 +181,14 @@ def scale_from(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> None:
         if norm.bias is not None:
             shift.addcmul_(scale, norm.bias)
         scale.mul_(norm.weight)
+
+
+# ---- counting
+
+
+def macs_a_row(module: nn.Module) -> int:
+    """Multiply-accumulates of the linear layers of `module`, each applied to one row."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 # ---- arguments

@@ -188,8 +188,6 @@ class PixArtAdapter(PatchAdapter):
     # ---- counting
 
     def macs(self, height: int | None, width: int | None, batch: int, context: int | None = None) -> Macs:
-        size = self.config.sample_size
-        height, width = size if height is None else height, size if width is None else width
         n, d, text = self.tokens(height, width), self.width, TEXT_TOKENS if context is None else context
         features = self.config.cross_attention_dim
         attn, cross, mlp = self.branch_macs(batch, n, text)

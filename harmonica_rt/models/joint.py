@@ -1,0 +1,92 @@
+"""Joint attention over [text, image], the model's own calls: what Flux and Stable Diffusion 3 have alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Adapter, Branch, Norm, Shape
+from .parts import GATE_ATTN, GATE_MLP, SCALE_ATTN, SCALE_MLP, SHIFT_ATTN, SHIFT_MLP
+from .stages import Call, Held
+
+
+class JointAdapter(Adapter):
+    """A model whose stream is [text, image]. The first tensor of its conditioning is text's states."""
+
+    automatic = False  # attention and feed-forward are the model's own calls: level blocks keeps far less
+    segments = 2
+
+    def context_tokens(self, conditioning: tuple[Tensor, ...]) -> int:
+        return conditioning[0].shape[1]
+
+    def hold(self, shape: Shape) -> Held:
+        return Held(text=torch.empty(shape.batch, shape.context, self.width, dtype=shape.dtype, device=shape.device))
+
+    def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:
+        held["text"].copy_(self.model.context_embedder(conditioning[0]))
+
+
+def cut(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
+    """Both segments, text and image."""
+    split = held["text"].shape[1]
+    return y[:, :split], y[:, split:]
+
+
+def joint_block(
+    attn: nn.Module,
+    mlps: tuple[nn.Module, nn.Module],
+    rows: Sequence[tuple[int, int]],
+    eps: tuple[float, float],
+    width: int,
+    read: Callable[[Held], dict[str, Any]] = lambda held: {},
+) -> list[Branch]:
+    """Branches of a block of joint attention and a feed-forward for each segment, the model's own calls.
+
+    Args:
+        attn: gives image, then text.
+        mlps: text's and image's; theirs have one hidden width.
+        rows: of text and image, in the order of `SHIFT_ATTN` to `GATE_MLP`.
+        eps: of the norms before both branches.
+        read: what is held -> what else `attn` takes.
+    """
+    hidden = mlps[1].net[0].proj.out_features
+
+    def attend(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
+        text, image = cut(y, held)
+        image, text = attn(hidden_states=image, encoder_hidden_states=text, **read(held))
+        return text, image
+
+    def feed(y: Tensor, held: Held) -> tuple[Tensor, ...]:
+        return tuple(mlp(segment) for mlp, segment in zip(mlps, cut(y, held)))
+
+    attention = Call(attend, (attn,), lambda b, n, _: b * n * (4 * width * width + 2 * n * width), copies=2)
+    mlp = Call(feed, mlps, lambda b, n, _: b * n * 2 * width * hidden, copies=2)
+    return [
+        Branch((attention,), Norm(rows[SHIFT_ATTN], rows[SCALE_ATTN], eps[0]), rows[GATE_ATTN]),
+        Branch((mlp,), Norm(rows[SHIFT_MLP], rows[SCALE_MLP], eps[1]), rows[GATE_MLP]),
+    ]
+
+
+def fill_rows(layers: Iterable[nn.Module], embedded: Tensor, out: Tensor) -> None:
+    """What modulation layers put out, shift, scale and gate by turns, one layer behind the other; scale as 1 + scale.
+
+    Args:
+        embedded: [n * batch, width], what the layers take.
+        out: [n, batch, rows, width], which may have more of them.
+    """
+    start = 0
+    for layer in layers:
+        rows = layer(embedded).view(*out.shape[:2], -1, out.shape[3])
+        own = out.narrow(2, start, rows.shape[2])
+        own.copy_(rows)
+        own[:, :, 1::3] += 1
+        start += rows.shape[2]
+
+
+def fill_pair(layer: nn.Module, embedded: Tensor, out: Tensor) -> None:
+    """What the layer of an ``AdaLayerNormContinuous`` puts out, scale and shift -> shift and 1 + scale."""
+    scale, shift = layer(embedded).view(out.shape).unbind(2)
+    out[:, :, 0], out[:, :, 1] = shift, 1 + scale
