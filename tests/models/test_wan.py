@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
+from bench.measure import CountLaunches
 from bench.module_reuse import ModuleReuse
 from harmonica_rt.models import UnsupportedModelError, adapt, layout_of
 from harmonica_rt.models.base import Shape
@@ -206,6 +207,22 @@ def test_macs_are_those_of_the_forward(config: dict[str, Any]) -> None:
     plan = fast.report().plans[0]
     assert plan.full_macs == STEPS * (macs.fixed + adapter.by_entry(macs.branches).sum())
     assert plan.macs < plan.full_macs
+
+
+def test_launches_are_those_of_its_parts() -> None:
+    model = make_wan()
+    fast = hrt.compile(model, hrt.Schedule.uniform(model, STEPS, 2, order=0, level="branches"), backend="eager")
+    WanCalls(model).run(fast)
+    computed, reused = fast.report().plans[0].launches[:2]
+    ends, norm, call, term = 4, 2, 2, 1
+    assert computed == ends + 3 * 3 * (norm + call + term) + norm
+    assert reused == ends + 3 * 3 * term + norm
+    (plan,) = fast._plans.values()
+    sample = torch.zeros(plan.shape.sample)
+    with torch.no_grad(), CountLaunches() as counter:
+        x = plan.adapter.embed(sample, out=plan.buffers.x)
+        plan.adapter.finish(x, plan.shape.sample)
+    assert counter.count == ends
 
 
 def test_lora_layers_stay_in_the_models_own_calls() -> None:
