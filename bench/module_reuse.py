@@ -22,6 +22,7 @@ MODULES = {
     "DiTTransformer2DModel": {"attn": ["attn1"], "mlp": ["ff"]},
     "PixArtTransformer2DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
     "WanTransformer3DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "ffn": ["ffn"]},
+    "SD3Transformer2DModel": {"attn": ["attn"], "mlp": ["ff", "ff_context"]},
     "FluxTransformer2DModel": {"attn": ["attn"], "mlp": ["ff", "ff_context"], "block": ["proj_out"]},
     "LTXVideoTransformer3DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
 }

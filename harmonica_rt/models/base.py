@@ -142,11 +142,11 @@ class Macs:
     """Multiply-accumulates of one forward: one evaluation of each branch, and everything that is not a branch.
 
     Attributes:
-        branches: of one layer's branches, group after group.
+        branches: of one layer's branches, group after group; of a layer in the mean where they differ.
         around: what of `fixed` is in one block.
     """
 
-    branches: tuple[int, ...]
+    branches: tuple[float, ...]
     fixed: int
     around: int = 0
 

@@ -94,7 +94,7 @@ def flux_2(kind: type = Flux2Pipeline) -> DiffusionPipeline:
     return quiet(kind(scheduler=shifting(), vae=vae, transformer=model, **NO_TEXT))
 
 
-def sd3(kind: type = StableDiffusion3Pipeline, channels: int = 4) -> DiffusionPipeline:
+def sd3(kind: type = StableDiffusion3Pipeline, channels: int = 4, dual: tuple[int, ...] = (0,)) -> DiffusionPipeline:
     """Its first block has dual attention, its last no text stream."""
     model = SD3Transformer2DModel(
         sample_size=8,
@@ -108,7 +108,7 @@ def sd3(kind: type = StableDiffusion3Pipeline, channels: int = 4) -> DiffusionPi
         joint_attention_dim=TEXT,
         pooled_projection_dim=POOLED,
         pos_embed_max_size=8,
-        dual_attention_layers=(0,),
+        dual_attention_layers=dual,
         qk_norm="rms_norm",
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -249,6 +249,7 @@ IMAGES = {
         lambda: flux_2(Flux2KleinPipeline), lambda: text(**SIZE), in_turn, named=True, streams=_IN_ONE
     ),
     "sd3": Made(sd3, lambda: pooled(**SIZE), one_batch, streams=_JOINT),
+    "sd3 without dual attention": Made(lambda: sd3(dual=()), lambda: pooled(**SIZE), one_batch, streams=_JOINT),
     "sd3, skipped layers": Made(
         sd3,
         lambda: pooled(skip_guidance_layers=[1], skip_layer_guidance_stop=0.8, **SIZE),

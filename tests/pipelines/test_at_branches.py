@@ -15,7 +15,7 @@ from .made import MADE
 from .parts import STEPS, Made
 
 NAMES = ("flux", "flux, true CFG", "flux, image to image", "flux, inpainting")
-NAMES += ("wan 2.1", "wan 2.1, image to video", "wan 2.2")
+NAMES += ("sd3 without dual attention", "wan 2.1", "wan 2.1, image to video", "wan 2.2")
 
 
 def random_schedule(model: torch.nn.Module, order: int) -> hrt.Schedule:
