@@ -13,13 +13,11 @@ from torch import Tensor
 from .backends import OPS, BranchCall, GapCall
 from .buffers import Buffers
 from .cuda_graphs import InputGraphs, Recorder, StepGraphs
-from .loop import LoopGraph, loop_key
+from .loop import LoopGraph, Loops, loop_key
 from .models.base import Adapter, Branch, Norm, Shape, by_segment
 from .models.stages import scratch_columns
 from .program import Program, ReuseOutput
 from .streams import Streams
-
-LOOPS = 4  # captured trajectories a plan keeps: each is a graph of all steps, for one sampler and guidance
 
 Built = tuple[list[tuple[GapCall, Callable[[Tensor], None]]], GapCall]
 
@@ -29,7 +27,7 @@ class Plan:
 
     Attributes:
         graphs: captured steps, if the plan replays them.
-        loops: captured trajectories, by sampler, guidance and timesteps.
+        loops: captured trajectories.
         measured: seconds a run takes replayed and launched plainly, once both have been measured.
         seconds: time it took to build, compilation and the capture of steps included.
     """
@@ -46,7 +44,7 @@ class Plan:
         self.graphs: StepGraphs | None = None
         self.inputs: InputGraphs | None = None
         self.timesteps: Tensor | None = None  # of the rows, as they were filled last
-        self.loops: dict[tuple[Any, ...], LoopGraph] = {}
+        self.loops = Loops()
         self.measured: tuple[float, float] | None = None
         self._steps: list[Built | None] = [None] * len(program.steps)
         self.ops = OPS[backend](branches, head, self.buffers)
@@ -178,22 +176,19 @@ class Plan:
         return replayed <= launched
 
     def loop(self, scheduler: Any, guidance_scale: float, images: int) -> LoopGraph:
-        """The captured trajectory of a plan that has graphs, made if there is none. The least recently used go first.
+        """The captured trajectory of a plan that has graphs, made if there is none.
 
         Raises:
             CaptureFailed: the sampler's updates cannot be captured.
         """
-        key, shape = loop_key(scheduler, guidance_scale), self.shape
-        if key in self.loops:
-            self.loops[key] = self.loops.pop(key)
-        else:
-            size = (images, *shape.sample[1:])
-            noise = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        size = (images, *self.shape.sample[1:])
+
+        def make() -> LoopGraph:
+            noise = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
             recorder = self.graphs.recorder
-            self.loops[key] = LoopGraph(self.run_plainly, self.streams, recorder, scheduler, guidance_scale, noise)
-        while len(self.loops) > LOOPS:
-            self.loops.pop(next(iter(self.loops))).release()
-        return self.loops[key]
+            return LoopGraph(self.run_plainly, self.streams, recorder, scheduler, guidance_scale, noise)
+
+        return self.loops.get(loop_key(scheduler, guidance_scale), make)
 
     def release_graphs(self) -> None:
         """Free the memory of the captured steps, and launch plainly from now on."""
@@ -204,9 +199,7 @@ class Plan:
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
-        for loop in self.loops.values():
-            loop.release()
-        self.loops.clear()
+        self.loops.release()
         self.release_graphs()
         self.streams.leave()
 

@@ -19,6 +19,7 @@ from .entry import ForwardChanged
 from .forward_plan import ForwardPlan
 from .inspection import check_eval, own_cache
 from .layout import TRUNK, split_evenly
+from .loop import LoopGraph
 from .lowering import lower_forward
 from .models import UnsupportedModelError
 from .models.blocks import block_lists, class_name, no_blocks
@@ -219,6 +220,23 @@ class ForwardEngine(Engine):
             stale.release()
         plan = self.plan(key, lambda: self._captured(run.plan.half(number, batch, call.shape)))
         return ForwardRun(plan, run.start, self)
+
+    def loop(
+        self, call: ForwardCall, schedule: Schedule, timesteps: Tensor, scheduler: Any, guidance_scale: float
+    ) -> LoopGraph | None:
+        plan, images = self.begin(call, schedule, 0, 0).plan, call.batch // (2 if guidance_scale > 1 else 1)
+        if plan.graphs is None:
+            return None
+        options = (call.args, call.kwargs), timesteps, scheduler, guidance_scale, images
+        try:
+            try:
+                return plan.loop(*options)
+            except ForwardChanged:  # between runs a forward may change: learn it anew
+                plan = self.renewed(plan)
+                return plan.loop(*options)
+        except CaptureFailed as error:
+            self.give_up_graphs(plan, error)
+            return None
 
     def _groups(self, schedule: Schedule) -> list[tuple[str, list[nn.Module]]]:
         """Name and blocks of every entry."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .cuda_graphs import CaptureFailed, Recorder, Replayable, capture_failed
 from .inspection import Snapshot
+from .loop import LoopGraph, Loops
 from .program import ForwardStep
 
 PLAIN = (bool, int, float, str, bytes, type(None))
@@ -46,6 +47,7 @@ class ForwardGraphs:
     ) -> None:
         self.launch, self.recorder, self.limit = launch, recorder, 2 * steps
         self.graphs: dict[Hashable, tuple[Replayable, Any]] = {}
+        self.loops = Loops()
         self._inputs: dict[Hashable, _Inputs] = {}
         self._model, self._state = weakref.ref(model), _state_of(model)
 
@@ -62,14 +64,9 @@ class ForwardGraphs:
             CaptureFailed: the step cannot be captured; nothing is lost, and it may be launched plainly.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in leaves]
-        try:
-            call = (str(spec), tuple(constants), tuple(kinds))
-            key = (step, call)
-            graph = self.graphs.get(key)
-        except TypeError as error:
-            raise CaptureFailed(f"expected arguments that can be compared from call to call: {error}") from None
+        call = _call_of(leaves, spec)
+        key = (step, call)
+        graph = self.graphs.get(key)
         if graph is None:
             self._warm_up(step, leaves, spec)
             self.follow(self._model())  # hooks may have brought the weights only now
@@ -79,6 +76,32 @@ class ForwardGraphs:
         replayable, output = graph
         replayable.replay()
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+    def loop(
+        self, key: Hashable, inputs: Any, warm_up: Callable[[], Any], make: Callable[[Any], LoopGraph]
+    ) -> LoopGraph:
+        """The captured trajectory of `key` on `inputs`, a tree of what it reads beside noise: static copies are filled.
+
+        Args:
+            warm_up: brings the model to where it is captured, if there is no such trajectory.
+            make: of the static copies.
+        """
+        leaves, spec = tree_flatten(inputs)
+        call = _call_of(leaves, spec)
+        if (key, call) not in self.loops.graphs:
+            warm_up()
+            self.follow(self._model())
+        static = tree_unflatten(self._fill(call, leaves, spec).leaves, spec)
+
+        def captured() -> LoopGraph:
+            loop = make(static)
+            self._expect_in_place(loop.release)
+            return loop
+
+        loop = self.loops.get((key, call), captured)
+        used = {call for _, call in (*self.graphs, *self.loops.graphs)}
+        self._inputs = {call: inputs for call, inputs in self._inputs.items() if call in used}
+        return loop
 
     def _fill(self, call: Hashable, leaves: list[Any], spec: TreeSpec) -> _Inputs:
         if call not in self._inputs:
@@ -111,14 +134,17 @@ class ForwardGraphs:
             graph = self.recorder.capture(lambda: self.launch(step, *tree_unflatten(inputs.leaves, inputs.spec)))
         except Exception as error:
             raise capture_failed(error, "a call of the model's own forward") from error
+        self._expect_in_place(graph[0].reset)
+        self.graphs[key] = graph
+        return graph
+
+    def _expect_in_place(self, give_up: Callable[[], None]) -> None:
         if Snapshot.of(self._model()).places != self._state[0].places:
-            graph[0].reset()
+            give_up()
             raise CaptureFailed(
                 "expected a forward that leaves the model's weights where they are, got one that moved some: layerwise "
                 "casting, or offloading within it"
             )
-        self.graphs[key] = graph
-        return graph
 
     def release(self) -> None:
         """Free the graphs' memory once no replay is under way."""
@@ -127,7 +153,19 @@ class ForwardGraphs:
         for graph, _ in self.graphs.values():
             graph.reset()
         self.graphs.clear()
+        self.loops.release()
         self._inputs.clear()
+
+
+def _call_of(leaves: list[Any], spec: TreeSpec) -> Hashable:
+    """All that a graph bakes in of its inputs. Raises CaptureFailed if that cannot be compared."""
+    constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    kinds = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in leaves)
+    try:
+        hash(constants)
+    except TypeError as error:
+        raise CaptureFailed(f"expected arguments that can be compared from call to call: {error}") from None
+    return str(spec), constants, kinds
 
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from .forward_graphs import ForwardGraphs
 from .interception import intercepted
 from .kernels.combine_torch import combine_eager
 from .kernels.inductor import missing_triton
+from .loop import LoopGraph, loop_key
 from .models import UnsupportedModelError
 from .program import ForwardProgram, ForwardStep, Keep, ReuseOutput
 from .streams import Streams
@@ -98,19 +99,51 @@ class ForwardPlan:
             CaptureFailed: the step can only be launched; `graphs` are to be dropped and the call made again.
         """
         self.streams.enter()
+        return self._run(step, arguments, self.graphs)
+
+    def _run(self, step: int, arguments: Arguments, graphs: ForwardGraphs | None) -> Any:
         instructions = self.program.steps[step]
         if isinstance(instructions, ReuseOutput):
             return self._reuse_output(instructions)
         if not self._learned:
             output = self._learn(arguments)
             self._keep_learned(instructions)
-        elif self.graphs is None:
+        elif graphs is None:
             output = self.launch(instructions, arguments)
         else:
-            output = self.graphs.run(instructions, *arguments)
+            output = graphs.run(instructions, *arguments)
         if instructions.keep is not None:
             self._keep_output(instructions.keep, output)
         return output
+
+    def loop(
+        self, arguments: Arguments, timesteps: Tensor, scheduler: Any, guidance_scale: float, images: int
+    ) -> LoopGraph:
+        """The captured trajectory of a plan that has graphs, made if there is none.
+
+        Args:
+            arguments: of its first call: the sample, and the rest by name, the timestep's as `timestep`.
+
+        Raises:
+            CaptureFailed: a step or the sampler's updates cannot be captured.
+        """
+        self.streams.enter()
+        (sample,), conditioning = arguments
+        conditioning = {name: value for name, value in conditioning.items() if name != "timestep"}
+
+        def make(static: tuple[dict[str, Any], Tensor]) -> LoopGraph:
+            rest, times = static
+
+            def denoise(step: int, x: Tensor) -> Tensor:
+                now = times.narrow(0, step, 1).expand(len(x))
+                kwargs = tree_map(lambda leaf: leaf, rest)  # models take from the dicts they are given
+                return self._run(step, ((x,), {"timestep": now, **kwargs}), None)[0]
+
+            noise = torch.zeros((images, *sample.shape[1:]), dtype=sample.dtype, device=sample.device)
+            return LoopGraph(denoise, self.streams, self.graphs.recorder, scheduler, guidance_scale, noise)
+
+        key = (tuple(sample.shape), sample.dtype, *loop_key(scheduler, guidance_scale))
+        return self.graphs.loop(key, (conditioning, timesteps), lambda: self._run(0, arguments, None), make)
 
     def launch(self, step: ForwardStep, arguments: Arguments) -> Any:
         """`run`, once the plan has learned what its groups are: nothing here depends on data, so it may be captured."""

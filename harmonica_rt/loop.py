@@ -14,6 +14,7 @@ from torch import Tensor
 from .cuda_graphs import Recorder, Replayable, capture_failed
 from .streams import Streams
 
+LOOPS = 4  # captured trajectories a plan keeps: each is a graph of all steps, for one sampler and guidance
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")  # updates without fresh noise or hidden host reads
 
 
@@ -69,6 +70,25 @@ class LoopGraph:
             self.recorder.synchronize()
             self.graph.reset()
             self.graph = None
+
+
+class Loops:
+    """The captured trajectories of a plan, by sampler, guidance and timesteps; the least recently used go first."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[tuple[Any, ...], LoopGraph] = {}
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], LoopGraph]) -> LoopGraph:
+        """The one of `key`, made if there is none. Raises CaptureFailed: the sampler's updates cannot be captured."""
+        self.graphs[key] = self.graphs.pop(key) if key in self.graphs else make()
+        while len(self.graphs) > LOOPS:
+            self.graphs.pop(next(iter(self.graphs))).release()
+        return self.graphs[key]
+
+    def release(self) -> None:
+        for loop in self.graphs.values():
+            loop.release()
+        self.graphs.clear()
 
 
 def trajectory(

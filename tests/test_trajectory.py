@@ -15,8 +15,7 @@ pytest.importorskip("triton")
 
 import harmonica_rt as hrt
 from harmonica_rt.cuda_graphs import CaptureFailed
-from harmonica_rt.executor import LOOPS
-from harmonica_rt.loop import trajectory
+from harmonica_rt.loop import LOOPS, trajectory
 
 from .conftest import Calls, assert_close, make_dit, random_schedule, relative_error
 from .emulator import Emulator

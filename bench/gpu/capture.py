@@ -49,7 +49,7 @@ def _plan(machine: Machine, work: Workload, text: str, log: Log) -> None:
         plan.measure()
     work.trajectory(fast)()
     machine.synchronize()
-    (loop,), with_loop = plan.loops.values(), machine.memory()
+    (loop,), with_loop = plan.loops.graphs.values(), machine.memory()
     log.figure(
         name=text,
         graphs=report.graphs,

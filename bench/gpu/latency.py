@@ -270,7 +270,7 @@ class Candidates:
 
     def _captured(self, fast: PixelPipeline) -> dict[str, Any]:
         (plan,) = fast.transformer._plans.values()
-        loops = [loop.seconds for loop in plan.loops.values()]
+        loops = [loop.seconds for loop in plan.loops.graphs.values()]
         return {
             "plan_seconds": plan.seconds,
             "capture_seconds": (plan.graphs.seconds if plan.graphs else 0.0) + sum(loops),
