@@ -14,7 +14,10 @@ from ..pipelines import PixelPipeline
 from ..wrapper import Wrapper
 
 # Names of a block's branch modules, by model class and list of blocks
-BRANCHES = {name: {"transformer_blocks": tuple(modules.values())} for name, modules in MODULES.items()}
+BRANCHES = {
+    name: {"transformer_blocks": tuple(part for parts in modules.values() for part in parts)}
+    for name, modules in MODULES.items()
+}
 BRANCHES["FluxTransformer2DModel"] = {
     "transformer_blocks": ("attn", "ff", "ff_context"),
     "single_transformer_blocks": ("attn",),  # its MLP is in one projection with it
