@@ -97,7 +97,7 @@ def test_reuse_by_hand_in_both_contexts(flux: PixelFluxPipeline, spec: str, slot
     assert reuse.reused == 2 * reused and reuse.outputs_reused == 2 * schedule.output.sum()
     reuse.remove()
     fast = hrt.compile(flux.around(flux.transformer), schedule, backend="eager")
-    assert relative_error(sample(fast), expected) < 1e-5
+    assert relative_error(sample(fast), expected) < 2e-5  # forecasts of order 2 weigh rounding by 3, -3 and 1
     report = fast.transformer.report()
     assert [plan.context for plan in report.plans] == ["cond", "uncond"]
     assert costs.slot_bytes(report) == 2 * 2 * slots * 4
