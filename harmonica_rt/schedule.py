@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+STRONG_GUIDANCE = 4.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
+
+
 def _frozen(array: np.ndarray) -> np.ndarray:
     return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)  # over bytes: setflags cannot unfreeze it
 
@@ -243,7 +246,8 @@ class Schedule:
                 for any; ``"auto"`` is the first of these that the model can have.
             groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
             trunk: at level branches, the trunk is an entry beside them, and it is what the steps between reuse.
-            carry: of the reused trunk or groups; 0 for one group and 1 for more unless given.
+            carry: of the reused trunk or groups. Unless given 1 for several groups, and for the trunk 0, or 0.5 where
+                `guidance_scale` is at least 4 (`bench/README.md`, which level for whom).
             fields: further arguments of the constructor (sampler, timesteps, note, ...).
         """
         from .models import layout_of
@@ -261,7 +265,9 @@ class Schedule:
         if layout.level == "output":
             fields["output"] = np.arange(steps) % every != 0
         if layout.level == "blocks" or trunk:
-            carry = float(TRUNK not in [group.name for group in layout.groups]) if carry is None else carry
+            if carry is None:
+                strong = (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
+                carry = (0.5 if strong else 0.0) if TRUNK in [group.name for group in layout.groups] else 1.0
             carries = may_carry(compute, layout.groups, layout.level) & ~compute
             fields["carry"] = np.where(carries, finite("carry", carry), 0.0)
         elif carry is not None:

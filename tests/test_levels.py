@@ -206,6 +206,15 @@ def test_one_group_is_the_trunk_and_more_are_lists_split_evenly() -> None:
     assert split_evenly(5, 3) == [range(0, 2), range(2, 4), range(4, 5)]
 
 
+@pytest.mark.parametrize(("guidance", "wanted"), [(None, 0.0), (1.5, 0.0), (3.5, 0.0), (4.0, 0.5), (7.5, 0.5)])
+def test_a_trunk_carries_half_at_strong_guidance(dit: nn.Module, guidance: float | None, wanted: float) -> None:
+    for fields in ({"level": "blocks"}, {"level": "branches", "trunk": True}):
+        schedule = hrt.Schedule.uniform(dit, 4, guidance_scale=guidance, **fields)
+        assert set(schedule.carry[1::2].reshape(2, -1)[:, -1].tolist()) == {wanted}
+    several = hrt.Schedule.uniform(dit, 4, level="blocks", groups=3, guidance_scale=guidance)
+    assert (several.carry[1::2] == 1).all()
+
+
 def test_the_carry_is_0_for_one_group_and_1_for_more_unless_told(dit: nn.Module) -> None:
     reused = [1, 3]
     for groups, carry, wanted in [(1, None, 0.0), (3, None, 1.0), (1, 0.5, 0.5), (3, 0.0, 0.0)]:
