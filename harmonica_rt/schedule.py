@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-STRONG_GUIDANCE = 4.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
+STRONG_GUIDANCE = 3.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -247,7 +247,7 @@ class Schedule:
             groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
             trunk: at level branches, the trunk is an entry beside them, and it is what the steps between reuse.
             carry: of the reused trunk or groups. Unless given 1 for several groups, and for the trunk 0, or 0.5 where
-                `guidance_scale` is at least 4 (`bench/README.md`, which level for whom).
+                `guidance_scale` is at least 3 and the order not 0 (`bench/README.md`, which level for whom).
             fields: further arguments of the constructor (sampler, timesteps, note, ...).
         """
         from .models import layout_of
@@ -266,7 +266,7 @@ class Schedule:
             fields["output"] = np.arange(steps) % every != 0
         if layout.level == "blocks" or trunk:
             if carry is None:
-                strong = (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
+                strong = order > 0 and (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
                 carry = (0.5 if strong else 0.0) if TRUNK in [group.name for group in layout.groups] else 1.0
             carries = may_carry(compute, layout.groups, layout.level) & ~compute
             fields["carry"] = np.where(carries, finite("carry", carry), 0.0)

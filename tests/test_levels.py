@@ -206,11 +206,12 @@ def test_one_group_is_the_trunk_and_more_are_lists_split_evenly() -> None:
     assert split_evenly(5, 3) == [range(0, 2), range(2, 4), range(4, 5)]
 
 
-@pytest.mark.parametrize(("guidance", "wanted"), [(None, 0.0), (1.5, 0.0), (3.5, 0.0), (4.0, 0.5), (7.5, 0.5)])
+@pytest.mark.parametrize(("guidance", "wanted"), [(None, 0.0), (1.5, 0.0), (2.9, 0.0), (3.0, 0.5), (7.5, 0.5)])
 def test_a_trunk_carries_half_at_strong_guidance(dit: nn.Module, guidance: float | None, wanted: float) -> None:
     for fields in ({"level": "blocks"}, {"level": "branches", "trunk": True}):
         schedule = hrt.Schedule.uniform(dit, 4, guidance_scale=guidance, **fields)
         assert set(schedule.carry[1::2].reshape(2, -1)[:, -1].tolist()) == {wanted}
+    assert not hrt.Schedule.uniform(dit, 4, order=0, level="blocks", guidance_scale=guidance).carry.any()
     several = hrt.Schedule.uniform(dit, 4, level="blocks", groups=3, guidance_scale=guidance)
     assert (several.carry[1::2] == 1).all()
 
