@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
 from .executor import Plan
+from .forward_graphs import state_of
 from .inspection import Snapshot, check_model, shape_of
 from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph
@@ -100,6 +101,7 @@ class BranchEngine(Engine):
         self._seen: Snapshot | None = None  # the model that was checked and bound
         self._kind: tuple[torch.dtype, torch.device] | None = None
         self._bound: tuple[Adapter, list[Branch], Norm] | None = None
+        self._captured: tuple[Any, ...] | None = None  # what graphs have baked in of the model's own calls
 
     def check(self, schedule: Schedule) -> None:
         adapter = adapt_at_branches(self.model)
@@ -144,6 +146,9 @@ class BranchEngine(Engine):
             self._bound = (adapter, *adapter.bind())
             seen = Snapshot.of(self.model)  # binding may join tensors
         self._seen, self._kind = seen, kind
+        if self._captured is not None and self._captured != state_of(self.model):
+            self.free_plans()
+            self._captured = None
         plan = self.plan(
             (context, shape, start), lambda: self._make_plan(lower(schedule.starting_at(start)), shape, call)
         )
@@ -206,4 +211,5 @@ class BranchEngine(Engine):
             plan.release()
             raise
         plan.seconds += time.perf_counter() - started
+        self._captured = state_of(self.model)
         return plan

@@ -49,11 +49,11 @@ class ForwardGraphs:
         self.graphs: dict[Hashable, tuple[Replayable, Any]] = {}
         self.loops = Loops()
         self._inputs: dict[Hashable, _Inputs] = {}
-        self._model, self._state = weakref.ref(model), _state_of(model)
+        self._model, self._state = weakref.ref(model), state_of(model)
 
     def follow(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since: other modules, tensors, hooks, numbers (a LoRA's scale)."""
-        if (state := _state_of(model)) != self._state:
+        if (state := state_of(model)) != self._state:
             self.release()
             self._state = state
 
@@ -168,7 +168,7 @@ def _call_of(leaves: list[Any], spec: TreeSpec) -> Hashable:
     return str(spec), constants, kinds
 
 
-def _state_of(model: nn.Module) -> tuple[Any, ...]:
+def state_of(model: nn.Module) -> tuple[Any, ...]:
     """All that a captured forward of `model` has baked in, as far as its modules tell."""
     holders = [(name, vars(module)) for name, module in model.named_modules()]
     processors = [(f"{name}.processor", own["processor"]) for name, own in holders if "processor" in own]
