@@ -131,6 +131,9 @@ def check_model(model: nn.Module, float32_parts: Collection[str] = ()) -> tuple[
         raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
     kinds, wide = set(), set()
     for name, p in model.named_parameters():
+        if not p.dtype.is_floating_point:  # packed: the layer that holds it makes it plain
+            wide.add((p.dtype, p.device))
+            continue
         may = p.dtype == torch.float32 and not set(float32_parts).isdisjoint(name.split("."))
         (wide if may else kinds).add((p.dtype, p.device))
     if len(kinds) != 1 or len({device for _, device in kinds | wide}) != 1:

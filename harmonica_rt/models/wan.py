@@ -84,7 +84,9 @@ class WanAdapter(Adapter):
 
     def modulate(self, timesteps: Tensor, conditioning: tuple[Tensor, ...], out: Tensor) -> None:
         embedder, stream = self.model.condition_embedder, conditioning[0].dtype
-        times = embedder.timesteps_proj(timesteps).to(next(embedder.time_embedder.parameters()).dtype)
+        times, dtype = embedder.timesteps_proj(timesteps), next(embedder.time_embedder.parameters()).dtype
+        if dtype.is_floating_point:  # packed weights are made what they multiply
+            times = times.to(dtype)
         embedded = embedder.time_embedder(times).to(stream)
         shared = embedder.time_proj(embedder.act_fn(embedded)).unflatten(1, (6, -1)).float()
         for number, block in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""What may become of a model at level branches between runs: adapters."""
+"""What may become of a model at level branches between runs: adapters, packed weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bench.module_reuse import ModuleReuse
 from tests.conftest import assert_close, relative_error
 from tests.emulator import Emulator
 from tests.pairings.made import MODELS, STEPS, Sampler
+from tests.pairings.test_quantised import Packed4bit, gguf_linear, replace_linears
 
 
 def wanted(model: nn.Module, schedule: hrt.Schedule, sampler: Sampler) -> list[torch.Tensor]:
@@ -58,3 +59,11 @@ def test_a_change_of_adapters_is_followed(change: Callable[[nn.Module], object],
     after = sampler.run(fast)
     assert_close(after, wanted(model, fast.schedule, sampler), 2e-5)
     assert relative_error(after[0], before[0]) > 1e-3
+
+
+@pytest.mark.parametrize("make", [gguf_linear, Packed4bit], ids=["gguf", "4 bits"])
+def test_packed_weights_run_in_the_models_own_calls(make: Callable[[nn.Linear], nn.Module]) -> None:
+    model, sampler = MODELS["flux"](), Sampler("flux")
+    replace_linears(model, make)
+    fast = compiled(model, "eager")
+    assert_close(sampler.run(fast), wanted(model, fast.schedule, sampler), 2e-5)
