@@ -243,7 +243,7 @@ class Schedule:
             model: the diffusers model (only its class, lists of blocks and branches are read).
             steps: number of denoiser calls of the sampler, T.
             level: ``"branches"`` for models with an adapter, ``"blocks"`` for those with lists of blocks, ``"output"``
-                for any; ``"auto"`` is the first of these that the model can have.
+                for any; ``"auto"`` is the first of these that the model can have, branches for DiT and PixArt alone.
             groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
             trunk: at level branches, the trunk is an entry beside them, and it is what the steps between reuse.
             carry: of the reused trunk or groups. Unless given 1 for several groups, and for the trunk 0, or 0.5 where
@@ -257,7 +257,8 @@ class Schedule:
         if trunk:
             if layout.level != "branches":
                 raise ValueError(
-                    f"trunk: expected False at level {layout.level}, whose groups=1 is the trunk, got True"
+                    f"trunk: expected False at level {layout.level}, got True: level='branches' has a trunk beside its "
+                    "branches, level='blocks' with groups=1 is the trunk alone"
                 )
             layout = layout._replace(groups=(*layout.groups, WHOLE))
         compute = np.zeros((steps, *shape_of_entries(layout.groups)), dtype=bool)

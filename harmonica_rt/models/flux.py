@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..layout import Group
 from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
 from .joint import JointAdapter, fill_pair, fill_rows, joint_block
-from .parts import expect_parts, expect_shape, expect_tokens, macs_a_row, refuse
+from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, macs_a_row, refuse
 from .stages import Call, Held
 
 MODEL_PARTS = {"": FluxTransformer2DModel, "norm_out": AdaLayerNormContinuous}
@@ -130,6 +130,7 @@ class FluxAdapter(JointAdapter):
         text, pooled = arguments["encoder_hidden_states"], arguments["pooled_projections"]
         text = expect_tokens("encoder_hidden_states", text, self.config.joint_attention_dim, batch)
         pooled = expect_shape("pooled_projections", pooled, (batch, self.config.pooled_projection_dim))
+        expect_dtype(sample, encoder_hidden_states=text, pooled_projections=pooled)
         timestep = expect_shape("timestep", arguments["timestep"], (batch,))
         ids = []
         for name, tokens in (("txt_ids", text.shape[1]), ("img_ids", sample.shape[1])):

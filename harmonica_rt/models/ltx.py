@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_ltx import (
 from torch import Tensor, nn
 
 from .base import Adapter, Branch, Inputs, Macs, Norm, Shape, expect_plain_norm
-from .parts import expect_parts, expect_shape, expect_tokens, refuse, scale_from
+from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, refuse, scale_from
 from .stages import Call, Held
 
 MODEL_PARTS = {"": LTXVideoTransformer3DModel, "time_embed": AdaLayerNormSingle, "rope": LTXVideoRotaryPosEmbed}
@@ -120,7 +120,14 @@ class LTXAdapter(Adapter):
         text, channels = arguments["encoder_hidden_states"], self.config.caption_channels
         tokens = expect_tokens("encoder_hidden_states", text, channels).shape[1]
         expect_shape("encoder_hidden_states", text, (len(sample), tokens, channels))
-        timestep = expect_shape("timestep", arguments["timestep"], (len(sample),))
+        expect_dtype(sample, encoder_hidden_states=text)
+        timestep = arguments["timestep"]
+        if getattr(timestep, "ndim", 0) == 2:
+            got = f"{list(timestep.shape)}, one a token, as image to video has it"
+            raise ValueError(
+                f"timestep: expected a tensor of shape [{len(sample)}], got {got}; level 'blocks' takes it"
+            )
+        timestep = expect_shape("timestep", timestep, (len(sample),))
         mask = arguments["encoder_attention_mask"]
         masks = () if mask is None else (expect_shape("encoder_attention_mask", mask, (len(sample), tokens)),)
         return Inputs(sample, timestep, (text, self._grid(arguments, sample), *masks), arguments["return_dict"])

@@ -216,6 +216,13 @@ def expect_tokens(name: str, value: Any, channels: int, batch: int | None = None
     return value
 
 
+def expect_dtype(sample: Tensor, **given: Tensor) -> None:
+    """That of the sample: the linear layers of a model of one dtype take no other."""
+    for name, value in given.items():
+        if value.dtype != sample.dtype:
+            raise ValueError(f"hidden_states, {name}: expected one dtype, got {sample.dtype} and {value.dtype}")
+
+
 def refuse(arguments: dict[str, Any], names: Sequence[str], hint: str) -> None:
     """Raise ValueError if one of `names`, which no program can express, was given."""
     for name in names:

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
 from .joint import JointAdapter, fill_pair, fill_rows, joint_block
-from .parts import PatchAdapter, Patches, expect_parts, expect_shape, expect_tokens, macs_a_row, read_sample, refuse
+from .parts import (
+    PatchAdapter,
+    Patches,
+    expect_dtype,
+    expect_parts,
+    expect_shape,
+    expect_tokens,
+    macs_a_row,
+    read_sample,
+    refuse,
+)
 from .stages import Held
 
 UNREAD = ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers")
@@ -78,6 +88,7 @@ class SD3Adapter(JointAdapter, PatchAdapter):
         batch, pooled = len(sample), arguments["pooled_projections"]
         text = expect_tokens("encoder_hidden_states", text, self.config.joint_attention_dim, batch)
         pooled = expect_shape("pooled_projections", pooled, (batch, self.config.pooled_projection_dim))
+        expect_dtype(sample, encoder_hidden_states=text, pooled_projections=pooled)
         timestep = expect_shape("timestep", arguments["timestep"], (batch,))
         return Inputs(sample, timestep, (text, pooled), arguments["return_dict"])
 

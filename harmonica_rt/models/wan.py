@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layout import Group
 from .base import Adapter, Branch, Inputs, Macs, Norm, Shape, expect_exactly, expect_plain_norm
-from .parts import expect_parts, expect_shape, expect_tokens, read_sample, refuse
+from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, read_sample, refuse
 from .stages import Call, Held
 
 # Rows of a block: those of its modulation table, and behind them the weight and bias that norm2 may have
@@ -131,13 +131,18 @@ class WanAdapter(Adapter):
                 raise ValueError("encoder_hidden_states_image: expected None without image_dim, got a tensor")
             images = batch if self.config.pos_embed_seq_len is None else 2 * batch
             states.append(expect_tokens("encoder_hidden_states_image", image, features, images))
+            expect_dtype(sample, encoder_hidden_states_image=image)
+        expect_dtype(sample, encoder_hidden_states=text)
         return Inputs(sample, timestep, tuple(states), arguments["return_dict"])
 
     def arguments(self, conditioning: tuple[Tensor, ...]) -> dict[str, Any]:
         return dict(zip(("encoder_hidden_states", "encoder_hidden_states_image"), conditioning))
 
     def stream(self, shape: Shape) -> tuple[int, int]:
-        return 0, math.prod(self._grid(shape.sample[2:]))
+        grid, most = self._grid(shape.sample[2:]), self.model.rope.max_seq_len
+        if max(grid) > most:
+            raise ValueError(f"expected at most {most} patches a side (rope_max_seq_len), got {grid}")
+        return 0, math.prod(grid)
 
     def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
         tokens = self.model.patch_embedding(sample).flatten(2).transpose(1, 2)
