@@ -211,5 +211,6 @@ class BranchEngine(Engine):
             plan.release()
             raise
         plan.seconds += time.perf_counter() - started
-        self._captured = state_of(self.model)
+        if self._captured is None:  # else plans made midway would hide that others are older
+            self._captured = state_of(self.model)
         return plan
