@@ -1,7 +1,7 @@
 """Reuse of groups of blocks, or of the output, on the diffusers model itself: the tests' oracle at those levels.
 
-For DiT, PixArt and Flux: each list of blocks is replaced by one of groups. The trunk beside branches is one group of
-all blocks, whose branches are reused one by one within.
+For DiT, PixArt, Flux and Qwen-Image: each list of blocks is replaced by one of groups. The trunk beside branches is one
+group of all blocks, whose branches are reused one by one within.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from .module_reuse import ModuleReuse, Reuse
 
 LISTS = ("transformer_blocks", "single_transformer_blocks")
 # The streams through a block in the order it returns them, by the names it takes them by; else one, its first argument
-STREAMS = {"FluxTransformer2DModel": ("encoder_hidden_states", "hidden_states")}
+STREAMS = dict.fromkeys(
+    ("FluxTransformer2DModel", "QwenImageTransformer2DModel"), ("encoder_hidden_states", "hidden_states")
+)
 
 
 def by_hand(model: nn.Module, schedule: Schedule) -> ModuleReuse | BlockReuse:

@@ -23,6 +23,7 @@ MODULES = {
     "PixArtTransformer2DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
     "WanTransformer3DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "ffn": ["ffn"]},
     "SD3Transformer2DModel": {"attn": ["attn"], "mlp": ["ff", "ff_context"]},
+    "QwenImageTransformer2DModel": {"attn": ["attn"], "mlp": ["img_mlp", "txt_mlp"]},
     "FluxTransformer2DModel": {"attn": ["attn"], "mlp": ["ff", "ff_context"], "block": ["proj_out"]},
     "LTXVideoTransformer3DModel": {"attn": ["attn1"], "cross_attn": ["attn2"], "mlp": ["ff"]},
 }

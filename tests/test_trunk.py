@@ -30,6 +30,7 @@ from .emulator import Emulator
 
 MAKERS: dict[str, Callable[..., nn.Module]] = {"dit": make_dit, "pixart": make_pixart}
 WIDTH = {"DiTTransformer2DModel": 16, "FluxTransformer2DModel": 16, "PixArtTransformer2DModel": 24}
+WIDTH |= {"QwenImageTransformer2DModel": 16}
 
 
 def calls_for(model: nn.Module, steps: int, **options: Any) -> Any:

@@ -17,6 +17,7 @@ ADAPTERS = {
     "FluxTransformer2DModel": ("flux", "FluxAdapter"),
     "LTXVideoTransformer3DModel": ("ltx", "LTXAdapter"),
     "PixArtTransformer2DModel": ("pixart", "PixArtAdapter"),
+    "QwenImageTransformer2DModel": ("qwen", "QwenAdapter"),
     "SD3Transformer2DModel": ("sd3", "SD3Adapter"),
     "WanTransformer3DModel": ("wan", "WanAdapter"),
 }

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
@@ -19,9 +17,9 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from ..layout import Group
-from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
-from .joint import JointAdapter, fill_pair, fill_rows, joint_block
-from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, macs_a_row, refuse
+from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError
+from .joint import PackedAdapter, expect_plain_norms, expect_unclipped, fill_pair, fill_rows, joint_block
+from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, expect_with, macs_a_row, refuse
 from .stages import Call, Held
 
 MODEL_PARTS = {"": FluxTransformer2DModel, "norm_out": AdaLayerNormContinuous}
@@ -30,16 +28,15 @@ JOINT_PARTS |= {"attn": FluxAttention}
 SINGLE_PARTS = {"": FluxSingleTransformerBlock, "norm": AdaLayerNormZeroSingle, "attn": FluxAttention}
 UNREAD = ("joint_attention_kwargs", "controlnet_block_samples", "controlnet_single_block_samples")
 JOINT, SINGLE = 12, 3  # rows of a block: image's six and text's, or those of both
-TEXT_TOKENS, IMAGE_TOKENS = 512, 4096  # of the pipeline's 1024 x 1024 pixels
 
 
-class FluxAdapter(JointAdapter):
+class FluxAdapter(PackedAdapter):
     """Adapter of ``FluxTransformer2DModel``: dev, schnell, Kontext, Fill. The stream is [text, image]."""
 
     model_class = "FluxTransformer2DModel"
     branches = ("attn", "mlp", "block")
-    channel_dim = 2
-    end_launches = 3  # text and image into the stream; the output projection
+    embedder = "x_embedder"
+    default_tokens = 4096, 512  # 1024 x 1024 pixels
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
@@ -48,16 +45,14 @@ class FluxAdapter(JointAdapter):
         self.width = model.inner_dim
         self.in_channels, self.out_channels = self.config.in_channels, model.out_channels
         self.rows = JOINT * len(self.joint) + SINGLE * len(self.single) + 2
-        if model.dtype == torch.float16:
-            raise UnsupportedModelError("expected float32 or bfloat16, got float16: the model clips its streams then")
+        expect_unclipped(model)
         expect_parts(model, MODEL_PARTS)
         for name, block in self.joint.named_children():
             expect_parts(block, JOINT_PARTS, f"transformer_blocks.{name}")
         for name, block in self.single.named_children():
             expect_parts(block, SINGLE_PARTS, f"single_transformer_blocks.{name}")
+        expect_plain_norms(model)
         for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                expect_plain_norm(module, name)
             if isinstance(module, FluxAttention) and type(module.processor) is not FluxAttnProcessor:
                 got = type(module.processor).__name__
                 raise UnsupportedModelError(f"{name}: expected FluxAttnProcessor, got {got} (an IP-adapter?)")
@@ -91,13 +86,7 @@ class FluxAdapter(JointAdapter):
             block.attn, mlps, rows, eps, d, lambda held: {"image_rotary_emb": (held["cos"], held["sin"])}
         )
 
-    def head_norm(self) -> Norm:
-        return Norm(self.rows - 2, self.rows - 1, self.model.norm_out.norm.eps)
-
     # ---- modulation and text
-
-    def timesteps(self, sampler: Sequence[float], like: Tensor) -> Tensor:
-        return torch.tensor(sampler, device=like.device).to(like.dtype) / 1000
 
     def modulate(self, timesteps: Tensor, conditioning: tuple[Tensor, ...], out: Tensor) -> None:
         _, pooled, _, _, *guidance = conditioning
@@ -136,39 +125,17 @@ class FluxAdapter(JointAdapter):
         for name, tokens in (("txt_ids", text.shape[1]), ("img_ids", sample.shape[1])):
             value = arguments[name][0] if getattr(arguments[name], "ndim", 0) == 3 else arguments[name]
             ids.append(expect_shape(name, value, (tokens, len(self.config.axes_dims_rope))))
-        guidance, embeds = arguments["guidance"], self.config.guidance_embeds
-        if (guidance is not None) != embeds:
-            raise ValueError(f"guidance: expected {'a tensor' if embeds else 'None'} with guidance_embeds={embeds}")
-        guidance = (expect_shape("guidance", guidance, (batch,)),) if embeds else ()
+        embeds = self.config.guidance_embeds
+        guidance = expect_with("guidance_embeds", embeds, "guidance", arguments["guidance"], (batch,))
         return Inputs(sample, timestep, (text, pooled, *ids, *guidance), arguments["return_dict"])
 
     def arguments(self, conditioning: tuple[Tensor, ...]) -> dict[str, Any]:
         names = ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids", "guidance")
         return dict(zip(names, conditioning))
 
-    def stream(self, shape: Shape) -> tuple[int, int]:
-        return shape.context, shape.context + shape.sample[1]
-
-    def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
-        return torch.cat([held["text"], self.model.x_embedder(sample)], dim=1, out=out)
-
-    def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
-        return self.model.proj_out(y[:, y.shape[1] - sample[1] :])
-
-    def output(self, sample: Tensor) -> Transformer2DModelOutput:
-        return Transformer2DModelOutput(sample=sample)
-
     # ---- counting
 
-    def macs(self, height: int | None, width: int | None, batch: int, context: int | None = None) -> Macs:
-        """`height` and `width` of the latents, which the pipeline packs 2x2."""
-        tokens = IMAGE_TOKENS if height is None or width is None else height * width // 4
-        return self._count(tokens, batch, TEXT_TOKENS if context is None else context)
-
-    def macs_of(self, shape: Shape) -> Macs:
-        return self._count(shape.sample[1], shape.batch, shape.context)
-
-    def _count(self, tokens: int, batch: int, context: int) -> Macs:
+    def count(self, tokens: int, batch: int, context: int) -> Macs:
         d, total = self.width, tokens + context
         kinds = [self.layer(number, join=False) for number in (0, len(self.joint)) if number < self.layers]
         branches = [branch.macs(batch, total, d, context) for layer in kinds for branch in layer]

@@ -1,14 +1,16 @@
-"""Joint attention over [text, image], the model's own calls: what Flux and Stable Diffusion 3 have alike."""
+"""Joint attention over [text, image], the model's own calls: what Flux, Qwen-Image and SD3 have alike."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .base import Adapter, Branch, Norm, Shape
+from .base import Adapter, Branch, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
 from .parts import GATE_ATTN, GATE_MLP, SCALE_ATTN, SCALE_MLP, SHIFT_ATTN, SHIFT_MLP
 from .stages import Call, Held
 
@@ -19,6 +21,9 @@ class JointAdapter(Adapter):
     automatic = False  # attention and feed-forward are the model's own calls: level blocks keeps far less
     segments = 2
 
+    def head_norm(self) -> Norm:
+        return Norm(self.rows - 2, self.rows - 1, self.model.norm_out.norm.eps)
+
     def context_tokens(self, conditioning: tuple[Tensor, ...]) -> int:
         return conditioning[0].shape[1]
 
@@ -27,6 +32,61 @@ class JointAdapter(Adapter):
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:
         held["text"].copy_(self.model.context_embedder(conditioning[0]))
+
+
+def expect_unclipped(model: nn.Module) -> None:
+    """Its blocks clip their streams in float16, which no row of a program does."""
+    if model.dtype == torch.float16:
+        raise UnsupportedModelError("expected float32 or bfloat16, got float16: the model clips its streams then")
+
+
+def expect_plain_norms(model: nn.Module) -> None:
+    """Every LayerNorm but those of attention without weight and bias."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and ".attn." not in name:
+            expect_plain_norm(module, name)
+
+
+class PackedAdapter(JointAdapter):
+    """One whose pipeline packs 2x2 latents to a token, [batch, tokens, channels], and calls it with t / 1000.
+
+    Attributes:
+        embedder: what makes tokens of a sample, by its name in the model.
+        default_tokens: of image and text, at the pipeline's default size.
+    """
+
+    channel_dim = 2
+    end_launches = 3  # text and image into the stream; the output projection
+    embedder: ClassVar[str]
+    default_tokens: ClassVar[tuple[int, int]]
+
+    def timesteps(self, sampler: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(sampler, device=like.device).to(like.dtype) / 1000
+
+    def stream(self, shape: Shape) -> tuple[int, int]:
+        return shape.context, shape.context + shape.sample[1]
+
+    def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
+        return torch.cat([held["text"], getattr(self.model, self.embedder)(sample)], dim=1, out=out)
+
+    def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
+        return self.model.proj_out(y[:, y.shape[1] - sample[1] :])
+
+    def output(self, sample: Tensor) -> Transformer2DModelOutput:
+        return Transformer2DModelOutput(sample=sample)
+
+    def macs(self, height: int | None, width: int | None, batch: int, context: int | None = None) -> Macs:
+        """`height` and `width` of the latents."""
+        image, text = self.default_tokens
+        tokens = image if height is None or width is None else height * width // 4
+        return self.count(tokens, batch, text if context is None else context)
+
+    def macs_of(self, shape: Shape) -> Macs:
+        return self.count(shape.sample[1], shape.batch, shape.context)
+
+    @abstractmethod
+    def count(self, tokens: int, batch: int, context: int) -> Macs:
+        """`macs` for so many tokens of image and of text."""
 
 
 def cut(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:

@@ -237,5 +237,14 @@ def expect_shape(name: str, value: Any, *shapes: tuple[int, ...]) -> Tensor:
     return value
 
 
+def expect_with(option: str, given: bool, name: str, value: Any, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The tensor `name` of a model built with `option`, None without it; what there is."""
+    if (value is not None) != given:
+        raise ValueError(
+            f"{name}: expected {'a tensor' if given else 'None'} with {option}={given}, got {describe(value)}"
+        )
+    return (expect_shape(name, value, shape),) if given else ()
+
+
 def describe(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -11,8 +11,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
-from .joint import JointAdapter, fill_pair, fill_rows, joint_block
+from .base import Branch, Inputs, Macs, Shape, UnsupportedModelError
+from .joint import JointAdapter, expect_plain_norms, fill_pair, fill_rows, joint_block
 from .parts import (
     PatchAdapter,
     Patches,
@@ -50,9 +50,7 @@ class SD3Adapter(JointAdapter, PatchAdapter):
                 raise UnsupportedModelError(f"{name}: expected one attention, got two of one norm (SD3.5 medium)")
             context = AdaLayerNormContinuous if number == self.layers - 1 else AdaLayerNormZero
             expect_parts(block, {"": JointTransformerBlock, "norm1": AdaLayerNormZero, "norm1_context": context}, name)
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and ".attn." not in name:
-                expect_plain_norm(module, name)
+        expect_plain_norms(model)
 
     # ---- branches
 
@@ -65,9 +63,6 @@ class SD3Adapter(JointAdapter, PatchAdapter):
         # Nothing reads the text after this attention: its rows end there, and what is added to it is of no account
         rows[2:] = [(image, image) for _, image in rows[2:]]
         return joint_block(block.attn, (nn.Identity(), block.ff), rows, eps, self.width)
-
-    def head_norm(self) -> Norm:
-        return Norm(self.rows - 2, self.rows - 1, self.model.norm_out.norm.eps)
 
     # ---- modulation
 
