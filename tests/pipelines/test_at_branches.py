@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,19 @@ from .parts import STEPS, Made
 
 NAMES = ("flux", "flux, true CFG", "flux, image to image", "flux, inpainting")
 NAMES += ("sd3 without dual attention", "wan 2.1", "wan 2.1, image to video", "wan 2.2")
+
+
+def unpadded(made: Made) -> Made:
+    """With text of which all tokens count: the pipeline then gives no mask."""
+
+    def arguments() -> dict[str, Any]:
+        given = made.arguments()
+        return {name: torch.ones_like(t) if name.endswith("_mask") else t for name, t in given.items()}
+
+    return replace(made, arguments=arguments)
+
+
+RUN = {name: MADE[name] for name in NAMES} | {name: unpadded(MADE[name]) for name in ("qwen", "qwen, edit")}
 
 
 def random_schedule(model: torch.nn.Module, order: int) -> hrt.Schedule:
@@ -39,19 +55,19 @@ def compiled(made: Made, schedule: hrt.Schedule, backend: str) -> DiffusionPipel
     return hrt.compile(made.make(), schedule, backend=backend)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_full_run_is_the_pipelines_own(name: str, backend: str) -> None:
-    made = MADE[name]
+    made = RUN[name]
     plain = made.make()
     full = hrt.Schedule.full(plain.transformer, STEPS, level="branches")
     assert relative_error(made.call(compiled(made, full, backend)), made.call(plain)) < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_random_schedules_equal_reuse_at_module_level(name: str, order: int) -> None:
-    made = MADE[name]
+    made = RUN[name]
     schedule = random_schedule(made.make().transformer, order)
     wanted, pipe = by_module(made, schedule), compiled(made, schedule, "eager")
     for _ in range(2):
@@ -65,4 +81,11 @@ def test_control_residuals_are_refused_by_name() -> None:
     with pytest.raises(
         ValueError, match=r"controlnet_block_samples: expected none at level 'branches'.*level 'blocks'"
     ):
+        made.call(pipe)
+
+
+def test_padded_text_is_refused_by_name() -> None:
+    made = MADE["qwen"]
+    pipe = compiled(made, random_schedule(made.make().transformer, 1), "eager")
+    with pytest.raises(ValueError, match=r"encoder_hidden_states_mask: expected none at level 'branches'.*'blocks'"):
         made.call(pipe)
