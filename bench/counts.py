@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ CASES = {
         {},
         {"hidden_states": (1, 83 * 83, 64), "encoder_hidden_states": (1, 128, 3584), "timestep": (1,)},
         {"img_shapes": [[(1, 83, 83)]]},
-        BLOCKS,
+        (*BLOCKS, {"level": "branches"}),
     ),
     "sd3.5-large": Case(  # 1024 x 1024 pixels, 77 + 256 tokens of text; both halves of guidance in one call
         "SD3Transformer2DModel",
@@ -211,7 +212,8 @@ def _blocks(model: nn.Module, arguments: dict[str, Any], schedule: hrt.Schedule)
 
 def _branches(model: nn.Module, arguments: dict[str, Any], schedule: hrt.Schedule) -> tuple[Callable[[int], Any], Any]:
     adapter = adapt_at_branches(model)
-    call = adapter.inputs({"guidance": None, **arguments})
+    defaults = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
+    call = adapter.inputs({**defaults, **arguments})
     plan = Plan(adapter, *adapter.bind(), lower(schedule), shape_of(adapter, call), "cudagraph")
 
     def step(number: int) -> Tensor:
