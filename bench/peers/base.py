@@ -13,9 +13,10 @@ from ..module_reuse import MODULES
 from ..pipelines import PixelPipeline
 from ..wrapper import Wrapper
 
+LISTS = {"WanTransformer3DModel": "blocks"}  # the one of a class whose list has another name
 # Names of a block's branch modules, by model class and list of blocks
 BRANCHES = {
-    name: {"transformer_blocks": tuple(part for parts in modules.values() for part in parts)}
+    name: {LISTS.get(name, "transformer_blocks"): tuple(part for parts in modules.values() for part in parts)}
     for name, modules in MODULES.items()
 }
 BRANCHES["FluxTransformer2DModel"] = {
@@ -90,10 +91,11 @@ class Running(Wrapper):
 def branch_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every branch module, by its name in `model`."""
     return {
-        f"{blocks}.{number}.{name}": getattr(block, name)
+        f"{blocks}.{number}.{name}": module
         for blocks, names in BRANCHES[type(model).__name__].items()
         for number, block in enumerate(getattr(model, blocks))
         for name in names
+        if (module := getattr(block, name)) is not None  # the last block of SD3 leaves text as it is
     }
 
 

@@ -13,8 +13,11 @@ from bench import comparison, results, run_quality
 from bench.comparison import Bench, Job, Store, compare
 from bench.measure import ssim
 from bench.peers import PEERS, Peer
-from bench.peers.base import with_denoiser
+from bench.peers.base import branch_modules, with_denoiser
 from bench.pipelines import PixelPipeline
+
+from ..models.adapter_cases import Case
+from ..models.test_adapters import CASES
 
 JOB = Job("dit-fashion", steps=4, count=2, batch=1, rounds=2)
 
@@ -206,3 +209,12 @@ def test_ssim() -> None:
     flat, other = torch.zeros(1, 1, 16, 16), torch.ones(1, 1, 16, 16)  # no structure: luminance alone
     c1 = (0.01 * 2) ** 2
     assert ssim(flat, other).item() == pytest.approx(c1 / (1 + c1), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_peers_find_the_branch_modules_of_every_adapter(case: Case) -> None:
+    model = case.make()
+    modules = branch_modules(model)
+    assert all(model.get_submodule(name) is module for name, module in modules.items())
+    blocks = sum(layers for _, layers, _ in case.layout)
+    assert len({name.rsplit(".", 1)[0] for name in modules}) == blocks
