@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, FluxPipeline, FluxTransformer2DModel, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .pipelines import OnStepEnd, PixelPipeline
@@ -117,16 +116,14 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
         Raises:
             ValueError: a prompt that is not stored, where the text encoder is not installed.
         """
-        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
-        each = [name for name in wanted for _ in range(num_images_per_prompt)]
-        (states, pooled), (channels, height, width) = self.features(each), self.shape
+        each = self.each(prompt, num_images_per_prompt)
+        (states, pooled), (_, height, width) = self.features(each), self.shape
         call: dict[str, Any] = {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
         if guidance_scale > 1:
             empty, empty_pooled = self.features([""] * len(each))
             call |= {"negative_prompt_embeds": empty, "negative_pooled_prompt_embeds": empty_pooled}
         if latents is None:
-            shape = (len(each), channels, height, width)
-            latents = randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
+            latents = self.noise(len(each), generator)
         images = FluxPipeline.__call__(
             self,
             **call,

@@ -55,6 +55,15 @@ class PixelPipeline(DiffusionPipeline):
         known = self.known
         return [known[i * len(known) // count] if count <= len(known) else known[i % len(known)] for i in range(count)]
 
+    @staticmethod
+    def each(prompt: str | list[str], images: int) -> list[str]:
+        """What every image is to show, `images` a prompt, those of a prompt one after another."""
+        return [name for name in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(images)]
+
+    def noise(self, images: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        """A call's `latents` unless it is given any."""
+        return randn_tensor((images, *self.shape), generator, self._execution_device, self.transformer.dtype)
+
     def timesteps(self, steps: int) -> list[float]:
         """Those a call of `steps` steps goes through."""
         self.scheduler.set_timesteps(steps)
@@ -101,8 +110,7 @@ class LoopPipeline(PixelPipeline):
     ) -> ImagePipelineOutput | tuple:
         """`arguments`: the transformer's, for all samples; with guidance conditional ones first."""
         config, device = self.transformer.config, self._execution_device
-        shape = (images, *self.shape)
-        x = randn_tensor(shape, generator, device, self.transformer.dtype) if latents is None else latents
+        x = self.noise(images, generator) if latents is None else latents
         guided, self._interrupt = guidance_scale > 1, False
         self.scheduler.set_timesteps(num_inference_steps)
         draws = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -247,8 +255,7 @@ class PixelPixArtPipeline(LoopPipeline):
         Raises:
             ValueError: a prompt that is not stored, where the text encoder is not installed.
         """
-        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
-        each = [name for name in wanted for _ in range(num_images_per_prompt)]
+        each = self.each(prompt, num_images_per_prompt)
         arguments = self.conditioning(each, guidance_scale)
         rest = (generator, num_inference_steps, output_type, return_dict, latents, callback_on_step_end)
         return self._sample(arguments, len(each), guidance_scale, *rest)
