@@ -66,8 +66,7 @@ class QwenAdapter(PackedAdapter):
         fill_pair(self.model.norm_out.linear, embedded, out[:, :, -2:])
 
     def hold(self, shape: Shape) -> Held:
-        pairs = sum(self.config.axes_dims_rope) // 2
-        rotary = torch.empty(self.stream(shape)[1], pairs, 2, device=shape.device)
+        rotary = torch.empty(self.stream(shape)[1], sum(self.config.axes_dims_rope) // 2, 2, device=shape.device)
         return Held(**super().hold(shape).tensors, rotary=rotary)
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:
@@ -86,8 +85,7 @@ class QwenAdapter(PackedAdapter):
         timestep = expect_shape("timestep", arguments["timestep"], (batch,))
         embeds, added = self.config.use_additional_t_cond, arguments["additional_t_cond"]
         added = expect_with("use_additional_t_cond", embeds, "additional_t_cond", added, (batch,))
-        images = _images(arguments["img_shapes"], sample.shape[1])
-        positions = self._positions(images, text.shape[1], sample.device)
+        positions = self._positions(_images(arguments["img_shapes"], sample.shape[1]), text.shape[1], sample.device)
         return Inputs(sample, timestep, (text, *positions, *added), arguments["return_dict"])
 
     def _make_positions(self, images: tuple[Any, ...], text: int, device: torch.device) -> tuple[Tensor, Tensor]:
