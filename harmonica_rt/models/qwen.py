@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .base import Branch, Inputs, Macs, Shape, UnsupportedModelError
 from .joint import PackedAdapter, expect_plain_norms, expect_unclipped, fill_pair, fill_rows, joint_block
-from .parts import expect_parts, expect_shape, expect_tokens, expect_with, macs_a_row, refuse
+from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, expect_with, macs_a_row, refuse
 from .stages import Held
 
 UNREAD = ("encoder_hidden_states_mask", "attention_kwargs", "controlnet_block_samples")
@@ -82,6 +82,7 @@ class QwenAdapter(PackedAdapter):
         sample = expect_tokens("hidden_states", arguments["hidden_states"], self.in_channels)
         batch, states = len(sample), arguments["encoder_hidden_states"]
         text = expect_tokens("encoder_hidden_states", states, self.config.joint_attention_dim, batch)
+        expect_dtype(sample, encoder_hidden_states=text)
         timestep = expect_shape("timestep", arguments["timestep"], (batch,))
         embeds, added = self.config.use_additional_t_cond, arguments["additional_t_cond"]
         added = expect_with("use_additional_t_cond", embeds, "additional_t_cond", added, (batch,))
