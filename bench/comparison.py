@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmonica_rt.measuring import Timing, pooled_psnr, psnr, ssim
+
 from .frechet import WIDTH
 from .judges import JUDGES
-from .measure import Timing, interleave, pooled_psnr, psnr, ssim
+from .measure import interleave
 from .peers import PEERS, Peer
 from .peers.base import branch_modules
 from .reference import TRAINED, noise

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import run_latency
-from bench.measure import psnr
 from bench.reference import CLASSES, noise
 from bench.sampling import Sampling
 from bench.schedule_specs import parse_schedule
+from harmonica_rt.measuring import psnr
 
 MODEL, STEPS = "dit-fashion", 20
 SCHEDULES = Path(__file__).parent / "schedules"

@@ -1,37 +1,20 @@
-"""Measuring: interleaved timings, launches, signal-to-noise, and what machine a figure was taken on."""
+"""Measuring: interleaved timings, launches, and what machine a figure was taken on."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of a candidate's rounds."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
-
-    def percentile(self, q: float) -> float:
-        return float(np.percentile(self.seconds, q))
+from harmonica_rt.measuring import Timing
 
 
 def interleave(
@@ -51,39 +34,6 @@ def interleave(
             run()
             seconds[name].append(clock() - started)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def ratio(baseline: Timing, other: Timing) -> float:
-    """Speed-up of `other` over `baseline`: the median over rounds of the ratio within a round."""
-    return float(np.median(np.array(baseline.seconds) / np.array(other.seconds)))
-
-
-def psnr(images: Tensor, reference: Tensor, span: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB; `span` is the range of values ([-1, 1]: 2)."""
-    error = (images.double() - reference.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(span**2 / error.clamp_min(1e-20))
-
-
-def pooled_psnr(images: Tensor, reference: Tensor, span: float = 2.0) -> float:
-    """PSNR of the mean squared error over all images, in dB: the worst ones decide."""
-    return 10 * math.log10(span**2 / max((images.double() - reference.double()).square().mean().item(), 1e-20))
-
-
-def ssim(images: Tensor, reference: Tensor, span: float = 2.0) -> Tensor:
-    """Structural similarity of each image, 1 for equal ones (Wang et al. 2004: Gaussian window of 11, sigma 1.5)."""
-    window = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = (window / window.sum()).outer(window / window.sum())
-    channels = images.shape[1]
-    kernel = window.expand(channels, 1, 11, 11)
-
-    def mean(t: Tensor) -> Tensor:
-        return F.conv2d(t, kernel, groups=channels)
-
-    x, y = images.double(), reference.double()
-    mx, my, c1, c2 = mean(x), mean(y), (0.01 * span) ** 2, (0.03 * span) ** 2
-    vx, vy, covariance = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    similar = (2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return similar.flatten(1).mean(1)
 
 
 class CountLaunches(TorchDispatchMode):

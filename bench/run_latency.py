@@ -28,13 +28,14 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench import breakdown, costs
 from bench.block_reuse import by_hand
-from bench.measure import CountLaunches, Timing, count_generated, environment, interleave, psnr, ratio
+from bench.measure import CountLaunches, count_generated, environment, interleave
 from bench.pipelines import PixelPipeline
 from bench.reference import REFERENCES, load_pipeline, noise
 from bench.schedule_specs import SPECS, parse_schedule
 from bench.wrapper import Wrapper
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
+from harmonica_rt.measuring import Timing, psnr, ratio
 from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.report import Report
 from harmonica_rt.train import models

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 import harmonica_rt as hrt
 from bench.denoisers import SIZED, Sized
-from bench.measure import environment, interleave, ratio
+from bench.measure import environment, interleave
 from bench.run_latency import WrongResult, positive
+from harmonica_rt.measuring import ratio
 
 EAGER, WHOLE, REPEATED = "diffusers", "torch.compile", "compile_repeated_blocks"
 TOLERANCE = 1e-4  # relative error of a computed step

@@ -31,12 +31,13 @@ import harmonica_rt as hrt
 from bench import comparison, costs, results, run_latency
 from bench.frechet import WIDTH
 from bench.judges import Frechet
-from bench.measure import environment, pooled_psnr, psnr
+from bench.measure import environment
 from bench.peers import PEERS
 from bench.pipelines import PixelPipeline
 from bench.reference import CLASSES, TRAINED, noise
 from bench.sampling import Sampling, accelerated
 from bench.schedule_specs import parse_schedule
+from harmonica_rt.measuring import pooled_psnr, psnr
 from harmonica_rt.train import models
 
 MODEL = "dit-fashion"

@@ -30,12 +30,13 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench import costs, level_tables
 from bench.level_tables import LEVELS
-from bench.measure import interleave, psnr, ratio
+from bench.measure import interleave
 from bench.reference import REFERENCES, TRAINED, noise, weights_digest
 from bench.run_latency import positive
 from bench.sampling import Sampling, accelerated
 from bench.schedule_specs import parse_schedule
 from bench.store import Store
+from harmonica_rt.measuring import psnr, ratio
 from harmonica_rt.models import ADAPTERS
 from harmonica_rt.report import Report
 

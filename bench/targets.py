@@ -25,10 +25,11 @@ from rich.console import Console
 
 import harmonica_rt as hrt
 from bench import breakdown, run_latency, run_quality
-from bench.measure import interleave, ratio
+from bench.measure import interleave
 from bench.pipelines import PixelPipeline
 from bench.reference import REFERENCES, load_pipeline, noise
 from harmonica_rt.lowering import lower
+from harmonica_rt.measuring import ratio
 
 INDUCTOR, EAGER = "harmonica_rt, inductor", "harmonica_rt, eager"
 

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.measure import Timing, interleave
+from bench.measure import interleave
+from harmonica_rt.measuring import Timing
 
 from .machine import Machine
 from .record import Case, Log

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import harmonica_rt as hrt
-from bench.measure import Timing, interleave, ratio
+from bench.measure import interleave
 from bench.module_reuse import ModuleReuse
 from bench.peers import taylorseer
 from bench.pipelines import PixelPipeline
 from bench.run_latency import COMPILED, EAGER, GATE, NAIVE, WrongResult
+from harmonica_rt.measuring import Timing, ratio
 
 from .machine import Machine
 from .record import Case, Log

@@ -12,10 +12,11 @@ import torch
 
 import harmonica_rt as hrt
 from bench import demo, run_latency, run_quality
-from bench.measure import CountLaunches, Timing, interleave, psnr, ratio
+from bench.measure import CountLaunches, interleave
 from bench.module_reuse import ModuleReuse
 from bench.reference import load_pipeline, noise
 from bench.schedule_specs import parse_schedule
+from harmonica_rt.measuring import Timing, psnr, ratio
 from harmonica_rt.train import models
 from harmonica_rt.train.task import Batch, Task
 from harmonica_rt.train.weights import converged, full_run

@@ -11,10 +11,10 @@ from PIL import Image
 
 from bench import comparison, results, run_quality
 from bench.comparison import Bench, Job, Store, compare
-from bench.measure import ssim
 from bench.peers import PEERS, Peer
 from bench.peers.base import branch_modules, with_denoiser
 from bench.pipelines import PixelPipeline
+from harmonica_rt.measuring import ssim
 
 from ..models.adapter_cases import Case
 from ..models.test_adapters import CASES

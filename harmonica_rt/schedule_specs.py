@@ -1,0 +1,64 @@
+"""Schedules by short names, as commands and `compare` take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .schedule import Schedule
+
+SPECS = (
+    "full, uniform:N[:ORDER], branches:N[:ORDER], trunk:N[:ORDER][:carry=C], blocks:N[:ORDER][:groups=G][:carry=C], "
+    "output:N[:ORDER]"
+)  # every Nth step computed
+LEVELS: dict[str, tuple[str, dict[str, type]]] = {
+    "uniform": ("", {}),
+    "branches": ("branches", {}),
+    "trunk": ("branches", {"carry": float}),
+    "blocks": ("blocks", {"groups": int, "carry": float}),
+    "output": ("output", {}),
+}  # of a spec, and its options
+
+
+def parse_schedule(
+    text: str, model: nn.Module, steps: int, specs: str = SPECS, uniform: str = "auto", **fields: Any
+) -> Schedule:
+    """A schedule file, or one of `SPECS` for `model`.
+
+    ``trunk`` is of level branches, with the trunk reused as one entry beside them.
+
+    Args:
+        specs: what may be named, for the error.
+        uniform: level of ``uniform``; by default the one that the model gets unless told.
+        fields: further arguments of a named schedule (sampler, timesteps, guidance_scale).
+
+    Raises:
+        ValueError: neither a file nor such a name, or one that the model cannot have.
+    """
+    name, *parts = text.split(":")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    options = [part.split("=", 1) for part in parts if not part.isdigit()]
+    if all(len(option) == 2 for option in options):
+        if name == "full" and not parts:
+            return Schedule.full(model, steps, **fields)
+        if name in LEVELS and 1 <= len(numbers) <= 2:
+            level, kinds = LEVELS[name]
+            taken = _options(text, dict(options), kinds, specs) | ({"trunk": True} if name == "trunk" else {})
+            every, order = [*numbers, 1][:2]
+            return Schedule.uniform(model, steps, every, order, level=level or uniform, **taken, **fields)
+    if not Path(text).is_file():
+        raise _unknown(text, specs)
+    return Schedule.load(text)
+
+
+def _options(text: str, options: dict[str, str], kinds: dict[str, type], specs: str) -> dict[str, Any]:
+    try:
+        return {name: kinds[name](value) for name, value in options.items()}
+    except (KeyError, ValueError):
+        raise _unknown(text, specs) from None
+
+
+def _unknown(text: str, specs: str) -> ValueError:
+    return ValueError(f"--schedule: expected {specs} or a schedule file, got {text!r}")

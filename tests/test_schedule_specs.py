@@ -1,0 +1,55 @@
+"""Schedules by short names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from harmonica_rt import Schedule, UnsupportedModelError
+from harmonica_rt.schedule_specs import parse_schedule
+
+from .conftest import make_dit
+from .pipelines.images import flux
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("uniform:3", {"every": 3}),
+        ("branches:2:2", {"order": 2, "level": "branches"}),
+        ("trunk:2:carry=0.5", {"level": "branches", "trunk": True, "carry": 0.5}),
+        ("blocks:3:0:groups=2:carry=0.5", {"every": 3, "order": 0, "level": "blocks", "groups": 2, "carry": 0.5}),
+        ("output:2", {"level": "output"}),
+        ("full", {"every": 1}),
+    ],
+    ids=str,
+)
+def test_names(text: str, options: dict) -> None:
+    model = make_dit()
+    made = parse_schedule(text, model, 6, sampler="DDIMScheduler")
+    assert made == Schedule.uniform(model, 6, **{"every": 2, **options}, sampler="DDIMScheduler")
+
+
+def test_uniform_is_of_the_level_that_a_model_gets() -> None:
+    model = flux().transformer
+    assert parse_schedule("uniform:2", model, 6).level == "blocks"
+    assert parse_schedule("uniform:2", model, 6, uniform="branches").level == "branches"
+
+
+def test_files(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    Schedule.uniform(make_dit(), 6, every=3).save(file)
+    assert parse_schedule(str(file), make_dit(), 20) == Schedule.load(file)
+
+
+@pytest.mark.parametrize("text", ["uniform", "uniform:x", "blocks:2:carry=x", "output:2:carry=1", "s.json", "full:2"])
+def test_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected full, uniform:N.* or a schedule file, got '" + text):
+        parse_schedule(text, make_dit(), 6)
+
+
+def test_what_a_model_cannot_have() -> None:
+    with pytest.raises(UnsupportedModelError, match="expected a diffusers model of a supported class"):
+        parse_schedule("branches:2", nn.Linear(2, 2), 6)
