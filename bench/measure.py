@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmonica_rt.measuring import Timing
+from harmonica_rt.measuring import Timing, processor
 
 
 def interleave(
@@ -61,17 +61,13 @@ def environment() -> dict[str, Any]:
     """Machine, versions and commit: a figure means nothing without them."""
     import diffusers
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = names[0] if names else cpu
     root = Path(__file__).parent
     packed = root / "COMMIT"  # where bench/ was packed up without its repository
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -54,7 +54,7 @@ def compile(
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected True or False, got {strict!r}")
     options = {"backend": backend, "plans": plans, "strict": strict}
-    if not (denoisers := _denoisers(model_or_pipeline)):
+    if not (denoisers := denoisers_of(model_or_pipeline)):
         if not isinstance(model_or_pipeline, nn.Module):
             raise TypeError(
                 f"expected a torch.nn.Module, or a pipeline with a scheduler and one as {', '.join(DENOISERS[:-1])} or "
@@ -81,7 +81,7 @@ def compile(
 
 def uncompile(model_or_pipeline: Any) -> Any:
     """The model as it was, or the same pipeline with its own denoisers back; other pipelines keep theirs."""
-    if denoisers := _denoisers(model_or_pipeline):
+    if denoisers := denoisers_of(model_or_pipeline):
         for name, current in denoisers.items():
             if is_compiled(current):
                 current.leave(model_or_pipeline, current.model)
@@ -94,7 +94,7 @@ def is_compiled(candidate: Any) -> bool:
     return issubclass(type(candidate), CompiledTransformer)
 
 
-def _denoisers(candidate: Any) -> dict[str, nn.Module]:
+def denoisers_of(candidate: Any) -> dict[str, nn.Module]:
     """Those of a pipeline, by name; empty for a model."""
     if isinstance(candidate, nn.Module) or not hasattr(candidate, "scheduler"):
         return {}

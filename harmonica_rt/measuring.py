@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,3 +66,12 @@ def ssim(images: Tensor, reference: Tensor, span: float = 2.0) -> Tensor:
 def _window(length: int) -> Tensor:
     window = torch.exp(-((torch.arange(float(length), dtype=torch.float64) - (length - 1) / 2) ** 2) / (2 * 1.5**2))
     return window / window.sum()
+
+
+def processor() -> str:
+    """The CPU's name."""
+    if (about := Path("/proc/cpuinfo")).exists() and (
+        names := re.findall(r"^model name\s*: (.*)$", about.read_text(), re.MULTILINE)
+    ):
+        return names[0]
+    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The command line: learn, inspect, plot and convert schedules.
+"""The command line: learn, try, inspect, plot and convert schedules.
 
 harmonica learn --model dit-fashion --steps 20 --target-speedup 2 --out schedule.json
 """
@@ -11,13 +11,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from .errors import one_line_errors
+from .trying import try_schedules
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    help="Reuse schedules for diffusion transformers: learn one for a frozen model, look at it, convert others.",
+    help="Reuse schedules for diffusion transformers: learn one for a frozen model, try it, convert others.",
 )
 console = Console()
 
@@ -156,7 +158,7 @@ def learn(
     from .run import Request, learn_schedule
     from .stopping import EndedEarly
 
-    with _errors():
+    with one_line_errors():
         kind = objective or (Objective.sdt if paper else Objective.end)
         given = {
             "budget": budget and budget.value,
@@ -223,7 +225,7 @@ def inspect(file: File) -> None:
     """Print a schedule: what is computed at each step, CUR, how it was made."""
     from harmonica_rt import Schedule
 
-    with _errors():
+    with one_line_errors():
         console.print(str(Schedule.load(file)), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -234,7 +236,7 @@ def plot(
     """Draw a schedule as a heatmap, steps by layers, one panel a branch."""
     from harmonica_rt import Schedule
 
-    with _errors():
+    with one_line_errors():
         out = out or file.with_suffix(".png")
         Schedule.load(file).plot(out)
         console.print(f"wrote {out}", highlight=False)
@@ -269,7 +271,7 @@ def convert(
     from .models import load
     from .router import check_tau
 
-    with _errors():
+    with one_line_errors():
         check_tau(tau)
         transformer, _ = load(model, "ddim", variant=variant)
         match method:
@@ -291,17 +293,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-class _errors:
-    """Bad input ends with its message and exit code 2; anything else with its traceback."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)):
-            line = " ".join(str(error).split("\n"))
-            Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", soft_wrap=True, highlight=False)
-            raise typer.Exit(2)
+app.command("try", no_args_is_help=True)(try_schedules)
 
 
 if __name__ == "__main__":

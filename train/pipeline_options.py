@@ -66,3 +66,18 @@ def call_arguments(call: Sequence[str] | None, **options: Any) -> dict[str, Any]
         except ValueError:
             arguments[name] = text
     return arguments
+
+
+def torch_dtype(dtype: PipelineDtype | None) -> Any:
+    """torch's, or None where the pipeline's device decides."""
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype.value)
+
+
+def check_folder(out: Path) -> None:
+    """Raise unless `out` is a folder or can be made one, before anything runs."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out: expected a folder, got the file {out}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out: expected a folder to make {out.name} in, got {out.parent}, which is none")

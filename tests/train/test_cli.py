@@ -75,7 +75,7 @@ def test_inspect_and_plot(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["learn", "inspect", "plot", "convert"])
+@pytest.mark.parametrize("command", ["learn", "try", "inspect", "plot", "convert"])
 def test_help(command: str) -> None:
     assert "Usage" in succeeded(run(command, "--help"))
 
