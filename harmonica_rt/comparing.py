@@ -18,6 +18,7 @@ from .measuring import processor
 from .models import UnsupportedModelError
 from .peak_memory import PeakMemory
 from .pictures import Frames, middle, perceptual_distance, psnr_of, samples_of, ssim_of
+from .pipeline_copies import another, model_offload, without_model_offload
 from .schedule import Schedule
 from .schedule_specs import parse_schedule
 from .schedule_text import headline
@@ -72,24 +73,17 @@ def compare(
         raise ValueError("pipe: expected the pipeline as it came, got a compiled one: hrt.uncompile(pipe) first")
     model, count = next(iter(denoisers.values())), sampler_steps(generation)
     known = {"sampler": type(pipe.scheduler).__name__, "guidance_scale": generation.guidance}
-    candidates = [_Candidate(FULL, _own(pipe), None)]
-    try:
-        for name, each in wanted.items():
-            made = parse_schedule(each, model, count, **known) if isinstance(each, str) else each
-            if other := {own.steps for own in _all(made)} - {count}:
-                raise ValueError(
-                    f"{name}: expected a schedule of {count} steps, as many as the call makes, got {other.pop()}; "
-                    "schedule.between(steps) carries it over"
-                )
-            try:
-                candidates.append(_Candidate(name, compiling.compile(_own(pipe), made, backend=backend), made))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
-        asked = {"backend": backend, "seed": seed}
-        return _Comparing(generation, count, candidates, rounds, show, asked).run()
-    finally:
-        for candidate in candidates:
-            compiling.uncompile(candidate.pipe)
+    with without_model_offload(pipe) as offload:
+        candidates = [_Candidate(FULL, another(pipe), None)]
+        try:
+            for name, each in wanted.items():
+                made = parse_schedule(each, model, count, **known) if isinstance(each, str) else each
+                candidates.append(_candidate(name, pipe, made, count, backend))
+            asked = {"backend": backend, "seed": seed}
+            return _Comparing(generation, count, candidates, rounds, show, asked, offload).run()
+        finally:
+            for candidate in candidates:
+                compiling.uncompile(candidate.pipe)
 
 
 def sampler_steps(generation: Generation) -> int:
@@ -138,14 +132,6 @@ def _all(schedule: Any) -> list[Schedule]:
     return [schedule] if isinstance(schedule, Schedule) else []
 
 
-def _own(pipe: Any) -> Any:
-    """A pipeline of the same parts, quiet, with a scheduler of its own."""
-    own = copy.copy(pipe)
-    object.__setattr__(own, "scheduler", copy.deepcopy(pipe.scheduler))
-    own._progress_bar_config = {"disable": True}
-    return own
-
-
 class _Candidate:
     def __init__(self, name: str, pipe: Any, schedule: Any) -> None:
         what = "as the pipeline came" if schedule is None else "; ".join(headline(s) for s in _all(schedule))
@@ -169,6 +155,19 @@ class _Candidate:
             row.theory = sum(plan.full_macs for plan in plans) / sum(plan.macs for plan in plans)
 
 
+def _candidate(name: str, pipe: Any, schedule: Any, steps: int, backend: str) -> _Candidate:
+    """`pipe` compiled for `schedule`, apart from the person's own."""
+    if other := {own.steps for own in _all(schedule)} - {steps}:
+        raise ValueError(
+            f"{name}: expected a schedule of {steps} steps, as many as the call makes, got {other.pop()}; "
+            "schedule.between(steps) carries it over"
+        )
+    try:
+        return _Candidate(name, compiling.compile(another(pipe), schedule, backend=backend), schedule)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 class _Comparing:
     def __init__(
         self,
@@ -178,12 +177,13 @@ class _Comparing:
         rounds: int | None,
         show: Show,
         asked: dict[str, Any],
+        offload: torch.device | None,
     ) -> None:
         self.generation, self.steps, self.show, self.asked = generation, steps, show, asked
-        self.candidates = list(candidates)
+        self.candidates, self.offload = list(candidates), offload
         self.passes = rounds or -(-ENOUGH // generation.count)
         self.numbers = range(generation.count)
-        self.device = getattr(generation.pipeline, "_execution_device", generation.pipeline.device)
+        self.device = offload or getattr(generation.pipeline, "_execution_device", generation.pipeline.device)
         self.memory = PeakMemory(self.device)
         self.distance, self.lpips = perceptual_distance()
         self.reference: list[Frames] = []
@@ -245,12 +245,13 @@ class _Comparing:
     def _call(self, candidate: _Candidate, number: int) -> tuple[list[Frames], float]:
         began = time.perf_counter()
         given = {"output_type": "np"} if self.generation.takes("output_type") else {}
-        self.memory.start()
-        self._wait()
-        started = time.perf_counter()
-        output = self.generation.generation([number], candidate.pipe, **given)
-        self._wait()
-        seconds = time.perf_counter() - started
+        with model_offload(candidate.pipe, self.offload):
+            self.memory.start()
+            self._wait()
+            started = time.perf_counter()
+            output = self.generation.generation([number], candidate.pipe, **given)
+            self._wait()
+            seconds = time.perf_counter() - started
         samples = samples_of(output)
         candidate.last = time.perf_counter() - began
         self.calls[id(candidate)] -= 1

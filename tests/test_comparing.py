@@ -6,10 +6,8 @@ import csv
 import io
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +17,7 @@ from PIL import Image
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.generating import Generation
-from harmonica_rt.peak_memory import PeakMemory
-from harmonica_rt.pictures import perceptual_distance, psnr_of, samples_of, ssim_of
+from harmonica_rt.pictures import psnr_of, samples_of, ssim_of
 
 from .pipelines.folders import labelled_dit, text_flux, text_pixart, text_wan
 from .pipelines.images import sd3
@@ -224,60 +221,27 @@ def test_files(tmp_path: Path) -> None:
     assert Schedule.load(folder / "output-3.json") == compared.schedules["output:3"]
 
 
-def test_samples_of_whatever_a_pipeline_gives() -> None:
-    numbers = np.random.default_rng(0).random((2, 4, 5, 3)).astype(np.float32)
-    pictures = [Image.fromarray(np.round(255 * each).astype(np.uint8)) for each in numbers]
+def test_model_offload(monkeypatch) -> None:
+    """Its hooks are on parts that all candidates share: each call must find one on its denoiser, once a step."""
+    plain = hrt.compare(text_flux(), ["uniform:2", "output:3"], PROMPTS, rounds=1, **EAGER, **SMALL)
+    brought: list[str] = []
 
-    tensors = torch.from_numpy(numbers).permute(0, 3, 1, 2)
-    for output, count, frames in (
-        (SimpleNamespace(images=pictures), 2, 1),
-        (SimpleNamespace(images=tensors), 2, 1),
-        (SimpleNamespace(frames=[pictures, pictures]), 2, 2),
-        ((numbers,), 2, 1),
-        ((numbers[None],), 1, 2),
-    ):
-        made = samples_of(output)
-        assert [each.shape for each in made] == [(frames, 4, 5, 3)] * count
-        assert np.abs(made[0][0] - numbers[0]).max() < 0.003
-    with pytest.raises(TypeError, match="expected an output with images or frames, got dict"):
-        samples_of({})
+    def bring(self, module, *args, **kwargs):  # moving to "cpu:0" would make new weights at each step
+        brought.append(type(module).__name__)
+        return args, kwargs
 
-
-def test_a_perceptual_distance_where_a_package_is_installed(monkeypatch) -> None:
-    assert perceptual_distance() == (None, "not installed (pip install lpips)")
-    package = ModuleType("lpips")
-    package.__spec__ = type(sys.__spec__)("lpips", None)
-
-    class LPIPS(torch.nn.Module):
-        def __init__(self, net: str, verbose: bool) -> None:
-            super().__init__()
-
-        def forward(self, x, y):
-            assert x.shape[1] == 3 and -1 <= x.min() < 0
-            return (x - y).abs().mean((1, 2, 3), keepdim=True)
-
-    package.LPIPS = LPIPS
-    monkeypatch.setitem(sys.modules, "lpips", package)
-    distance, name = perceptual_distance()
-    x = np.random.default_rng(0).random((9, 4, 4, 3)).astype(np.float32)
-    assert name == "lpips" and distance(x, 1 - x) == pytest.approx(2 * np.abs(2 * x - 1).mean(), rel=1e-5)
-
-    def offline(net: str, verbose: bool) -> None:
-        raise OSError("no network")
-
-    package.LPIPS = offline
-    assert perceptual_distance() == (None, "lpips is installed, its weights are not: no network")
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of what is resident are Linux's")
-def test_peak_memory() -> None:
-    memory = PeakMemory(torch.device("cpu"))
-    memory.start()
-    before = memory.bytes()
-    torch.ones(100 * 2**20, dtype=torch.uint8)
-    assert 80 * 2**20 < memory.bytes() - before < 140 * 2**20
-    memory.start()
-    assert memory.bytes() - before < 40 * 2**20
+    monkeypatch.setattr("accelerate.hooks.CpuOffload.pre_forward", bring)
+    pipe = text_flux()
+    pipe.enable_model_cpu_offload(device="cpu")
+    compared = hrt.compare(pipe, ["uniform:2", "output:3"], PROMPTS, rounds=1, **EAGER, **SMALL)
+    for own, expected in zip(compared.rows[1:], plain.rows[1:]):
+        for number in range(2):
+            assert own.quality[number] == pytest.approx(expected.quality[number], rel=1e-4)
+    assert brought.count("FluxTransformer2DModel") == STEPS * 3
+    assert brought.count("CompiledTransformer") == STEPS * 2 * 3
+    brought.clear()
+    pipe(PROMPTS[0], **SMALL)
+    assert brought.count("FluxTransformer2DModel") == STEPS
 
 
 def test_denoisers_that_guide_in_one_batch_without_encoders() -> None:
