@@ -1,20 +1,60 @@
-"""One run of a hard schedule as a function of its reuse weights: differentiable, the runtime's results."""
+"""What a hard schedule's reused values stand on, as numbers to be learned."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from harmonica_rt.checks import may_carry
 from harmonica_rt.forecast import forecast, history
-from harmonica_rt.layout import trunk_beside
 from harmonica_rt.schedule import Schedule
 
-from .denoiser import Evaluate
-from .task import Trajectory
-
 TIES = ("none", "branch", "step")
+OF_CHANNELS = 0.1  # how far a channel's own deviation goes where a weight goes 1
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A schedule's weights as tensors, whose last dimension but that of channels is images: one each, or 1 for all.
+
+    Attributes:
+        weights: [T, entries, order + 1, images].
+        carry: [T, entries, images].
+        channels: [T, entries, order + 2, images, width], or None; the carry's are the last.
+        outputs: [T, order + 1, images].
+        output_channels: [T, order + 1, images, channels], or None.
+        unlearned: [T, entries, order + 1], the forecast's weights, which a carry stands on.
+    """
+
+    weights: Tensor
+    carry: Tensor
+    channels: Tensor | None
+    outputs: Tensor
+    output_channels: Tensor | None
+    unlearned: Tensor
+
+    def rows(self, step: int, entry: int) -> list[Tensor]:
+        """Weights of an entry's values, newest first, [images] or [images, width] each."""
+        rows = self.weights[step, entry].unbind()
+        if self.channels is None:
+            return list(rows)
+        return [row[:, None] + more for row, more in zip(rows, self.channels[step, entry].unbind())]
+
+    def carry_row(self, step: int, entry: int) -> Tensor:
+        """How much of what is new an entry passes on, [images] or [images, width]."""
+        row = self.carry[step, entry]
+        return row if self.channels is None else row[:, None] + self.channels[step, entry, -1]
+
+    def output_rows(self, step: int) -> list[Tensor]:
+        """Weights of kept outputs, newest first, [images] or [images, channels] each."""
+        rows = self.outputs[step].unbind()
+        if self.output_channels is None:
+            return list(rows)
+        return [row[:, None] + more for row, more in zip(rows, self.output_channels[step].unbind())]
 
 
 class ReuseWeights:
@@ -24,143 +64,190 @@ class ReuseWeights:
         schedule: which values exist at each entry; its weights are the start.
         tie: "none": a change of its own for each step, layer and branch; "branch": layers share; "step": all share.
             Outputs and the trunk have their own, one for each step and value.
+        carry: whether carries are learned, of groups of blocks and the trunk. They stay as they are otherwise.
+        width: channels of the streams, to have weights per channel learned too; None for none but the schedule's own.
 
     Attributes:
         change: [n], the changes, 0 at first; to be learned.
+
+    Raises:
+        ValueError: `schedule` reuses nothing.
     """
 
-    def __init__(self, schedule: Schedule, tie: str = "none", device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        tie: str = "none",
+        device: torch.device | str = "cpu",
+        carry: bool = False,
+        width: int | None = None,
+    ) -> None:
         if tie not in TIES:
             raise ValueError(f"tie: expected one of {TIES}, got {tie!r}")
         self.schedule = schedule
-        exists = history(schedule.compute, schedule.order) >= 0
-        free = exists & ~(schedule.compute | schedule.left_alone)[..., None]
-        free = free.reshape(schedule.steps, -1, schedule.order + 1)  # [T, entries, values]
-        output_exists = history(~schedule.output[:, None, None], schedule.order)[:, 0, 0] >= 0
+        steps, order = schedule.steps, schedule.order
+        computed = schedule.compute.reshape(steps, -1)
+        exists = history(computed, order) >= 0
+        reused = ~(schedule.compute | schedule.left_alone).reshape(steps, -1)
+        self.free = exists & reused[..., None]  # [T, entries, values]
+        may = may_carry(schedule.compute, schedule.groups, schedule.level).reshape(steps, -1)
+        self.carries = reused & may & exists[..., 0]
+        output_exists = history(~schedule.output[:, None, None], order)[:, 0, 0] >= 0
         output_free = output_exists & schedule.output[:, None]
-        # Where each weight's change stands: weights that share one have the same number, others none
-        number = np.arange(free.size).reshape(free.shape)
-        if tie != "none":
-            _, layers, kinds = schedule.groups[0]
-            own = number[:, : layers * len(kinds)].reshape(schedule.steps, layers, len(kinds), -1)
-            tied = np.broadcast_to(own[:, :1, : 1 if tie == "step" else None], own.shape)
-            number[:, : layers * len(kinds)] = tied.reshape(schedule.steps, layers * len(kinds), -1)
-        number = np.concatenate([number[free], free.size + np.flatnonzero(output_free)])
-        names, index = np.unique(number, return_inverse=True)
-        if not len(names):
+        parts = [_Part(schedule.weights.reshape(self.free.shape), self.free, self._tied(tie))]
+        parts.append(_Part(schedule.output_weights, output_free))
+        parts.append(_Part(schedule.carry.reshape(computed.shape), self.carries & carry))
+        if not any(part.free.any() for part in parts):
             raise ValueError("expected a schedule that reuses something, got one that computes everything")
-        places = np.full(free.size + output_free.size, len(names))  # the last one is a change of 0
-        places[np.concatenate([free.reshape(-1), output_free.reshape(-1)])] = index
-        start = np.concatenate([schedule.weights.reshape(-1), schedule.output_weights.reshape(-1)])
-        self.places = torch.tensor(places, device=device)
-        self.start = torch.tensor(start, dtype=torch.float64, device=device)
-        self.change = torch.zeros(len(names), device=device)
+        self.has_channels, self.has_output_channels = (
+            schedule.channels is not None,
+            schedule.output_channels is not None,
+        )
+        if (width is not None or self.has_channels) and computed.shape[1]:
+            parts.append(self._channels(width, carry))
+            self.has_channels = True
+        if self.has_output_channels:
+            parts.append(_Part(schedule.output_channels, np.zeros(schedule.output_channels.shape, dtype=bool)))
+        self.parts, places, scales, count = parts, [], [], 0
+        for part in parts:
+            names, index = np.unique(part.number[part.free], return_inverse=True)
+            own = np.full(part.free.size, -1)
+            own[part.free.reshape(-1)] = index + count
+            places.append(own)
+            scales += [OF_CHANNELS if part.start.dtype == np.float32 else 1.0] * len(names)
+            count += len(names)
+        at = np.concatenate(places)
+        self.places = torch.tensor(np.where(at < 0, count, at), device=device)  # the last one is a change of 0
+        start = np.concatenate([part.start.reshape(-1) for part in parts], dtype=np.float64)
+        self.start = torch.tensor(start, device=device)
+        self.scales = torch.tensor(scales, device=device)
+        self.change = torch.zeros(count, device=device)
+        unlearned = forecast(computed, order, schedule.positions)
+        self.unlearned = torch.tensor(unlearned, dtype=torch.float32, device=device)
 
-    def __call__(self, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights of entries [T, entries, order + 1, images] and of outputs [T, order + 1, images].
+    def _tied(self, tie: str) -> np.ndarray:
+        """Where each weight's change stands: weights that share one have the same number."""
+        number = np.arange(self.free.size).reshape(self.free.shape)
+        if tie != "none" and self.schedule.groups:
+            _, layers, kinds = self.schedule.groups[0]
+            own = number[:, : layers * len(kinds)].reshape(len(number), layers, len(kinds), -1)
+            tied = np.broadcast_to(own[:, :1, : 1 if tie == "step" else None], own.shape)
+            number[:, : layers * len(kinds)] = tied.reshape(len(number), layers * len(kinds), -1)
+        return number
+
+    def _channels(self, width: int | None, carry: bool) -> _Part:
+        schedule, (steps, entries, values) = self.schedule, self.free.shape
+        width = schedule.channels.shape[-1] if width is None else width
+        start = np.zeros((steps, entries, values + 1, width), dtype=np.float32)
+        if schedule.channels is not None:
+            own = schedule.channels.reshape(steps, entries, -1, width)
+            start[:, :, : own.shape[2]] = own
+        free = np.concatenate([self.free, (self.carries & carry)[..., None]], axis=-1)
+        return _Part(start, np.broadcast_to(free[..., None], start.shape))
+
+    def __call__(self, change: Tensor | None = None) -> Numbers:
+        """The weights, differentiable.
 
         Args:
             change: in place of `change`; [n] (images is 1), or [images, n], each image with its own.
         """
         change = torch.atleast_2d(self.change if change is None else change)
+        change = change * self.scales.to(change.dtype)
         change = torch.cat([change, change.new_zeros(len(change), 1)], dim=1)
-        weights = (self.start.to(change.dtype) + change[:, self.places]).T
-        split, steps, values = self.schedule.weights.size, self.schedule.steps, self.schedule.order + 1
-        return (
-            weights[:split].view(steps, self.schedule.weights.size // (steps * values), values, -1),
-            weights[split:].view(steps, values, -1),
-        )
+        flat = self.start.to(change.dtype) + change[:, self.places]
+        sizes = [part.free.size for part in self.parts]
+        values = [one.reshape(len(change), *part.free.shape) for one, part in zip(flat.split(sizes, 1), self.parts)]
+        weights, outputs, carry = (value.movedim(0, -1) for value in values[:3])
+        more = [value.movedim(0, -2) for value in values[3:]]
+        channels = more.pop(0) if self.has_channels else None
+        return Numbers(weights, carry, channels, outputs, more[0] if more else None, self.unlearned)
 
     def to_schedule(self, change: Tensor | None = None) -> Schedule:
         """The schedule with its weights as they are now, or with `change` [n] in place of theirs."""
-        change = self.change if change is None else change
-        weights, outputs = (w.detach()[..., 0].cpu().numpy() for w in self(change.double()))
-        return self.schedule.replace(weights=weights.reshape(self.schedule.weights.shape), output_weights=outputs)
+        numbers, schedule = self((self.change if change is None else change).detach().double()), self.schedule
+        fields = {
+            "weights": numbers.weights[..., 0].cpu().numpy().reshape(schedule.weights.shape),
+            "carry": numbers.carry[..., 0].cpu().numpy().reshape(schedule.carry.shape),
+            "output_weights": numbers.outputs[..., 0].cpu().numpy(),
+        }
+        if numbers.channels is not None:
+            channels = numbers.channels[:, :, :, 0].float().cpu().numpy()
+            shape = (*schedule.compute.shape, *channels.shape[2:])
+            rows = schedule.order + 1 + may_carry(schedule.compute, schedule.groups, schedule.level).any()
+            fields["channels"] = channels.reshape(shape)[..., :rows, :]
+        return schedule.replace(**fields)
 
 
-class Reusing:
-    """One run of a hard schedule, differentiable in its weights and in the sample.
+@dataclass(frozen=True)
+class _Part:
+    """Some of a schedule's numbers: where they start, which may change, and by what number each change is known."""
+
+    start: np.ndarray
+    free: np.ndarray
+    tied: np.ndarray | None = None
+
+    @property
+    def number(self) -> np.ndarray:
+        return np.arange(self.free.size).reshape(self.free.shape) if self.tied is None else self.tied
+
+
+def fixed(schedule: Schedule, device: torch.device | str = "cpu") -> Numbers:
+    """A schedule's own numbers."""
+    computed = schedule.compute.reshape(schedule.steps, -1)
+
+    def tensor(values: np.ndarray | None, *shape: int) -> Tensor | None:
+        return None if values is None else torch.tensor(values.reshape(shape), dtype=torch.float32, device=device)
+
+    steps, entries, order = schedule.steps, computed.shape[1], schedule.order
+    channels = schedule.channels
+    if channels is not None:
+        channels = channels.reshape(steps, entries, *channels.shape[-2:])
+        if channels.shape[2] == order + 1:  # branches have no carry
+            channels = np.concatenate([channels, np.zeros_like(channels[:, :, :1])], axis=2)
+        channels = tensor(channels, *channels.shape[:3], 1, channels.shape[-1])
+    outputs = schedule.output_channels
+    return Numbers(
+        tensor(schedule.weights, steps, entries, order + 1, 1),
+        tensor(schedule.carry, steps, entries, 1),
+        channels,
+        tensor(schedule.output_weights, steps, order + 1, 1),
+        None if outputs is None else tensor(outputs, steps, order + 1, 1, outputs.shape[-1]),
+        tensor(forecast(computed, order, schedule.positions), steps, entries, order + 1),
+    )
+
+
+def combined(values: Sequence[Tensor], rows: Sequence[Tensor], axis: int = -1) -> Tensor:
+    """The weighted sum of values, in their dtype.
 
     Args:
-        weights: as `ReuseWeights` gives them.
-        checkpointing: keep one step's activations only, and recompute the others in the backward pass.
+        values: alike; their first dimension is images, or a multiple of that: guidance doubles them.
+        rows: [images or 1] each, or [images or 1, width] for weights per channel, along `axis` of the values.
     """
-
-    def __init__(self, schedule: Schedule, weights: tuple[Tensor, Tensor], checkpointing: bool = False) -> None:
-        self.compute = schedule.compute.reshape(schedule.steps, -1)
-        self.trunk = None
-        if trunk_beside(schedule.groups):  # its values are the stream after it and, as of one entry more, before it
-            unlearned = forecast(self.compute[:, -1], schedule.order, schedule.positions)
-            self.trunk = schedule.carry[:, -1].tolist(), torch.tensor(unlearned, dtype=torch.float32)[..., None]
-            self.compute = np.concatenate([self.compute, self.compute[:, -1:]], axis=1)
-        self.output, self.order = schedule.output, schedule.order
-        self.weights, self.output_weights = weights
-        self.checkpointing = checkpointing
-        self.values: list[tuple[Tensor, ...]] = [()] * self.compute.shape[1]  # newest first
-        self.outputs: tuple[Tensor, ...] = ()
-
-    def run(self, run: Trajectory) -> Tensor:
-        """The sampler's result."""
-        while not run.done:
-            run.advance(self.denoise(run))
-        return run.x
-
-    def denoise(self, run: Trajectory) -> Tensor:
-        """The guided output of the run's next step."""
-        if self.output[run.step]:
-            return _sum(self.outputs, self.output_weights[run.step])
-        arguments = run, run.step, run.model_input(), self.weights[run.step], tuple(self.values)
-        if self.checkpointing and torch.is_grad_enabled():
-            output, *fresh = checkpoint(self._step, *arguments, use_reentrant=False)
-        else:
-            output, *fresh = self._step(*arguments)
-        for entry, value in zip(np.flatnonzero(self.compute[run.step]), fresh, strict=True):
-            self.values[entry] = (value, *self.values[entry])[: self.order + 1]
-        self.outputs = (output, *self.outputs)[: self.order + 1]
-        return output
-
-    def _step(
-        self, run: Trajectory, step: int, x: Tensor, weights: Tensor, values: tuple[tuple[Tensor, ...], ...]
-    ) -> list[Tensor]:
-        computed, fresh = self.compute[step], []
-        rows = weights.unbind()
-
-        def stand_in(entry: int, evaluate: Evaluate) -> Tensor:
-            if not computed[entry]:
-                return _sum(values[entry], rows[entry])
-            fresh.append(evaluate())
-            return fresh[-1]
-
-        def trunk(before: Tensor, run_branches: Evaluate) -> Tensor:
-            entry = len(computed) - 2
-            if computed[entry]:
-                after = run_branches()
-                fresh.extend((after, before))
-                return after
-            after, carry = _sum(values[entry], rows[entry]), self.trunk[0][step]
-            if carry:
-                after = after + carry * (before - _sum(values[entry + 1], self.trunk[1][step].to(before.device)))
-            return after
-
-        return [run.output(step, x, stand_in, None if self.trunk is None else trunk), *fresh]
-
-
-def _sum(values: tuple[Tensor, ...], weights: Tensor) -> Tensor:
-    """Weights [order + 1, images or 1]; a value's first dimension is images, or twice that with guidance."""
-    rest = [1] * (values[0].dim() - 1)
-    rows = [w.repeat(len(values[0]) // len(w)).view(-1, *rest) for w in weights.unbind()]
-    total = rows[0] * values[0]
+    like = values[0]
+    total = over(rows[0], like, axis) * like
     for row, value in zip(rows[1:], values[1:]):
-        total = torch.addcmul(total, row, value)
-    return total.to(values[0].dtype)
+        total = torch.addcmul(total, over(row, like, axis), value)
+    return total.to(like.dtype)
 
 
-@torch.no_grad()
-def reusing_run(schedule: Schedule, run: Trajectory) -> Tensor:
-    """The sampler's result with the schedule's own weights."""
-    device = run.x.device
-    weights, outputs = (
-        torch.tensor(w, dtype=torch.float32, device=device)[..., None]
-        for w in (schedule.weights.reshape(schedule.steps, -1, schedule.order + 1), schedule.output_weights)
-    )
-    return Reusing(schedule, (weights, outputs)).run(run)
+def over(row: Tensor, like: Tensor, axis: int = -1) -> Tensor:
+    """A row of weights, to be multiplied with tensors such as `like`."""
+    shape = [1] * like.ndim
+    if len(row) > 1:
+        if not like.ndim or len(like) % len(row):
+            raise ValueError(
+                f"weights of {len(row)} images each: expected values over these images, got {list(like.shape)}: learn "
+                "on one at a time (accumulate)"
+            )
+        row = row.repeat(len(like) // len(row), *(1,) * (row.ndim - 1))
+        shape[0] = len(row)
+    if row.ndim == 2:
+        shape[axis] = row.shape[1]
+        if like.shape[axis] != row.shape[1]:
+            raise ValueError(f"weights per channel: expected {row.shape[1]} channels, got {list(like.shape)}")
+    return row.view(shape)
+
+
+def anything(numbers: Tensor) -> bool:
+    """Whether weights are to be multiplied at all: not where they are 0 and nothing learns them."""
+    return numbers.requires_grad or bool(numbers.any())

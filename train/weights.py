@@ -20,7 +20,8 @@ from harmonica_rt.schedule import Schedule
 
 from .denoiser import compute
 from .natural_gradient import NaturalGradient
-from .reuse import TIES, ReuseWeights, Reusing, reusing_run
+from .reuse import TIES, ReuseWeights
+from .reusing import Reusing, reusing_run
 from .stopping import never
 from .task import Batch, Task, Trajectory
 from .trainer import TRAIN_SEED, LossNotFinite

@@ -12,7 +12,7 @@ import harmonica_rt as hrt
 from bench.pipelines import PixelDiTPipeline
 from harmonica_rt.train.denoiser import compute
 from harmonica_rt.train.models import LINEAR, SAMPLERS, scheduler
-from harmonica_rt.train.reuse import reusing_run
+from harmonica_rt.train.reusing import reusing_run
 from harmonica_rt.train.task import Batch, Task, Trajectory
 from harmonica_rt.train.weights import full_run
 

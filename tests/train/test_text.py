@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 import harmonica_rt as hrt
 from harmonica_rt.train import models
 from harmonica_rt.train.denoiser import compute
-from harmonica_rt.train.reuse import ReuseWeights, Reusing
+from harmonica_rt.train.reuse import ReuseWeights
+from harmonica_rt.train.reusing import Reusing
 from harmonica_rt.train.sdt import Gating, sdt
 from harmonica_rt.train.task import Task, Trajectory, prompts
 from harmonica_rt.train.weights import WeightSettings, WeightTrainer

@@ -12,7 +12,8 @@ import harmonica_rt as hrt
 from harmonica_rt.layout import WHOLE
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.learn import learn
-from harmonica_rt.train.reuse import ReuseWeights, Reusing, reusing_run
+from harmonica_rt.train.reuse import ReuseWeights
+from harmonica_rt.train.reusing import Reusing, reusing_run
 from harmonica_rt.train.task import Task, Trajectory
 from harmonica_rt.train.trainer import LossNotFinite
 from harmonica_rt.train.weights import (
