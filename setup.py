@@ -14,6 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=["harmonica_rt", "harmonica_rt.models", "harmonica_rt.kernels", "harmonica_rt.train"],
+    package_data={"harmonica_rt.train": ["captions.txt"]},
     package_dir={"harmonica_rt.kernels": "kernels", "harmonica_rt.train": "train"},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -124,7 +124,7 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
             call |= {"negative_prompt_embeds": empty, "negative_pooled_prompt_embeds": empty_pooled}
         if latents is None:
             latents = self.noise(len(each), generator)
-        images = FluxPipeline.__call__(
+        images = FluxPipeline.__call__.__wrapped__(  # gradients are off here, unless one wants them
             self,
             **call,
             true_cfg_scale=guidance_scale,

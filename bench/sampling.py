@@ -57,8 +57,8 @@ class Sampling:
         return torch.cat(parts)
 
     def converged(self, start: Tensor) -> Tensor:
-        """The solution that this sampler's runs approximate: what learning aims at (train/weights.py)."""
-        from harmonica_rt.train.weights import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
+        """The solution that this sampler's runs approximate: what learning aims at (train/starts.py)."""
+        from harmonica_rt.train.starts import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
 
         pipeline, steps = self.pipeline.around(self.pipeline.transformer), CONVERGED_STEPS
         if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):

@@ -1,5 +1,7 @@
 """harmonica_rt: diffusion transformers on a static compute-or-reuse schedule, as compiled programs."""
 
+from typing import Any
+
 from .comparing import compare
 from .compiled import CompiledTransformer
 from .compiling import compile, uncompile
@@ -7,4 +9,12 @@ from .models import UnsupportedModelError
 from .schedule import Schedule
 
 __version__ = "0.1.0"
-__all__ = ["CompiledTransformer", "Schedule", "UnsupportedModelError", "compare", "compile", "uncompile"]
+__all__ = ["CompiledTransformer", "Schedule", "UnsupportedModelError", "compare", "compile", "learn", "uncompile"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "learn":  # it needs the extra `train`
+        from .train.pipeline import learn
+
+        return learn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -52,6 +52,7 @@ class CompiledTransformer(ModelFace):
     """
 
     _recorder: Callable[[torch.device], Recorder] = CudaRecorder
+    _engines: Mapping[str, type[Engine]] = ENGINES  # by level
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class CompiledTransformer(ModelFace):
     ) -> None:
         schedules = [*schedule.values()] if isinstance(schedule, Mapping) else [schedule]
         own = weakref.ref(self)
-        engine = ENGINES[schedules[0].level](model, backend, plans, lambda device: own()._recorder(device))
+        engine = self._engines[schedules[0].level](model, backend, plans, lambda device: own()._recorder(device))
         for each in schedules:
             engine.check(each)
         ModelFace.__init__(self, model)
@@ -219,9 +220,10 @@ class CompiledTransformer(ModelFace):
             hook = vars(self.model).get("_hf_hook")
         if hook is not None:
             args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        if torch.is_grad_enabled():
+        gradients = self._engine.gradients
+        if torch.is_grad_enabled() and not gradients:
             refuse_gradient(*(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-        with self._exclusive, without_gradients():
+        with self._exclusive, contextlib.nullcontext() if gradients else without_gradients():
             call = self._read(args, kwargs)
             self._sampling.watch()
             output = self._step(call)

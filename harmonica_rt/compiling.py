@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,15 @@ def compile(
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected True or False, got {strict!r}")
     options = {"backend": backend, "plans": plans, "strict": strict}
+    return put_in(
+        model_or_pipeline, schedule, strict, lambda model, own, more: CompiledTransformer(model, own, **options, **more)
+    )
+
+
+def put_in(
+    model_or_pipeline: Any, schedule: Any, strict: bool, make: Callable[[nn.Module, Any, dict[str, Any]], Any]
+) -> Any:
+    """`compile`, with compiled models as `make`(model, schedules, keyword arguments) gives them."""
     if not (denoisers := denoisers_of(model_or_pipeline)):
         if not isinstance(model_or_pipeline, nn.Module):
             raise TypeError(
@@ -61,14 +70,14 @@ def compile(
                 f"{DENOISERS[-1]}, got {type(model_or_pipeline).__name__}"
             )
         _check_schedules(schedule)
-        return CompiledTransformer(own_model(model_or_pipeline), schedule, **options)
+        return make(own_model(model_or_pipeline), schedule, {})
     by_denoiser = _by_denoiser(schedule, denoisers)
     every = [each for schedules in by_denoiser.values() for each in _check_schedules(schedules)]
     if len(steps := {each.steps for each in every}) > 1:
         raise ValueError(f"schedule: expected as many steps in all, got {sorted(steps)}")
     sampling = Sampling(every, strict, model_or_pipeline)
     made = {
-        name: CompiledTransformer(own_model(denoisers[name]), schedules, **options, sampling=sampling)
+        name: make(own_model(denoisers[name]), schedules, {"sampling": sampling})
         for name, schedules in by_denoiser.items()
     }
     for name, compiled in made.items():

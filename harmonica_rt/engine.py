@@ -74,6 +74,7 @@ class Engine(ABC):
     """
 
     runs_forward: ClassVar[bool]  # the model's own, and so the hooks on it
+    gradients: ClassVar[bool] = False  # whether what it returns has any
 
     def __init__(
         self, model: nn.Module, backend: str, capacity: int, recorder: Callable[[torch.device], Recorder] = CudaRecorder

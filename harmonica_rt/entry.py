@@ -256,18 +256,26 @@ class Entry:
             channels: rows of weights per channel, [rows, width].
             combine: adds up, as `combine_eager` does.
         """
+        if self.done == 0 and combination is not None and combination.carries:
+            self.x = self.before(args, kwargs)
+
+        def stream(number: int) -> Tensor:
+            if combination is None:
+                return self.latest[self.kept[number]].clone()
+            return self._combine(number, combination, channels, combine)
+
+        return self.stand_in(args, kwargs, stream)
+
+    def stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Callable[[int], Tensor]) -> Any:
+        """What the next call returns, the streams that are kept of it being `stream`(number)."""
         number = self._next()
         if number == 0:
             self._check_given(_given(args, kwargs))
-        if number == 0 and combination is not None and combination.carries:
-            self.x = self.before(args, kwargs)
         result = self.calls[number]
         leaves = [self.scratch[leaf] if isinstance(leaf, Blank) else leaf for leaf in result.leaves]
-        for stream, (call, leaf) in enumerate(self.kept):
-            if call == number and combination is None:
-                leaves[leaf] = self.latest[call, leaf].clone()
-            elif call == number:
-                leaves[leaf] = self._combine(stream, combination, channels, combine)
+        for which, (call, leaf) in enumerate(self.kept):
+            if call == number:
+                leaves[leaf] = stream(which)
         return tree_unflatten(leaves, result.spec)
 
     def _combine(self, stream: int, combination: Combine, channels: Tensor | None, combine: Sum) -> Tensor:

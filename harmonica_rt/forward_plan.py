@@ -40,7 +40,8 @@ class ForwardPlan:
         uncounted: why not.
         graphs: captured steps, if the plan replays them.
         compiled: the model's blocks, compiled, if the plan runs these.
-        seconds: time it took to learn what the groups are and to check that they can be reused.
+        learned: whether it is known what the groups are, and that they can be reused; the first call tells.
+        seconds: time that took.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class ForwardPlan:
             None if table is None else torch.from_numpy(table).to(shape.device) for table in tables
         )
         self._outputs: tuple[Values, TreeSpec, list[Any]] | None = None
-        self._learned = False
+        self.learned = False
         self.graphs: ForwardGraphs | None = None
         self._combine: Sum = combine_eager
 
@@ -105,8 +106,8 @@ class ForwardPlan:
         instructions = self.program.steps[step]
         if isinstance(instructions, ReuseOutput):
             return self._reuse_output(instructions)
-        if not self._learned:
-            output = self._learn(arguments)
+        if not self.learned:
+            output = self.learn(arguments)
             self._keep_learned(instructions)
         elif graphs is None:
             output = self.launch(instructions, arguments)
@@ -148,9 +149,9 @@ class ForwardPlan:
     def launch(self, step: ForwardStep, arguments: Arguments) -> Any:
         """`run`, once the plan has learned what its groups are: nothing here depends on data, so it may be captured."""
         if self.compiled is None:
-            return self._forward(arguments, lambda number, *call: self._do(step, number, *call))
+            return self.forward(arguments, lambda number, *call: self._do(step, number, *call))
         with self.compiled.compiling():
-            return self._forward(arguments, lambda number, *call: self._do(step, number, *call), self.compiled)
+            return self.forward(arguments, lambda number, *call: self._do(step, number, *call), self.compiled)
 
     def _do(
         self,
@@ -167,7 +168,7 @@ class ForwardPlan:
             return entry.compute(what.slot, run, args, kwargs)
         return entry.reuse(what, args, kwargs, self._channels, self._combine)
 
-    def _forward(self, arguments: Arguments, handle: Callable[..., Any], compiled: CompiledBlocks | None = None) -> Any:
+    def forward(self, arguments: Arguments, handle: Callable[..., Any], compiled: CompiledBlocks | None = None) -> Any:
         """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments).
 
         Args:
@@ -192,7 +193,7 @@ class ForwardPlan:
 
     # ---- the first call
 
-    def _learn(self, arguments: Arguments) -> Any:
+    def learn(self, arguments: Arguments) -> Any:
         """The model's output, having found out which blocks each group calls and what of it is kept.
 
         Then groups are reused on the same input, each set of them that the program reuses, all that should not matter
@@ -201,7 +202,7 @@ class ForwardPlan:
         there: both are kept beside its streams; if that does not help, the model cannot be reused so.
         """
         started = time.perf_counter()
-        spare = _copied(arguments) if self.entries else arguments  # models write into what they are given
+        spare = copied_tensors(arguments) if self.entries else arguments  # models write into what they are given
         try:
             output, between = self._observe(arguments)
             if self.entries:
@@ -212,9 +213,15 @@ class ForwardPlan:
             for entry in self.entries.values():
                 entry.forget(set())
             raise
-        self._learned = True
+        self.learned = True
         self.seconds = time.perf_counter() - started
         return output
+
+    def observe(self, arguments: Arguments) -> None:
+        """`learn`, and nothing of it kept."""
+        self.learn(arguments)
+        for entry in self.entries.values():
+            entry.latest, entry.x = {}, []
 
     def _check(self, output: Any, between: dict[int, set[tuple[int, int]]], spare: Arguments) -> None:
         """Raise UnsupportedModelError unless groups can stand for their blocks, `between` kept too if need be."""
@@ -226,7 +233,7 @@ class ForwardPlan:
             return
         for number, entry in self.entries.items():
             entry.forget(between[number])
-        self._observe(_copied(spare))
+        self._observe(copied_tensors(spare))
         if not self._is_same(output, spare):
             names = ", ".join(entry.name for entry in self.entries.values())
             raise UnsupportedModelError(
@@ -274,7 +281,7 @@ class ForwardPlan:
             entry.settle(self.program.slots[number], scratch)
         for t in scratch.values():
             t.fill_(torch.nan)
-        same = all(self._is_same_reusing(numbers, output, _copied(arguments)) for numbers in self._sets())
+        same = all(self._is_same_reusing(numbers, output, copied_tensors(arguments)) for numbers in self._sets())
         for t in scratch.values():
             t.zero_()
         return same
@@ -299,7 +306,7 @@ class ForwardPlan:
             return entry.reuse(None, *call) if number in numbers else entry.compute(None, run, *call)
 
         try:
-            reused = self._forward(arguments, handle)
+            reused = self.forward(arguments, handle)
         except (UnsupportedModelError, ForwardChanged):
             raise
         except Exception as error:
@@ -348,7 +355,7 @@ class ForwardPlan:
             own._outputs = self._half_outputs(number, batch)
         if self.macs is not None:
             own.macs = (self.macs[0] // 2, {k: macs // 2 for k, macs in self.macs[1].items()})
-        own.uncounted, own._learned = self.uncounted, self._learned
+        own.uncounted, own.learned = self.uncounted, self.learned
         return own
 
     def _half_outputs(self, number: int, batch: int) -> tuple[Values, TreeSpec, list[Any]]:
@@ -410,5 +417,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _copied(arguments: Arguments) -> Arguments:
+def copied_tensors(arguments: Arguments) -> Arguments:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)

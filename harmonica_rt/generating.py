@@ -167,6 +167,10 @@ class Generation:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return {**self.call, **own, "generator": generators}
 
+    def of(self, subjects: Sequence[Any], seed: int) -> Generation:
+        """The same call for other prompts or labels, from noises of `seed`."""
+        return Generation(self.pipeline, subjects, seed=seed, **self.call)
+
     def generation(self, numbers: Sequence[int], pipeline: Any = None, **changes: Any) -> Any:
         """What the call returns for these images.
 

@@ -1,6 +1,6 @@
 """The command line: learn, try, inspect, plot and convert schedules.
 
-harmonica learn --model dit-fashion --steps 20 --target-speedup 2 --out schedule.json
+harmonica learn --pipeline FOLDER --prompts prompts.txt --target-speedup 2 --out schedule.json
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import pipeline_options as own
 from .errors import one_line_errors
 from .trying import try_schedules
 
@@ -66,6 +67,13 @@ class MaskLevel(StrEnum):
     output = "output"
 
 
+class Level(StrEnum):
+    auto = "auto"
+    blocks = "blocks"
+    branches = "branches"
+    output = "output"
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
@@ -75,6 +83,9 @@ class Dtype(StrEnum):
 Model = Annotated[
     str, typer.Option(help="Folder or hub name, of a pipeline or its transformer; in a checkout dit-fashion.")
 ]
+LearnedModel = Annotated[
+    str | None, typer.Option(help="A DiT or PixArt without a pipeline: folder or hub name, in a checkout dit-fashion.")
+]
 File = Annotated[Path, typer.Argument(help="A schedule file.")]
 
 LEARNERS = {  # which options go with which objective
@@ -83,14 +94,24 @@ LEARNERS = {  # which options go with which objective
 }
 
 
+# Options of `learn` that a pipeline has no use for, and what they are where nothing was given
+ONLY_MODEL = {
+    "sampler": "ddim", "target_cur": None, "classes": None, "features": None, "budget": None, "target": None,
+    "moves": None, "init": None, "pool": None, "tie": None, "objective": None, "paper": False, "beta": None,
+    "estimator": None, "refresh": None, "images": None, "checkpoint": None, "resume": False, "router": None,
+    "variant": None, "mixed_precision": "no", "checkpointing": False, "log": None,
+}  # fmt: skip
+
+
 @app.command(no_args_is_help=True)
 def learn(
-    model: Model,
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
+    pipeline: own.Pipeline | None = None,
+    model: LearnedModel = None,
     sampler: Annotated[
         str, typer.Option(help="ddim, ddpm, iddpm, dpmsolver++, sa-solver, unipc, euler or flow-euler.")
     ] = "ddim",
-    steps: Annotated[int, typer.Option(min=2, help="Denoiser calls a run, T.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=2, help="Of a run, T: the pipeline's own, or 20.")] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; off unless above 1. Unless given, the model's own.")
     ] = None,
@@ -135,17 +156,38 @@ def learn(
     router: Annotated[Path | None, typer.Option(help="Router: also write it as HarmoniCa publishes them.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights: float32, or on CUDA a pipeline's bfloat16.")
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, e.g. fp16.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16: autocast.")] = "no",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")] = False,
     log: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    prompts: own.Prompts = None,
+    inputs: own.Inputs = None,
+    negative_prompt: own.NegativePrompt = None,
+    true_cfg: own.TrueCfg = None,
+    height: own.Height = None,
+    width: own.Width = None,
+    frames: own.Frames = None,
+    call: own.Call = None,
+    level: Annotated[
+        Level, typer.Option(help="What is reused; auto: one group of blocks.", rich_help_panel=own.PANEL)
+    ] = Level.auto,
+    groups: Annotated[
+        int, typer.Option(min=1, help="At level blocks, of each list of blocks.", rich_help_panel=own.PANEL)
+    ] = 1,
+    channels: Annotated[
+        bool | None, typer.Option(help="Weights per channel; for a .safetensors file.", rich_help_panel=own.PANEL)
+    ] = None,
 ) -> None:
     """Learn a schedule for a frozen model: what is computed, and the weights that what is reused stands on.
 
     Ctrl-C ends it early with the best schedule so far; exit code 3 if that is the forecast's still.
 
     [bold]Examples[/bold]
+
+    harmonica learn --pipeline FOLDER_OR_HUB --prompts prompts.txt --steps 28 --target-speedup 3 --out s.json
 
     harmonica learn --model dit-fashion --target-speedup 2.9 --minutes 15 --out dit-fashion-2.9x.json
 
@@ -155,10 +197,43 @@ def learn(
 
     accelerate launch -m harmonica_rt.train learn --model facebook/DiT-XL-2-256 --target-cur 0.375 --out xl.json
     """
+    from .pipeline_command import learn_for_pipeline
     from .run import Request, learn_schedule
     from .stopping import EndedEarly
 
     with one_line_errors():
+        if (pipeline is None) == (model is None):
+            got = "none" if model is None else "both"
+            raise ValueError(f"expected --pipeline, a person's own, or --model, one whose loop is here; got {got}")
+        if pipeline is not None:
+            given = {name: value for name, value in locals().items() if name in ONLY_MODEL}
+            for name, value in given.items():
+                if value not in (ONLY_MODEL[name], None):
+                    raise ValueError(f"--{name.replace('_', '-')}: goes with --model, got --pipeline {pipeline}")
+            options = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "true_cfg": true_cfg}
+            options |= {"height": height, "width": width, "frames": frames}
+            settings = {"minutes": minutes, "iterations": iterations, "order": order, "batch": batch, "lr": lr}
+            settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "channels": channels}
+            settings |= {"level": level.value, "groups": groups, "seed": seed}
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            try:
+                learn_for_pipeline(
+                    pipeline,
+                    out,
+                    console,
+                    None if dtype is None else dtype.value,
+                    prompts,
+                    inputs,
+                    own.call_arguments(call, **options),
+                    {name: value for name, value in settings.items() if value is not None},
+                )
+            except EndedEarly as early:
+                Console(stderr=True).print(str(early), soft_wrap=True, highlight=False, markup=False)
+                raise typer.Exit(3) from None
+            return
         kind = objective or (Objective.sdt if paper else Objective.end)
         given = {
             "budget": budget and budget.value,
@@ -192,7 +267,7 @@ def learn(
         request = Request(
             model=model,
             sampler=sampler,
-            steps=steps,
+            steps=20 if steps is None else steps,
             guidance=guidance,
             out=out,
             objective=kind.value,
@@ -205,7 +280,7 @@ def learn(
             init=init,
             order=order,
             threads=threads,
-            dtype=dtype.value,
+            dtype="float32" if dtype is None else dtype.value,
             variant=variant,
             mixed_precision=mixed_precision,
             checkpointing=checkpointing,

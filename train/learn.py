@@ -13,15 +13,14 @@ from harmonica_rt.layout import trunk_beside
 from harmonica_rt.schedule import Schedule
 
 from .search import Search
+from .starts import starts_of
 from .stopping import EndedEarly, never
 from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
-from .weights import HELD_OUT_SEED, Starts, WeightProgress, WeightSettings, WeightTrainer
+from .weights import HELD_OUT_SEED, WeightProgress, WeightSettings, WeightTrainer
 
 RACE, SEARCH = 0.35, 0.3  # shares of the time: several starts, moves; the rest: weights of the result
 TRIAL = 16  # iterations of each of several starts
-HELD_OUT = 64  # noises of the verdict
-PEAK = 20 * math.log10(2)  # PSNR of an error of 0 dB, samples in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Learned:
-    """A learned schedule and its verdict: mean PSNR in dB (samples in [-1, 1]) to the target on held-out noises.
+    """A learned schedule and its verdict: mean PSNR (samples in [-1, 1]) or SNR in dB to the target, held-out noises.
 
     Attributes:
         psnr, forecast: of the schedule, and of the same one with the forecast's weights; None, both, where it was
@@ -76,6 +75,7 @@ def learn(
     accelerator: Accelerator | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = never,
+    on_better: Callable[[Schedule], None] = lambda schedule: None,
 ) -> Learned:
     """Learn what to compute and with what weights to reuse the rest.
 
@@ -85,10 +85,12 @@ def learn(
         settings: of the weights that go on.
         minutes: for all but the verdict, if they end before the iterations.
         moves: most moves of what is computed to judge.
+        on_better: told each schedule that is better than those before it, and than the forecast.
     """
     began = time.perf_counter()
     check_minutes(minutes)
     accelerator = accelerator or Accelerator(cpu=task.device.type == "cpu")
+    reached = math.inf  # dB, of the best schedule told
     iterations, forecast, judging = 0, None, 0.0  # of all trainers before; dB; seconds that the verdict takes
 
     def left(share: float, of: int = 1) -> float | None:
@@ -113,16 +115,22 @@ def learn(
     def weights(low: float, high: float, phase: str) -> Callable[[WeightProgress], None]:
         return lambda p: show(low + (high - low) * p.share, phase, p.judged, p.iteration)
 
+    def better(schedule: Schedule, error: float) -> None:
+        nonlocal reached
+        if error < reached:
+            reached = error
+            on_better(schedule)
+
     if moves > 0 and any(trunk_beside(start.groups) for start in starts):
         raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
     race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
     first = replace(settings, iterations=TRIAL, every=TRIAL)
     try:
-        trainer = WeightTrainer(task, starts[0], first, accelerator, on_target=targets)
+        trainer = WeightTrainer(task, starts[0], first, accelerator, on_target=targets, on_better=better)
     except EndedEarly:
         return _nothing(starts[0], settings, time.perf_counter() - began)
-    forecast = trainer.validation.judge(_unlearned(starts[0]), accelerator).mean().item()
-    judging = (time.perf_counter() - began) * HELD_OUT / settings.validation
+    forecast = reached = trainer.validation.judge(_unlearned(starts[0]), accelerator).mean().item()
+    judging = (time.perf_counter() - began) * task.held_out / settings.validation
     search = failure = None
     try:
         for k, start in enumerate(starts if race else ()):
@@ -156,7 +164,7 @@ def learn(
     seconds = time.perf_counter() - began
     if failure is None and stopped() and not trainer.schedule().learned:
         return _nothing(trainer.schedule(), settings, seconds)
-    show(1.0, "verdict", trainer.best.errors.mean().item(), detail=f"on {HELD_OUT} noises held out")
+    show(1.0, "verdict", trainer.best.errors.mean().item(), detail=f"on {task.held_out} noises held out")
     return _verdict(task, trainer, search, seconds, failure)
 
 
@@ -178,10 +186,10 @@ def _verdict(
     task: Task, trainer: WeightTrainer, search: Search | None, seconds: float, failure: LossNotFinite | None
 ) -> Learned:
     settings, accelerator, schedule = trainer.settings, trainer.accelerator, trainer.schedule()
-    held_out = Starts(task, settings.target, HELD_OUT, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
+    held_out = starts_of(task, settings.target, task.held_out, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
 
     def psnr(judged: Schedule) -> float:
-        return PEAK - held_out.judge(judged, accelerator).mean().item()
+        return task.peak - held_out.judge(judged, accelerator).mean().item()
 
     full = None
     if settings.target != "full":
@@ -192,11 +200,11 @@ def _verdict(
     aim = "the full run" if full is None else f"the converged run (full run {full:.1f})"
     note = (
         f"learned on the end error, target {settings.target}: {moves}{settings.batch} noises an iteration of "
-        f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB PSNR to {aim} on {HELD_OUT} noises "
-        f"held out, the forecast {forecast:.1f}"
+        f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB {task.measure} to {aim} on "
+        f"{task.held_out} noises held out, the forecast {forecast:.1f}"
     )
     return Learned(schedule.replace(note=note), reached, forecast, full, failure)
 
 
 def _unlearned(schedule: Schedule) -> Schedule:
-    return schedule.replace(weights=None, output_weights=None)
+    return schedule.replace(weights=None, output_weights=None, channels=None)

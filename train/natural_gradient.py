@@ -3,7 +3,8 @@
 Weights of neighbouring layers and steps push the result the same way, so that plain or diagonally scaled gradients
 (Adam) crawl along the valleys between them. The gradients of single images tell the valleys: F = mean(g g^T) over the
 last few hundred (the empirical Fisher matrix), and the step is (F + damping)^-1 times the averaged gradient, through
-the singular values of the stacked gradients, so that F itself, parameters squared, is never formed.
+the products of the gradients with each other, so that F itself, parameters squared, is never formed: weights per
+channel are hundreds of thousands.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class NaturalGradient:
     """Directions from per-image gradients.
 
     Args:
-        damping: of F, relative to the mean of its diagonal.
+        damping: of F, relative to the mean of its eigenvalues, those counted that so many images can tell.
         window: iterations whose gradients are kept.
         momentum: of the averaged gradient.
     """
@@ -26,6 +27,7 @@ class NaturalGradient:
     def __init__(self, damping: float = 0.05, window: int = 40, momentum: float = 0.7) -> None:
         self.damping, self.momentum = damping, momentum
         self.recent: deque[Tensor] = deque(maxlen=window)
+        self.products: deque[list[Tensor]] = deque(maxlen=window)  # of each of `recent` with those before it and itself
         self.mean: Tensor | None = None
 
     def direction(self, gradients: Tensor) -> Tensor:
@@ -33,10 +35,29 @@ class NaturalGradient:
         self.recent.append(gradients)
         fresh = gradients.mean(0)
         self.mean = fresh if self.mean is None else self.momentum * self.mean + (1 - self.momentum) * fresh
-        rows = torch.cat(tuple(self.recent)).double()
-        _, values, basis = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
-        squares = values.square()  # eigenvalues of F; the averaged gradient has hardly anything outside their span
-        damped = (squares + self.damping * squares.sum() / gradients.shape[1]).clamp_min(1e-300)
-        step = basis.T @ ((basis @ self.mean.double()) / damped)
+        if len(self.products) == self.products.maxlen:
+            self.products = deque((row[1:] for row in self.products), maxlen=self.products.maxlen)
+        new = gradients.double()
+        self.products.append([new @ old.double().T for old in self.recent])
+        count = sum(map(len, self.recent))
+        squares, vectors = torch.linalg.eigh(self._gram() / count)  # F's own, and what rows they are made of
+        kept = squares > 1e-14 * squares[-1].clamp_min(1e-300)
+        squares, vectors = squares[kept], vectors[:, kept]
+        along = torch.cat([old @ self.mean for old in self.recent]).double()
+        rank = min(gradients.shape[1], count)
+        damped = squares + self.damping * squares.sum() / rank
+        rows = vectors @ ((vectors.T @ along) / (squares * damped)) / count
+        step = sum(part @ old.double() for part, old in zip(rows.split([*map(len, self.recent)]), self.recent))
         size = step.square().mean().sqrt()
         return (step / size if size > 0 else step).to(gradients.dtype)
+
+    def _gram(self) -> Tensor:
+        """Products of all recent gradients, [rows, rows]."""
+        sizes = [*map(len, self.recent)]
+        gram = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=self.recent[0].device)
+        ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        for i, row in enumerate(self.products):
+            for j, block in enumerate(row):
+                gram[ends[i] : ends[i + 1], ends[j] : ends[j + 1]] = block
+                gram[ends[j] : ends[j + 1], ends[i] : ends[i + 1]] = block.T
+        return gram

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -36,6 +36,13 @@ class Numbers:
     outputs: Tensor
     output_channels: Tensor | None
     unlearned: Tensor
+
+    def starting_at(self, step: int, unlearned: Tensor) -> Numbers:
+        """Those of the steps from `step` on, `unlearned` being the forecast's weights where nothing is kept before."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Numbers(
+            **{name: value if value is None else value[step:] for name, value in own.items()} | {"unlearned": unlearned}
+        )
 
     def rows(self, step: int, entry: int) -> list[Tensor]:
         """Weights of an entry's values, newest first, [images] or [images, width] each."""

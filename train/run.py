@@ -21,11 +21,12 @@ from .budget import TOLERANCE, Budget, macs
 from .denoiser import adapt_to_learn
 from .progress import Display
 from .router import write_published
+from .starts import starts_of
 from .stopping import EndedEarly, stopping
 from .task import Task
 from .timing import seconds
 from .trainer import Progress, Settings, Trainer
-from .weights import Starts, WeightSettings, check_schedule
+from .weights import WeightSettings, check_schedule
 
 MINUTES, ORDER, POWERS = 15.0, 2, (1.0, 0.8, 0.65, 0.5)  # on the end error, unless given
 MOST = 1_000_000  # iterations, where the minutes decide
@@ -258,7 +259,7 @@ def _cut_first(task: Task, budget: Budget, order: int, accelerator: Accelerator)
     computed = [budget.spread(first=first) for first in (False, True)]
     if np.array_equal(*computed):
         return False
-    starts = Starts(task, "full", CUT_NOISES, CUT_SEED)
+    starts = starts_of(task, "full", CUT_NOISES, CUT_SEED)
     last, first = (starts.judge(Schedule(c, order=order, **task.fields()), accelerator).mean() for c in computed)
     return bool(first < last)
 

@@ -55,7 +55,12 @@ class Task:
 
     Attributes:
         context: tokens of a prompt; None for a model that reads none.
+        held_out: starts of a verdict.
+        measure, peak: what an error is told as, and that of 0 dB.
     """
+
+    held_out = 64
+    measure, peak = "PSNR", 20 * math.log10(2)  # samples in [-1, 1]
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class Task:
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale}")
         self.model, self.steps, self.guidance_scale = model, steps, float(guidance_scale)
-        self.denoiser = Denoiser(model, checkpointing)
+        self.denoiser = Denoiser.of(model, checkpointing)
         self.adapter = self.denoiser.adapter
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(steps)
@@ -94,6 +99,11 @@ class Task:
     def with_sampler(self, scheduler: Any, steps: int) -> Task:
         """The same model, guidance and conditions with another sampler."""
         return Task(self.model, scheduler, steps, self.guidance_scale, self.conditions, self.denoiser.checkpointing)
+
+    @property
+    def width(self) -> int:
+        """Channels of the stream."""
+        return self.adapter.width
 
     @property
     def guided(self) -> bool:
@@ -189,7 +199,9 @@ class Trajectory:
         conditioning = task.conditioning(batch)
         timesteps = self.scheduler.timesteps.to(task.device)
         self.rows = task.denoiser.modulation(timesteps, conditioning, batch.noise.dtype)
-        self.held = task.denoiser.encode(conditioning, batch.noise.dtype)
+        self.held = task.denoiser.encode(
+            conditioning, torch.cat([batch.noise, batch.noise]) if task.guided else batch.noise
+        )
         self.x = batch.noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's has none
         self.drawing = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters and batch.seeds:

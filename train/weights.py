@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,22 +17,14 @@ from torch import Tensor
 
 from harmonica_rt.schedule import Schedule
 
-from .denoiser import compute
 from .natural_gradient import NaturalGradient
 from .reuse import TIES, ReuseWeights
-from .reusing import Reusing, reusing_run
+from .starts import Starts, decibels, starts_of
 from .stopping import never
-from .task import Batch, Task, Trajectory
+from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
 
 TARGETS = ("full", "converged")
-DETERMINISTIC = (
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-)
-CONVERGED_STEPS = 100  # of DPM-Solver++
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
 WARM_UP = 3  # iterations
 
@@ -52,6 +43,7 @@ class WeightSettings:
         validation: further starts, on which the best weights so far are told; `every` iterations.
         lr: how far the first steps go: root mean square of the weights' changes.
         tie: as in `ReuseWeights`.
+        carry, channels: whether carries, and weights per channel, are learned too.
         checkpointing: as in `Reusing`.
         seed: of the starts.
     """
@@ -66,6 +58,8 @@ class WeightSettings:
     every: int = 20
     lr: float = 0.03
     tie: str = "none"
+    carry: bool = False
+    channels: bool = False
     checkpointing: bool = False
     seed: int = 0
 
@@ -111,71 +105,13 @@ class Judged:
     errors: Tensor
 
 
-class Starts:
-    """Where training's runs start, and where they should end; each target is computed once.
-
-    Args:
-        task: what is learned for.
-        target: the run that is aimed at, as in `WeightSettings`.
-        count, seed: starts, and what they depend on.
-    """
-
-    def __init__(self, task: Task, target: str, count: int, seed: int) -> None:
-        self.task, self.target = task, task if target == "full" else converged(task)
-        self.batch = task.draw(count, seed)
-        self.ends: dict[tuple[int, int], Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-    def run(self, start: int, end: int) -> Trajectory:
-        """A run of these starts."""
-        return Trajectory(self.task, self.batch.part(start, end))
-
-    def errors(self, result: Tensor, start: int, end: int) -> Tensor:
-        """log of the mean squared error of each run's `result`, [end - start]."""
-        return ((result.float() - self._end(start, end)).square().mean((1, 2, 3)) + 1e-12).log()
-
-    def prepare(self, accelerator: Accelerator, size: int = 16) -> Iterator[int]:
-        """Compute the targets that `judge` asks for; how many there are by now, as often in every process."""
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        for first in range(0, len(self), ranks * size):
-            yield first
-            if (own := first + rank * size) < len(self):
-                self._end(own, min(own + size, len(self)))
-
-    def judge(self, schedule: Schedule, accelerator: Accelerator, size: int = 16) -> Tensor:
-        """Each run's error with a schedule, dB: 10 log10 of the mean squared error. [len]
-
-        Args:
-            accelerator: over whose processes the runs are spread.
-            size: runs at a time.
-        """
-        errors = torch.zeros(len(self), device=self.task.device)
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        for first in range(rank * size, len(self), ranks * size):
-            last = min(first + size, len(self))
-            with accelerator.autocast():
-                result = reusing_run(schedule, self.run(first, last))
-            errors[first:last] = decibels(self.errors(result, first, last))
-        return accelerator.reduce(errors, "sum") if ranks > 1 else errors
-
-    def _end(self, start: int, end: int) -> Tensor:
-        if (start, end) not in self.ends:
-            self.ends[start, end] = full_run(self.target, self.batch.part(start, end)).float()
-        return self.ends[start, end]
-
-
-def decibels(logarithm: Tensor) -> Tensor:
-    return 10 / math.log(10) * logarithm
-
-
 class WeightTrainer:
     """Learns the reuse weights of a schedule.
 
     Args:
         schedule: for the task's model and sampler; its weights are the start.
         starts, validation: to share with other trainers of the task; drawn as the settings say unless given.
+        on_better: told each schedule that is better than all before it, and its error in dB.
         on_target: told how many of the validation's targets there are, before each part; what it raises ends it.
 
     Attributes:
@@ -191,8 +127,9 @@ class WeightTrainer:
         starts: Starts | None = None,
         validation: Starts | None = None,
         on_target: Callable[[int], None] = lambda done: None,
+        on_better: Callable[[Schedule, float], None] = lambda schedule, error: None,
     ) -> None:
-        self.task, self.settings = task, settings
+        self.task, self.settings, self.on_better = task, settings, on_better
         check_schedule(task, schedule)
         self.accelerator = accelerator or Accelerator(cpu=task.device.type == "cpu")
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -201,11 +138,12 @@ class WeightTrainer:
                 f"batch: expected a multiple of {self.ranks} processes x {settings.accumulate} parts, "
                 f"got {settings.batch}"
             )
-        self.weights = ReuseWeights(schedule, settings.tie, task.device)
+        width = task.width if settings.channels else None
+        self.weights = ReuseWeights(schedule, settings.tie, task.device, settings.carry, width)
         self.gradient = NaturalGradient()
         seed = TRAIN_SEED + settings.seed * 1_000_003
-        self.starts = starts or Starts(task, settings.target, settings.pool, seed)
-        self.validation = validation or Starts(task, settings.target, settings.validation, seed + VALIDATION_SEED)
+        self.starts = starts or starts_of(task, settings.target, settings.pool, seed)
+        self.validation = validation or starts_of(task, settings.target, settings.validation, seed + VALIDATION_SEED)
         self.iteration, self.seconds = 0, 0.0
         for done in self.validation.prepare(self.accelerator):
             on_target(done)
@@ -240,13 +178,16 @@ class WeightTrainer:
 
     def succeeded_by(self, schedule: Schedule, settings: WeightSettings) -> WeightTrainer:
         """A trainer of another schedule on the same starts."""
-        return WeightTrainer(self.task, schedule, settings, self.accelerator, self.starts, self.validation)
+        shared = self.accelerator, self.starts, self.validation
+        return WeightTrainer(self.task, schedule, settings, *shared, on_better=self.on_better)
 
     def _judge(self) -> None:
         """Keep the weights as they are now if they are the best so far."""
         errors = self._errors(self.weights.to_schedule())
         if errors.mean() < self.best.errors.mean():
             self.best = Judged(self.weights.change.clone(), errors)
+            if self.accelerator.is_main_process:
+                self.on_better(self.schedule(), errors.mean().item())
 
     def _errors(self, schedule: Schedule) -> Tensor:
         return self.validation.judge(schedule, self.accelerator)
@@ -265,8 +206,9 @@ class WeightTrainer:
         for start, end in self._parts():
             change = self.weights.change.repeat(end - start, 1).requires_grad_()
             with self.accelerator.autocast():
-                reusing = Reusing(self.weights.schedule, self.weights(change), self.settings.checkpointing)
-                logs = self.starts.errors(reusing.run(self.starts.run(start, end)), start, end)
+                numbers, checkpointing = self.weights(change), self.settings.checkpointing
+                result = self.starts.result(self.weights.schedule, numbers, start, end, checkpointing)
+                logs = self.starts.errors(result, start, end)
             gradients += torch.autograd.grad(logs.sum(), change)
             errors.append(decibels(logs.detach()))
         rows = self.accelerator.gather(torch.cat(gradients))
@@ -288,37 +230,10 @@ class WeightTrainer:
         return [(start, start + size) for start in parts]
 
 
-@torch.no_grad()
-def full_run(task: Task, batch: Batch) -> Tensor:
-    """The sampler's result without reuse."""
-    run = Trajectory(task, batch)
-    while not run.done:
-        run.advance(run.denoise(compute))
-    return run.x
-
-
-def converged(task: Task, steps: int = CONVERGED_STEPS) -> Task:
-    """The same model and guidance with a sampler that has as good as converged: DPM-Solver++ with many steps."""
-    return task.with_sampler(converged_scheduler(task.scheduler), steps)
-
-
-def converged_scheduler(scheduler: Any) -> Any:
-    """The sampler that shares the solution of `scheduler`, and has as good as converged in `CONVERGED_STEPS`.
-
-    Raises:
-        ValueError: `scheduler` draws noise, so that no other sampler shares its solution.
-    """
-    from diffusers import DPMSolverMultistepScheduler
-
-    name, config = type(scheduler).__name__, scheduler.config
-    if name not in DETERMINISTIC or str(config.get("algorithm_type", "")).startswith("sde"):
-        raise ValueError(f"target converged: expected a deterministic sampler of {DETERMINISTIC}, got {name}")
-    kept = {k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")}
-    return DPMSolverMultistepScheduler(**kept, prediction_type=config["prediction_type"])
-
-
 def check_schedule(task: Task, schedule: Schedule) -> None:
     """Raise ValueError unless `schedule` is for the task's model and sampler."""
+    if not isinstance(task, Task):
+        return  # a pipeline's: as it is compiled, it checks
     task.adapter.check_schedule(schedule)
     fields = task.fields()
     for what, expected, got in [

@@ -18,8 +18,8 @@ from bench.reference import load_pipeline, noise
 from bench.schedule_specs import parse_schedule
 from harmonica_rt.measuring import Timing, psnr, ratio
 from harmonica_rt.train import models
+from harmonica_rt.train.starts import converged, full_run
 from harmonica_rt.train.task import Batch, Task
-from harmonica_rt.train.weights import converged, full_run
 
 from ..conftest import Calls, make_dit, needs_compiler, random_schedule
 
@@ -196,7 +196,7 @@ def test_run_quality_to_the_converged_solution(capsys: pytest.CaptureFixture, tm
 
 
 def test_run_quality_aims_where_learning_does() -> None:
-    """The converged solution is that of train/weights.py for the same starts, whatever the sampler."""
+    """The converged solution is that of train/starts.py for the same starts, whatever the sampler."""
     task = Task(*models.load("dit-fashion", "ddim"), 4, 3.0)
     start = noise(load_pipeline("dit-fashion"), 2)
     wanted = full_run(converged(task), Batch(start, (torch.tensor([8, 3]),), (torch.tensor([10, 10]),)))

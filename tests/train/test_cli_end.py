@@ -20,7 +20,8 @@ import harmonica_rt.train.run as running
 from harmonica_rt import Schedule
 from harmonica_rt.train.budget import Budget, Costs
 from harmonica_rt.train.natural_gradient import NaturalGradient
-from harmonica_rt.train.weights import Starts
+from harmonica_rt.train.starts import TaskStarts as Starts
+from harmonica_rt.train.task import Task
 
 from ..conftest import make_dit
 from .commands import SPEEDUP, TARGET, learn, learn_end, refused, run, succeeded
@@ -29,8 +30,8 @@ from .conftest import make_task
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("TRIAL", 2), ("HELD_OUT", 4)):
-        monkeypatch.setattr(learning, name, value)
+    monkeypatch.setattr(learning, "TRIAL", 2)
+    monkeypatch.setattr(Task, "held_out", 4)
 
 
 @pytest.fixture

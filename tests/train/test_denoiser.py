@@ -24,7 +24,7 @@ def test_computing_everything_is_the_diffusers_model(config: dict[str, Any]) -> 
     model = make_dit(**config)
     size = model.config.sample_size
     x, labels, times = torch.randn(3, 2, size, size), torch.tensor([0, 5, 2]), torch.tensor([981, 400, 7])
-    denoiser = Denoiser(model)
+    denoiser = Denoiser.of(model)
     rows = denoiser.modulation(times, (labels,), x.dtype)
     for step, t in enumerate(times):
         with torch.no_grad():

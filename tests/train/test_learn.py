@@ -20,12 +20,13 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 import harmonica_rt.train.learn as learning
-import harmonica_rt.train.weights as weights
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.train import starts as starts_module
 from harmonica_rt.train.learn import Learned, Progress, learn
+from harmonica_rt.train.starts import TaskStarts as Starts
 from harmonica_rt.train.task import Task
 from harmonica_rt.train.trainer import TRAIN_SEED, LossNotFinite
-from harmonica_rt.train.weights import HELD_OUT_SEED, Starts, WeightSettings
+from harmonica_rt.train.weights import HELD_OUT_SEED, WeightSettings
 
 from .conftest import LAYERS, STEPS, make_task
 
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "TRIAL", TRIAL)
-    monkeypatch.setattr(learning, "HELD_OUT", HELD_OUT)
+    monkeypatch.setattr(Task, "held_out", HELD_OUT)
 
 
 def plan(task: Task, computed: tuple[int, ...] = (0, 2, 4), order: int = 1) -> Schedule:
@@ -158,8 +159,8 @@ def test_progress_is_told_before_the_first_run_and_to_the_verdict(
 ) -> None:
     seen: list[Progress] = []
     runs: list[int] = []  # how much was told before each of the targets' runs
-    full_run = weights.full_run
-    monkeypatch.setattr(weights, "full_run", lambda *task: runs.append(len(seen)) or full_run(*task))
+    full_run = starts_module.full_run
+    monkeypatch.setattr(starts_module, "full_run", lambda *task: runs.append(len(seen)) or full_run(*task))
     learned((0, 4, 5), (0, 1, 2), seen=seen, moves=2, minutes=minutes)
     assert runs[0] == 1 and str(seen[0]) == "0 of 4 noises, iteration 0, +0.00 dB over the forecast"
     phases = list(dict.fromkeys(p.phase for p in seen))
@@ -191,8 +192,8 @@ def test_stopping_leaves_a_schedule_that_runs(after: int) -> None:
 def test_stopping_before_anything_was_learned_says_so(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Progress] = []
     runs: list[int] = []
-    full_run = weights.full_run
-    monkeypatch.setattr(weights, "full_run", lambda *task: runs.append(1) or full_run(*task))
+    full_run = starts_module.full_run
+    monkeypatch.setattr(starts_module, "full_run", lambda *task: runs.append(1) or full_run(*task))
     result = learned((0, 4, 5), (0, 1, 2), seen=seen, moves=3, stopped=lambda: len(seen) > after)
     assert re.match(r"ended early after \d+ s, nothing better than the forecast yet", result.schedule.note)
     assert (result.psnr, result.forecast, result.failure) == (None, None, None)
@@ -252,7 +253,7 @@ def learn_together(minutes: float | None = None) -> Learned:
 def distributed(rank: int, folder: Path) -> None:
     """One of two processes, which saves what it ended with."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    learning.TRIAL, learning.HELD_OUT = TRIAL, HELD_OUT
+    learning.TRIAL, Task.held_out = TRIAL, HELD_OUT
     learn_together().schedule.save(folder / f"{rank}.json")
     learn_together(minutes=0.01).schedule.save(folder / f"minutes-{rank}.json")
     with pytest.raises(ValueError, match="batch: expected a multiple of 2 processes x 1 parts, got 3"):

@@ -13,8 +13,8 @@ from bench.pipelines import PixelDiTPipeline
 from harmonica_rt.train.denoiser import compute
 from harmonica_rt.train.models import LINEAR, SAMPLERS, scheduler
 from harmonica_rt.train.reusing import reusing_run
+from harmonica_rt.train.starts import full_run
 from harmonica_rt.train.task import Batch, Task, Trajectory
-from harmonica_rt.train.weights import full_run
 
 from ..conftest import make_dit, random_schedule, relative_error
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from harmonica_rt.train.budget import Budget
+from harmonica_rt.train.starts import full_run
 from harmonica_rt.train.timing import seconds
-from harmonica_rt.train.weights import full_run
 
 from .conftest import ENTRIES, make_task
 

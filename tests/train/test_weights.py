@@ -14,17 +14,11 @@ from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.learn import learn
 from harmonica_rt.train.reuse import ReuseWeights
 from harmonica_rt.train.reusing import Reusing, reusing_run
+from harmonica_rt.train.starts import TaskStarts as Starts
+from harmonica_rt.train.starts import converged, full_run
 from harmonica_rt.train.task import Task, Trajectory
 from harmonica_rt.train.trainer import LossNotFinite
-from harmonica_rt.train.weights import (
-    Starts,
-    WeightProgress,
-    WeightSettings,
-    WeightTrainer,
-    check_schedule,
-    converged,
-    full_run,
-)
+from harmonica_rt.train.weights import WeightProgress, WeightSettings, WeightTrainer, check_schedule
 
 from ..conftest import make_dit, random_schedule, relative_error
 from .conftest import STEPS, ddim, make_task

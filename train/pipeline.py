@@ -1,0 +1,138 @@
+"""Learning a schedule on a person's own pipeline, whole: `harmonica_rt.learn`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from harmonica_rt.compiling import is_compiled
+from harmonica_rt.generating import Generation
+from harmonica_rt.schedule import Schedule
+
+from . import learn as learning
+from .pipeline_task import PipelineTask
+from .sampled import Sampled
+from .starts import starts_of
+from .stopping import never
+from .weights import WeightSettings
+
+POWERS = (1.0, 0.8, 0.65)  # of the spreads that start; a flow's late steps matter less
+CARRIES = (0.0, 0.5, 1.0)
+TRIED = 2  # prompts that tell the carry to start from
+TRIED_SEED = 1 << 46
+MINUTES, MOST = 15.0, 1_000_000  # iterations, where the minutes decide
+CAPTIONS = Path(__file__).with_name("captions.txt")
+
+
+def own_captions() -> list[str]:
+    """200 varied captions, for who has none."""
+    return CAPTIONS.read_text(encoding="utf-8").splitlines()
+
+
+def learn(
+    pipeline: Any,
+    prompts: Sequence[str | int] | None = None,
+    *,
+    target_speedup: float = 3.0,
+    level: str = "auto",
+    groups: int = 1,
+    order: int = 2,
+    minutes: float | None = None,
+    iterations: int | None = None,
+    batch: int = 4,
+    accumulate: int = 1,
+    validation: int = 16,
+    channels: bool | None = None,
+    checkpointing: bool = True,
+    lr: float | None = None,
+    seed: int = 0,
+    inputs: Path | None = None,
+    accelerator: Accelerator | None = None,
+    on_progress: Callable[[learning.Progress], None] = lambda progress: None,
+    on_better: Callable[[Schedule], None] = lambda schedule: None,
+    stopped: Callable[[], bool] = never,
+    **call: Any,
+) -> Schedule:
+    """Learn what the reused steps of a pipeline stand on: weights, carries, by the gradient of the latents' error.
+
+    The pipeline's own call runs, with gradients; it is left as it was.
+
+    Args:
+        pipeline: a diffusers pipeline, not compiled.
+        prompts: texts, or class labels where its call takes these; 200 captions of our own unless given. Of 8 or more a
+            quarter is held out, to judge by.
+        target_speedup: theoretical, of a run; whole steps are computed or reused.
+        level: ``"blocks"``, ``"branches"``, ``"output"``, or ``"auto"``: one group of blocks where there are blocks.
+        groups: at level blocks, how many groups each list of blocks is split into.
+        order: a reused value stands on the last `order` + 1 computed ones.
+        minutes: to learn for; 15 unless `iterations` are given.
+        batch: images an iteration, in `accumulate` calls of the pipeline.
+        validation: images that tell the best weights.
+        channels: weights per channel; unless given, wherever there are streams.
+        checkpointing: keep one step's activations at a time.
+        lr: root mean square of the weights' first changes.
+        seed: of prompts and noises.
+        inputs: folder of pictures and captions, for pipelines that start from a picture.
+        on_better: told each better schedule as soon as it is known.
+        call: the pipeline's own arguments: ``num_inference_steps``, ``guidance_scale``, ``height``, ...
+
+    Returns:
+        The schedule, its note saying what was reached on prompts and noises held out.
+
+    Raises:
+        TypeError, ValueError: naming what was expected and what came; EndedEarly: stopped before anything was learned.
+    """
+    if compiled := [name for name, part in vars(pipeline).items() if is_compiled(part)]:
+        raise ValueError(
+            f"pipeline: expected one that is not compiled, got a compiled {compiled[0]}: uncompile it first"
+        )
+    learning.check_minutes(minutes)
+    if prompts is None and inputs is None and "prompt" in _arguments(pipeline):
+        prompts = own_captions()
+    generation = Generation(pipeline, prompts, inputs=inputs, seed=seed, **call)
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    sampled = Sampled(pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, level, groups, max(1, batch // accumulate))
+        learns = level != "output" and task.width is not None
+        settings = WeightSettings(
+            iterations=MOST if iterations is None else iterations,
+            batch=batch,
+            accumulate=accumulate,
+            pool=max(batch, 24 * batch),
+            validation=validation,
+            carry=task.carry,
+            channels=learns if channels is None else channels,
+            checkpointing=checkpointing,
+            seed=seed,
+            **({} if lr is None else {"lr": lr}),
+        )
+        if settings.channels and not learns:
+            raise ValueError("channels: expected False at level output, got True")
+        minutes = MINUTES if minutes is None and iterations is None else minutes
+        starts = _starts(task, target_speedup, order, accelerator)
+        learned = learning.learn(task, starts, settings, minutes, 0, accelerator, on_progress, stopped, on_better)
+    if learned.failure is not None:
+        raise learned.failure
+    return learned.schedule
+
+
+def _starts(task: PipelineTask, speedup: float, order: int, accelerator: Accelerator) -> list[Schedule]:
+    """Steps spread evenly and towards the end, with the carry that is best unlearned."""
+    spreads = [task.spread(speedup, power) for power in POWERS]
+    carries = CARRIES if task.carry and task.layout.level == "blocks" else (0.0,)
+    if len(carries) > 1:
+        few = starts_of(task, "full", TRIED, TRIED_SEED)
+        errors = [few.judge(task.schedule(spreads[0], order, carry), accelerator).mean().item() for carry in carries]
+        carries = (carries[errors.index(min(errors))],)
+    distinct = {tuple(spread): spread for spread in spreads}
+    return [task.schedule(spread, order, carries[0]) for spread in distinct.values()]
+
+
+def _arguments(pipeline: Any) -> Any:
+    return inspect.signature(type(pipeline).__call__).parameters

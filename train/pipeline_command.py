@@ -1,0 +1,72 @@
+"""`harmonica learn --pipeline`: from a folder and a file of prompts to a schedule file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from harmonica_rt.generating import load_pipeline, read_prompts
+from harmonica_rt.schedule import Schedule
+
+from . import learn as learning
+from .pipeline import learn
+from .progress import Display
+from .stopping import EndedEarly, stopping
+
+
+def learn_for_pipeline(
+    name: str,
+    out: Path,
+    console: Console,
+    dtype: str | None,
+    prompts: Path | None,
+    inputs: Path | None,
+    call: dict[str, Any],
+    settings: dict[str, Any],
+) -> Schedule:
+    """Learn, write `out` at each improvement, and say what came of it.
+
+    Args:
+        name: folder or hub name of the pipeline.
+        call, settings: arguments of its call, and of `learn`. Weights per channel need a .safetensors file.
+
+    Raises:
+        EndedEarly: it was stopped before anything was learned; the file has the forecast's weights.
+    """
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out}: expected a file to write, got a folder")
+    if settings.setdefault("channels", None if out.suffix == ".safetensors" else False) and out.suffix == ".json":
+        raise ValueError(f"--channels: expected a .safetensors file as --out, got {out}")
+    own = None if prompts is None else read_prompts(prompts)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with Display(accelerator.is_main_process) as display, stopping(accelerator) as stopped:
+        display.show("pipeline", name)
+        pipeline = load_pipeline(name, dtype and getattr(torch, dtype), accelerator.device)
+        display.show("what to compute")
+
+        def show(progress: learning.Progress) -> None:
+            display.show(progress.phase, str(progress), progress.share, progress.left)
+
+        schedule = learn(
+            pipeline,
+            own,
+            inputs=inputs,
+            accelerator=accelerator,
+            on_progress=show,
+            on_better=lambda better: better.save(out),
+            stopped=stopped,
+            **settings,
+            **call,
+        )
+    if accelerator.is_main_process:
+        schedule.save(out)
+        console.print(f"wrote {out}: {schedule!r}\n{schedule.note}", highlight=False, markup=False, soft_wrap=True)
+    if not schedule.learned and schedule.note.startswith("ended early"):
+        raise EndedEarly(f"ended early, nothing better than the forecast yet: {out} has the forecast's weights")
+    return schedule

@@ -1,0 +1,191 @@
+"""What a schedule is learned for on a person's own pipeline: prompts, latents, costs of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harmonica_rt.checks import may_carry
+from harmonica_rt.generating import Generation
+from harmonica_rt.models import layout_of
+from harmonica_rt.schedule import Schedule
+
+from .budget import Costs
+from .reuse import Numbers, fixed
+from .sampled import Sampled
+from .starts import Starts
+from .weights import VALIDATION_SEED
+
+OWN_CAPTIONS = 8  # prompts from which on some are held out
+
+
+class PipelineTask:
+    """A pipeline with a call's arguments, and the level its schedule is learned at.
+
+    Args:
+        sampled: the pipeline, ready.
+        generation: all prompts, and the call's arguments.
+        level: ``"output"``, ``"blocks"``, ``"branches"``, or ``"auto"``: one group of blocks where there are blocks.
+        groups: at level blocks, how many groups each list is split into.
+        size: images a call.
+
+    Attributes:
+        steps: T, of the pipeline's scheduler.
+        macs: of a step; an entry's share of them is what reuse saves. Equal shares where they cannot be counted.
+        width: channels of the streams; None at level output.
+        held_out, measure, peak: as in `Task`; latents have no peak.
+    """
+
+    held_out = 64
+    measure, peak = "SNR", 0.0
+
+    def __init__(
+        self, sampled: Sampled, generation: Generation, level: str = "auto", groups: int = 1, size: int = 4
+    ) -> None:
+        self.sampled, self.generation, self.size = sampled, generation, size
+        sampled.probe(generation, 0)
+        self.timesteps = sampled.timesteps()
+        self.steps, self.device = len(self.timesteps), sampled.device
+        denoiser = next(iter(sampled.denoisers.values()))
+        if level == "auto":
+            level = next(name for name in ("blocks", "output") if _can(denoiser, name))
+        self.layout = layout_of(denoiser, level, groups)
+        self.carry = level == "blocks"
+        self.width: int | None = None
+        self.costs = self._costs()
+        held = generation.count // 4 if generation.count >= OWN_CAPTIONS else 0
+        subjects = generation.subjects
+        self.judged_on, self.learned_on = (subjects[-held:], subjects[:-held]) if held else (subjects, subjects)
+
+    def fields(self) -> dict[str, Any]:
+        """What a `Schedule` for this task says of it."""
+        return {
+            "model": self.layout.model,
+            "level": self.layout.level,
+            **({"groups": self.layout.groups} if self.layout.groups else {}),
+            "sampler": type(self.sampled.pipeline.scheduler).__name__,
+            "timesteps": self.timesteps,
+            "guidance_scale": self.generation.guidance,
+        }
+
+    def schedule(self, computed: Sequence[int], order: int, carry: float = 0.0) -> Schedule:
+        """Whole steps computed, the others reused, all with the forecast's weights."""
+        at = np.zeros(self.steps, dtype=bool)
+        at[list(computed)] = True
+        for start in self.sampled.starts.values():  # a denoiser's first call computes everything
+            at[start] = True
+        fields = self.fields()
+        if self.layout.level == "output":
+            return Schedule(output=~at, order=order, **fields)
+        entries = sum(group.layers * len(group.branches) for group in self.layout.groups)
+        compute = np.repeat(at[:, None], entries, axis=1)
+        if len(self.layout.groups) == 1:
+            group = self.layout.groups[0]
+            compute = compute.reshape(self.steps, group.layers, len(group.branches))
+        allowed = may_carry(compute, self.layout.groups, self.layout.level) & ~compute
+        carries = {"carry": np.where(allowed, carry, 0.0)} if carry and allowed.any() else {}
+        whole = Schedule(compute, order=order, **carries, **fields)
+        for start in sorted({*self.sampled.starts.values()} - {0}):  # and keeps nothing of the one before it
+            own = whole.starting_at(start)
+            weights = np.concatenate([whole.weights[:start], own.weights])
+            whole = whole.replace(weights=weights)
+        return whole
+
+    def speedup(self, computed: int) -> float:
+        """Theoretical, of a run with so many computed steps."""
+        full = self.costs.fixed + self.costs.entries.sum()
+        return self.steps * full / (computed * full + (self.steps - computed) * self.costs.fixed)
+
+    def spread(self, speedup: float, power: float = 1.0) -> list[int]:
+        """As many computed steps as `speedup` allows; `power` below 1 moves them towards the end.
+
+        Raises:
+            ValueError: none does.
+        """
+        most, low = self.speedup(1), self.speedup(self.steps)
+        if not low <= speedup <= most:
+            raise ValueError(
+                f"target speed-up: expected {low:.2f} to {most:.2f} for {self.steps} steps, got {speedup:g}"
+            )
+        count = max(n for n in range(1, self.steps + 1) if self.speedup(n) >= speedup - 1e-9)
+        for exponent in (power, 1.0):
+            at = np.round(self.steps * (np.arange(count) / count) ** exponent - 1e-6).astype(int)
+            if len(np.unique(at)) == count and at[-1] < self.steps:
+                break
+        return at.tolist()
+
+    def starts(self, target: str, count: int, seed: int) -> PipelineStarts:
+        """`count` of the prompts with noises of `seed`; those held out where they are to judge by."""
+        if target != "full":
+            raise ValueError(f"target: expected 'full' for a pipeline, got {target!r}")
+        subjects = self.judged_on if seed >= VALIDATION_SEED else self.learned_on
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [subjects[i % len(subjects)] for i in order]
+        return PipelineStarts(self, self.generation.of(chosen, seed))
+
+    def _costs(self) -> Costs:
+        """Of one image's step; learns what the groups are, which refuses a model that cannot be reused so."""
+        probe = self.schedule([0], 0)
+        with torch.no_grad():
+            self.sampled.run(self.generation, [0], probe, carries=self.carry)
+        model = getattr(self.sampled.pipeline, next(iter(self.sampled.denoisers)))
+        plan = next(iter(model._plans.values()))
+        entries = probe.compute.reshape(self.steps, -1).shape[1]
+        if self.layout.level == "branches":
+            adapter = plan.denoiser.adapter
+            self.width = adapter.width
+            counted = adapter.macs_of(plan.shape)
+            return Costs(adapter.by_entry(counted.branches), float(counted.fixed))
+        if self.layout.level == "output":
+            return Costs(np.ones(1), 0.0)
+        self.width = plan.entries[0].values.slots[0][0].shape[-1]
+        if plan.macs is None:
+            return Costs(np.full(entries, 1.0 / entries), 0.0)
+        full, own = plan.macs
+        return Costs(np.array([own.get(e, 0) for e in range(entries)], dtype=float), float(full - sum(own.values())))
+
+
+class PipelineStarts(Starts):
+    """Prompts and noises of a pipeline. Errors are relative to the spread of each target: their dB are a SNR's."""
+
+    def __init__(self, task: PipelineTask, generation: Generation) -> None:
+        super().__init__()
+        self.task, self.generation, self.device, self.size = task, generation, task.device, task.size
+
+    def __len__(self) -> int:
+        return self.generation.count
+
+    def target_of(self, start: int, end: int) -> Tensor:
+        return self.task.sampled.run(self.generation, range(start, end))
+
+    def errors(self, result: Tensor, start: int, end: int) -> Tensor:
+        """log of each run's mean squared error, of its target's variance, [end - start]."""
+        spread = self.end(start, end).flatten(1).var(1).clamp(min=1e-12)
+        return super().errors(result, start, end) - spread.log()
+
+    def result(
+        self, schedule: Schedule, numbers: Numbers | None, start: int, end: int, checkpointing: bool = False
+    ) -> Tensor:
+        own = fixed(schedule, self.device) if numbers is None else numbers
+        result = self.task.sampled.run(
+            self.generation, range(start, end), schedule, lambda context: own, checkpointing, self.task.carry
+        )
+        if numbers is not None and torch.is_grad_enabled() and not result.requires_grad:
+            kind = type(self.task.sampled.pipeline).__name__
+            raise ValueError(
+                f"expected latents of {kind} that depend on what is reused, got none: its call, or "
+                "its scheduler, turns gradients off"
+            )
+        return result
+
+
+def _can(model: Any, level: str) -> bool:
+    try:
+        layout_of(model, level, 1)
+    except (TypeError, ValueError):
+        return False
+    return True
