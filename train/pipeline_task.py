@@ -61,6 +61,11 @@ class PipelineTask:
         subjects = generation.subjects
         self.judged_on, self.learned_on = (subjects[-held:], subjects[:-held]) if held else (subjects, subjects)
 
+    @property
+    def entered(self) -> tuple[int, ...]:
+        """Steps at which another denoiser than the first goes on."""
+        return tuple(sorted({*self.sampled.starts.values()} - {0}))
+
     def fields(self) -> dict[str, Any]:
         """What a `Schedule` for this task says of it."""
         return {
@@ -80,7 +85,7 @@ class PipelineTask:
             at[start] = True
         fields = self.fields()
         if self.layout.level == "output":
-            return Schedule(output=~at, order=order, **fields)
+            return self._entered(Schedule(output=~at, order=order, **fields))
         entries = sum(group.layers * len(group.branches) for group in self.layout.groups)
         compute = np.repeat(at[:, None], entries, axis=1)
         if len(self.layout.groups) == 1:
@@ -89,11 +94,16 @@ class PipelineTask:
         allowed = may_carry(compute, self.layout.groups, self.layout.level) & ~compute
         carries = {"carry": np.where(allowed, carry, 0.0)} if carry and allowed.any() else {}
         whole = Schedule(compute, order=order, **carries, **fields)
-        for start in sorted({*self.sampled.starts.values()} - {0}):  # and keeps nothing of the one before it
-            own = whole.starting_at(start)
-            weights = np.concatenate([whole.weights[:start], own.weights])
-            whole = whole.replace(weights=weights)
-        return whole
+        return self._entered(whole)
+
+    def _entered(self, schedule: Schedule) -> Schedule:
+        """The same, nothing standing on what another denoiser made."""
+        for start in self.entered:
+            own = schedule.starting_at(start)
+            weights = np.concatenate([schedule.weights[:start], own.weights])
+            outputs = np.concatenate([schedule.output_weights[:start], own.output_weights])
+            schedule = schedule.replace(weights=weights, output_weights=outputs)
+        return schedule
 
     def speedup(self, computed: int) -> float:
         """Theoretical, of a run with so many computed steps."""

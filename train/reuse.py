@@ -73,6 +73,7 @@ class ReuseWeights:
             Outputs and the trunk have their own, one for each step and value.
         carry: whether carries are learned, of groups of blocks and the trunk. They stay as they are otherwise.
         width: channels of the streams, to have weights per channel learned too; None for none but the schedule's own.
+        entered: steps at which another denoiser goes on, for which no values exist then.
 
     Attributes:
         change: [n], the changes, 0 at first; to be learned.
@@ -88,18 +89,20 @@ class ReuseWeights:
         device: torch.device | str = "cpu",
         carry: bool = False,
         width: int | None = None,
+        entered: Sequence[int] = (),
     ) -> None:
         if tie not in TIES:
             raise ValueError(f"tie: expected one of {TIES}, got {tie!r}")
         self.schedule = schedule
         steps, order = schedule.steps, schedule.order
         computed = schedule.compute.reshape(steps, -1)
-        exists = history(computed, order) >= 0
+        begun = np.maximum.accumulate([step if step in entered else 0 for step in range(steps)])
+        exists = history(computed, order) >= begun[:, None, None]
         reused = ~(schedule.compute | schedule.left_alone).reshape(steps, -1)
         self.free = exists & reused[..., None]  # [T, entries, values]
         may = may_carry(schedule.compute, schedule.groups, schedule.level).reshape(steps, -1)
         self.carries = reused & may & exists[..., 0]
-        output_exists = history(~schedule.output[:, None, None], order)[:, 0, 0] >= 0
+        output_exists = history(~schedule.output, order) >= begun[:, None]
         output_free = output_exists & schedule.output[:, None]
         parts = [_Part(schedule.weights.reshape(self.free.shape), self.free, self._tied(tie))]
         parts.append(_Part(schedule.output_weights, output_free))

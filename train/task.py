@@ -55,11 +55,13 @@ class Task:
 
     Attributes:
         context: tokens of a prompt; None for a model that reads none.
+        entered: steps at which another denoiser goes on: there is but one.
         held_out: starts of a verdict.
         measure, peak: what an error is told as, and that of 0 dB.
     """
 
     held_out = 64
+    entered = ()
     measure, peak = "PSNR", 20 * math.log10(2)  # samples in [-1, 1]
 
     def __init__(

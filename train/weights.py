@@ -139,7 +139,7 @@ class WeightTrainer:
                 f"got {settings.batch}"
             )
         width = task.width if settings.channels else None
-        self.weights = ReuseWeights(schedule, settings.tie, task.device, settings.carry, width)
+        self.weights = ReuseWeights(schedule, settings.tie, task.device, settings.carry, width, task.entered)
         self.gradient = NaturalGradient()
         seed = TRAIN_SEED + settings.seed * 1_000_003
         self.starts = starts or starts_of(task, settings.target, settings.pool, seed)

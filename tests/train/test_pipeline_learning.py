@@ -1,0 +1,254 @@
+"""Learning through pipelines: a learned run is the compiled one, gradients are true, and nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import harmonica_rt as hrt
+from harmonica_rt.generating import Generation
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.train.pipeline import own_captions
+from harmonica_rt.train.pipeline_task import PipelineTask
+from harmonica_rt.train.reuse import ReuseWeights
+from harmonica_rt.train.sampled import Sampled
+from harmonica_rt.train.starts import TaskStarts
+from harmonica_rt.train.task import Task, class_labels
+
+from ..pipelines.folders import labelled_dit, text_flux, text_pixart, text_wan
+from .commands import refused, run, succeeded
+
+STEPS, SMALL = 6, {"height": 16, "width": 16}
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "flux": (text_flux, SMALL | {"true_cfg_scale": 2.0, "negative_prompt": ""}),
+    "pixart": (text_pixart, SMALL | {"use_resolution_binning": False, "guidance_scale": 3.0}),
+    "wan": (text_wan, SMALL | {"num_frames": 9, "guidance_scale": 3.0}),
+    "dit": (labelled_dit, {"guidance_scale": 3.0}),
+}
+CASES = [(name, level) for name in CALLS for level in ("blocks", "branches", "output")]
+
+
+def generation_of(name: str) -> Generation:
+    make, call = CALLS[name]
+    prompts = [0, 1, 2] if name == "dit" else ["a cat", "red fox", "old house"]
+    return Generation(make(), prompts, num_inference_steps=STEPS, **call)
+
+
+def spoilt(task: PipelineTask, channels: bool) -> Schedule:
+    """A schedule whose numbers are all other than the forecast's."""
+    schedule = task.schedule([0, 2, 3], 2, 0.5 if task.carry else 0.0)
+    weights = ReuseWeights(schedule, carry=task.carry, width=task.width if channels else None, entered=task.entered)
+    change = torch.randn(len(weights.change), generator=torch.Generator().manual_seed(0))
+    return weights.to_schedule(0.1 * change)
+
+
+@pytest.fixture
+def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences need float64, which the runtime refuses at level branches."""
+    checked = "harmonica_rt.branch_engine.check_model"
+    monkeypatch.setattr(checked, lambda model, parts: (next(model.parameters()).dtype, torch.device("cpu")))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "level"), CASES)
+def test_a_learned_run_is_the_compiled_one(name: str, level: str) -> None:
+    """Also of two denoisers (wan), of guidance in two calls (flux, wan) and in one."""
+    generation = generation_of(name)
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, level, size=2)
+        schedule = spoilt(task, channels=level != "output")
+        got = task.starts("full", 2, 5)
+        learned, arguments = got.result(schedule, None, 0, 2), got.generation.arguments(range(2))
+        hrt.compile(generation.pipeline, schedule, backend="eager")
+        expected = _latents(sampled, arguments)
+    assert relative(learned, expected) < 1e-5
+
+
+def _latents(sampled: Sampled, arguments: dict[str, Any]) -> Tensor:
+    """The compiled pipeline's; where it has no latents to return, what it decodes."""
+    from harmonica_rt.train.sampled import _Stopped
+
+    try:
+        return sampled.pipeline(**arguments, output_type="latent", return_dict=False)[0]
+    except _Stopped as stopped:
+        return stopped.latents
+
+
+@pytest.mark.parametrize(("name", "level"), [("flux", "blocks"), ("wan", "blocks"), ("pixart", "branches")])
+@pytest.mark.usefixtures("any_dtype")
+def test_gradients_are_those_of_differences(name: str, level: str) -> None:
+    """With checkpoints and without; of each image its own."""
+    generation = generation_of(name)
+    for model in Sampled(generation.pipeline).denoisers.values():
+        model.double()
+    generation.pipeline.to(torch.float64)
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, level, size=2)
+        schedule = spoilt(task, channels=True)
+        weights, starts = (
+            ReuseWeights(schedule, carry=task.carry, width=task.width, entered=task.entered),
+            task.starts("full", 2, 5),
+        )
+        starts.ends[0, 2] = torch.zeros_like(starts.end(0, 2))
+
+        def errors(change: Tensor, checkpointing: bool = False) -> Tensor:
+            result = starts.result(schedule, weights(change), 0, 2, checkpointing)
+            return result.flatten(1).double().square().mean(1)
+
+        change = torch.zeros(2, len(weights.change), dtype=torch.float64, requires_grad=True)
+        gradients = [torch.autograd.grad(errors(change, flag).sum(), change)[0] for flag in (False, True)]
+        assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+        direction = torch.randn(change.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.no_grad():
+            step = 3e-2 * direction  # samplers keep float32
+            difference = (errors(change + step) - errors(change - step)) / 6e-2
+    expected = gradients[0] @ direction
+    assert torch.allclose(difference, expected, rtol=2e-2, atol=2e-3 * expected.abs().max().item())
+
+
+def test_gradients_are_those_of_the_task() -> None:
+    """The loop in train/ and DiTPipeline's own, from the same noises and labels."""
+    generation = generation_of("dit")
+    pipeline, sampled = generation.pipeline, Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, "branches", size=2)
+        schedule = spoilt(task, channels=False)
+        weights, starts = ReuseWeights(schedule), task.starts("full", 2, 5)
+        change = torch.zeros(2, len(weights.change), requires_grad=True)
+        result = starts.result(schedule, weights(change), 0, 2)
+        (through,) = torch.autograd.grad(starts.errors(result, 0, 2).sum(), change)
+    model = pipeline.transformer
+    own = Task(model, pipeline.scheduler, STEPS, 3.0, class_labels(model))
+    by_hand = TaskStarts(own, "full", 2, 5)
+    arguments = starts.generation.arguments(range(2))
+    size = model.config.sample_size
+    noise = [torch.randn(1, 4, size, size, generator=generator) for generator in arguments["generator"]]
+    labels = torch.tensor(arguments["class_labels"])
+    nulls = torch.full_like(labels, 1000)
+    by_hand.batch = type(by_hand.batch)(torch.cat(noise), (labels,), (nulls,), (0, 1))
+    expected_result = by_hand.result(schedule, weights(change), 0, 2)
+    (expected,) = torch.autograd.grad(by_hand.errors(expected_result, 0, 2).sum(), change)
+    assert relative(through, expected) < 1e-4
+
+
+@pytest.mark.parametrize("level", ["auto", "output"])
+def test_learning_is_better_than_the_forecast_and_leaves_the_pipeline_alone(level: str) -> None:
+    make, call = CALLS["flux"]
+    pipeline = make()
+    before, encoded = dict(vars(pipeline)), []
+    encode = pipeline.text_encoder.forward
+    pipeline.text_encoder.forward = lambda *args, **kwargs: encoded.append(1) or encode(*args, **kwargs)
+    wanted = [p.requires_grad for p in pipeline.transformer.parameters()]
+    better: list[Schedule] = []
+    schedule = hrt.learn(
+        pipeline, ["a cat", "red fox"], target_speedup=1.5, level=level, iterations=12, batch=2, validation=2,
+        on_better=better.append, num_inference_steps=STEPS, **call,
+    )  # fmt: skip
+    reached, forecast = (float(text.split(" ")[-1]) for text in _verdict(schedule.note))
+    assert reached > forecast + 0.5 and better and schedule.learned
+    assert (schedule.channels is not None) == (level == "auto") and schedule.level == ("blocks", "output")[
+        level != "auto"
+    ]
+    assert {k: v for k, v in vars(pipeline).items() if k in before and v is not before[k]}.keys() <= {
+        "_guidance_scale", "_num_timesteps", "_current_timestep", "_joint_attention_kwargs", "_interrupt",
+    }  # fmt: skip
+    assert [p.requires_grad for p in pipeline.transformer.parameters()] == wanted
+    assert not any(p.grad is not None for p in pipeline.transformer.parameters())
+    assert pipeline(["a cat"], num_inference_steps=2, output_type="latent", **call)
+
+
+def _verdict(note: str) -> tuple[str, str]:
+    reached = note.split(" dB SNR")[0]
+    return reached, note.split("the forecast ")[0] + "the forecast " + note.split("the forecast ")[1]
+
+
+def test_prompts_are_encoded_once() -> None:
+    generation, calls = generation_of("flux"), []
+    encoder = generation.pipeline.text_encoder
+    encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        for _ in range(3):
+            sampled.run(generation, [0, 1])
+    assert len(calls) == 2  # prompts and the negative one
+
+
+def test_a_pipeline_in_use_is_refused_and_what_it_does_not_take() -> None:
+    pipeline = text_flux()
+    with pytest.raises(TypeError, match="guidance: FluxPipeline takes no such argument"):
+        hrt.learn(pipeline, ["a cat"], guidance=3.0)
+    with pytest.raises(ValueError, match=r"target speed-up: expected 1.00 to .* for 6 steps, got 9"):
+        hrt.learn(pipeline, ["a cat"], target_speedup=9, num_inference_steps=STEPS, **SMALL)
+    with pytest.raises(ValueError, match="channels: expected False at level output, got True"):
+        hrt.learn(
+            pipeline, ["a cat"], target_speedup=2, level="output", channels=True, num_inference_steps=STEPS, **SMALL
+        )
+    assert type(pipeline.transformer).__name__ == "FluxTransformer2DModel" and pipeline.vae.__class__ is not None
+    hrt.compile(pipeline, Schedule.uniform(pipeline.transformer, STEPS))
+    with pytest.raises(
+        ValueError, match="expected one that is not compiled, got a compiled transformer: uncompile it first"
+    ):
+        hrt.learn(pipeline, ["a cat"])
+
+
+def test_captions_of_our_own() -> None:
+    captions = own_captions()
+    assert len(captions) == len(set(captions)) == 200 and all(3 <= len(caption.split()) <= 16 for caption in captions)
+
+
+def test_whole_steps_meet_the_target() -> None:
+    generation = generation_of("dit")
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, "blocks")
+        for speedup in (1.0, 1.5, 2.0):
+            chosen = task.spread(speedup)
+            assert task.speedup(len(chosen)) >= speedup and (
+                len(chosen) == STEPS or task.speedup(len(chosen) + 1) < speedup
+            )
+            schedule = task.schedule(chosen, 1)
+            hrt.compile(generation.pipeline, schedule, backend="eager")
+            _latents(sampled, generation.arguments([0]))
+            plan = generation.pipeline.transformer.report().plans[0]
+            assert plan.full_macs / plan.macs == pytest.approx(task.speedup(len(chosen)))
+            hrt.uncompile(generation.pipeline)
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    folder, prompts = tmp_path / "flux", tmp_path / "prompts.txt"
+    text_flux().save_pretrained(folder)
+    prompts.write_text("a cat\nred fox\n\nold house\n")
+    common = ("learn", "--pipeline", folder, "--prompts", prompts, "--steps", STEPS, "--height", 16, "--width", 16)
+    common += ("--target-speedup", 1.5, "--iterations", 2, "--batch", 2)
+    for name in ("s.json", "s.safetensors"):
+        out = tmp_path / name
+        assert "dB SNR to the full run on 64 noises held out" in " ".join(succeeded(run(*common, "--out", out)).split())
+        schedule = Schedule.load(out)
+        assert schedule.level == "blocks" and schedule.steps == STEPS and np.isfinite(schedule.weights).all()
+        assert (schedule.channels is not None) == (name == "s.safetensors")
+    refused(run(*common, "--out", out, "--sampler", "unipc"), "--sampler: goes with --model")
+    refused(run(*common, "--out", tmp_path / "s.json", "--channels"), "--channels: expected a .safetensors file")
+    refused(run("learn", "--out", out), "expected --pipeline", "or --model", "got none")
+    refused(run(*common, "--out", out, "--call", "nonsense=1"), "nonsense: FluxPipeline takes no such argument")
+    refused(run("learn", "--pipeline", tmp_path / "none", "--out", out), "expected a folder or a hub name")
+
+
+def test_accelerator_of_one_process_judges_all() -> None:
+    generation = generation_of("dit")
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, "output", size=2)
+        starts = task.starts("full", 3, 1)
+        errors = starts.judge(task.schedule([0, 1, 2, 3, 4, 5], 0), Accelerator(cpu=True))
+    assert len(errors) == 3 and (errors < -100).all()  # nothing reused: the same run
