@@ -96,32 +96,6 @@ class Sampled:
                 parameter.requires_grad_(True)
             self._key = None
 
-    def encode(self, generation: Generation, parts: Sequence[Sequence[int]]) -> None:
-        """Have the prompts of these calls encoded, then take the encoders off a device that is not the CPU."""
-        if not hasattr(self.pipeline, "encode_prompt"):
-            return
-        for part in parts:
-            self._first_call(generation, part)
-
-    def leave_device(self, keep_vae: bool) -> Callable[[], None]:
-        """Parts other than denoisers go to the CPU; what brings them back."""
-        moved: list[tuple[str, Any, torch.device]] = []
-        for name, part in dict(vars(self.pipeline)).items():
-            module = part.module if isinstance(part, _Away) else part
-            if not isinstance(module, nn.Module) or name in self.denoisers or (name == "vae" and keep_vae):
-                continue
-            device = next((p.device for p in module.parameters()), None)
-            if device is not None and device.type != "cpu":
-                module.to("cpu")
-                put(self.pipeline, name, _Away(module))
-                moved.append((name, module, device))
-
-        def back() -> None:
-            for name, module, device in moved:
-                put(self.pipeline, name, module.to(device))
-
-        return back
-
     def run(
         self,
         generation: Generation,
@@ -201,20 +175,6 @@ class Sampled:
             lambda model, own, more: LearningTransformer(model, own, carries=carries, **more),
         )
         self._key = key
-
-    def _first_call(self, generation: Generation, numbers: Sequence[int]) -> None:
-        """The pipeline's call as far as its denoiser's first."""
-
-        def stop(*_: Any) -> None:
-            raise _Stopped
-
-        hooks = [model.register_forward_pre_hook(stop) for model in self.denoisers.values()]
-        try:
-            with torch.no_grad(), contextlib.suppress(_Stopped):
-                self.run(generation, numbers)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _remembered(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """`encode_prompt`, called once for the same arguments; results wait on the CPU."""
