@@ -41,9 +41,10 @@ class NaturalGradient:
         self.products.append([new @ old.double().T for old in self.recent])
         count = sum(map(len, self.recent))
         squares, vectors = torch.linalg.eigh(self._gram() / count)  # F's own, and what rows they are made of
-        kept = squares > 1e-14 * squares[-1].clamp_min(1e-300)
+        kept = squares > 1e-12 * squares[-1].clamp_min(1e-300)
         squares, vectors = squares[kept], vectors[:, kept]
-        along = torch.cat([old @ self.mean for old in self.recent]).double()
+        mean = self.mean.double()
+        along = torch.cat([old.double() @ mean for old in self.recent])
         rank = min(gradients.shape[1], count)
         damped = squares + self.damping * squares.sum() / rank
         rows = vectors @ ((vectors.T @ along) / (squares * damped)) / count

@@ -190,8 +190,8 @@ def uniform(task: Task, every: int = 2, order: int = 1) -> Schedule:
     )
 
 
-def judge(starts: Starts, schedule: Schedule, size: int = 16) -> float:
-    return starts.judge(schedule, Accelerator(cpu=True), size).mean().item()
+def judge(starts: Starts, schedule: Schedule) -> float:
+    return starts.judge(schedule, Accelerator(cpu=True)).mean().item()
 
 
 @pytest.mark.parametrize("target", ["full", "converged"])
@@ -213,7 +213,8 @@ def test_learning_lowers_the_error(target: str) -> None:
 def test_errors_are_decibels_of_each_run(size: int) -> None:
     task = make_task()
     schedule, starts = uniform(task), Starts(task, "full", 4, 9)
-    errors = starts.judge(schedule, Accelerator(cpu=True), size)
+    starts.size = size
+    errors = starts.judge(schedule, Accelerator(cpu=True))
     ends = [reusing_run(schedule, Trajectory(task, starts.batch)), full_run(task, starts.batch)]
     expected = 10 * (ends[0] - ends[1]).square().mean((1, 2, 3)).log10()
     torch.testing.assert_close(errors, expected, rtol=1e-4, atol=1e-4)
