@@ -14,6 +14,7 @@ from torch import Tensor
 import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.train import learn as learning
 from harmonica_rt.train.pipeline import own_captions
 from harmonica_rt.train.pipeline_task import PipelineTask
 from harmonica_rt.train.reuse import ReuseWeights
@@ -24,6 +25,7 @@ from harmonica_rt.train.task import Task, class_labels
 from ..pipelines.folders import labelled_dit, text_flux, text_pixart, text_wan
 from .commands import refused, run, succeeded
 
+HELD_OUT = 4
 STEPS, SMALL = 6, {"height": 16, "width": 16}
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (text_flux, SMALL | {"true_cfg_scale": 2.0, "negative_prompt": ""}),
@@ -32,6 +34,12 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dit": (labelled_dit, {"guidance_scale": 3.0}),
 }
 CASES = [(name, level) for name in CALLS for level in ("blocks", "branches", "output")]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "TRIAL", 3)
+    monkeypatch.setattr(PipelineTask, "held_out", HELD_OUT)
 
 
 def generation_of(name: str) -> Generation:
@@ -142,6 +150,7 @@ def test_gradients_are_those_of_the_task() -> None:
     assert relative(through, expected) < 1e-4
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("level", ["auto", "output"])
 def test_learning_is_better_than_the_forecast_and_leaves_the_pipeline_alone(level: str) -> None:
     make, call = CALLS["flux"]
@@ -225,6 +234,7 @@ def test_whole_steps_meet_the_target() -> None:
             hrt.uncompile(generation.pipeline)
 
 
+@pytest.mark.usefixtures("short")
 def test_from_the_command_line(tmp_path: Path) -> None:
     folder, prompts = tmp_path / "flux", tmp_path / "prompts.txt"
     text_flux().save_pretrained(folder)
@@ -233,7 +243,9 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     common += ("--target-speedup", 1.5, "--iterations", 2, "--batch", 2)
     for name in ("s.json", "s.safetensors"):
         out = tmp_path / name
-        assert "dB SNR to the full run on 64 noises held out" in " ".join(succeeded(run(*common, "--out", out)).split())
+        assert f"dB SNR to the full run on {HELD_OUT} noises held out" in " ".join(
+            succeeded(run(*common, "--out", out)).split()
+        )
         schedule = Schedule.load(out)
         assert schedule.level == "blocks" and schedule.steps == STEPS and np.isfinite(schedule.weights).all()
         assert (schedule.channels is not None) == (name == "s.safetensors")
