@@ -1,0 +1,65 @@
+"""Learn a schedule on a reference model through its pipeline, as `harmonica learn --pipeline` does on a person's own.
+
+    python bench/run_learn.py --model flux-emoji --target-speedup 2 --minutes 10 --out flux-emoji-2x.safetensors
+
+Prompts are all that the model has features of, a quarter of them held out; guidance is the model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
+
+import torch
+from accelerate import Accelerator
+
+import harmonica_rt as hrt
+from bench.reference import REFERENCES, TRAINED
+from bench.run_latency import positive
+from bench.sampling import Sampling
+from harmonica_rt.train.progress import Display
+from harmonica_rt.train.stopping import stopping
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=TRAINED, default="flux-emoji")
+    parser.add_argument("--target-speedup", type=float, default=2.0)
+    parser.add_argument("--level", choices=("auto", "blocks", "branches", "output"), default="auto")
+    parser.add_argument("--groups", type=positive, default=1)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, default=8, help="images an iteration")
+    parser.add_argument("--out", type=Path, required=True, help=".safetensors")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    guidance, accelerator = REFERENCES[arguments.model].guidance, Accelerator(cpu=True)
+    pipeline = Sampling.of(arguments.model, guidance=guidance).pipeline
+    names = getattr(pipeline, "prompts", None)
+    with Display(True) as display, stopping(accelerator) as stopped:
+        schedule = hrt.learn(
+            pipeline,
+            None if names is None else [name for name in names.names if name],
+            target_speedup=arguments.target_speedup,
+            level=arguments.level,
+            groups=arguments.groups,
+            minutes=arguments.minutes,
+            batch=arguments.batch,
+            validation=32,
+            accelerator=accelerator,
+            on_progress=lambda p: display.show(p.phase, str(p), p.share, p.left),
+            on_better=lambda better: better.save(arguments.out),
+            stopped=stopped,
+            num_inference_steps=arguments.steps,
+            guidance_scale=guidance,
+        )
+    schedule.save(arguments.out)
+    print(schedule, schedule.note, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
