@@ -129,7 +129,7 @@ def learn(
         trainer = WeightTrainer(task, starts[0], first, accelerator, on_target=targets, on_better=better)
     except EndedEarly:
         return _nothing(starts[0], settings, time.perf_counter() - began)
-    forecast = reached = trainer.validation.judge(_unlearned(starts[0]), accelerator).mean().item()
+    forecast = reached = trainer.validation.judge(task.unlearned(starts[0]), accelerator).mean().item()
     judging = (time.perf_counter() - began) * task.held_out / settings.validation
     search = failure = None
     try:
@@ -195,7 +195,7 @@ def _verdict(
     if settings.target != "full":
         everything = schedule.replace(compute=schedule.compute | True, output=schedule.output & False)
         full = psnr(everything)
-    reached, forecast = psnr(schedule), psnr(_unlearned(schedule))
+    reached, forecast = psnr(schedule), psnr(task.unlearned(schedule))
     moves = f"{search.taken} of {search.judged} moves, " if search is not None else ""
     aim = "the full run" if full is None else f"the converged run (full run {full:.1f})"
     note = (
@@ -204,7 +204,3 @@ def _verdict(
         f"{task.held_out} noises held out, the forecast {forecast:.1f}"
     )
     return Learned(schedule.replace(note=note), reached, forecast, full, failure)
-
-
-def _unlearned(schedule: Schedule) -> Schedule:
-    return schedule.replace(weights=None, output_weights=None, channels=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .weights import WeightSettings
 
 POWERS = (1.0, 0.8, 0.65)  # of the spreads that start; a flow's late steps matter less
 CARRIES = (0.0, 0.5, 1.0)
-TRIED = 2  # prompts that tell the carry to start from
+TRIED = 2  # prompts that tell the carry and the forecast to start from
 TRIED_SEED = 1 << 46
 MINUTES, MOST = 15.0, 1_000_000  # iterations, where the minutes decide
 CAPTIONS = Path(__file__).with_name("captions.txt")
@@ -123,15 +124,17 @@ def learn(
 
 
 def _starts(task: PipelineTask, speedup: float, order: int, accelerator: Accelerator) -> list[Schedule]:
-    """Steps spread evenly and towards the end, with the carry that is best unlearned."""
+    """Steps spread evenly and towards the end, with the carry and the order of forecast that are best unlearned."""
     spreads = [task.spread(speedup, power) for power in POWERS]
     carries = CARRIES if task.carry and task.layout.level == "blocks" else (0.0,)
-    if len(carries) > 1:
-        few = starts_of(task, "full", TRIED, TRIED_SEED)
-        errors = [few.judge(task.schedule(spreads[0], order, carry), accelerator).mean().item() for carry in carries]
-        carries = (carries[errors.index(min(errors))],)
+    few = starts_of(task, "full", TRIED, TRIED_SEED)
+
+    def error(start: tuple[float, int]) -> float:
+        return few.judge(task.schedule(spreads[0], order, *start), accelerator).mean().item()
+
+    task.start = min(itertools.product(carries, range(order + 1)), key=error)
     distinct = {tuple(spread): spread for spread in spreads}
-    return [task.schedule(spread, order, carries[0]) for spread in distinct.values()]
+    return [task.schedule(spread, order, *task.start) for spread in distinct.values()]
 
 
 def _arguments(pipeline: Any) -> Any:

@@ -37,6 +37,7 @@ class PipelineTask:
         steps: T, of the pipeline's scheduler.
         macs: of a step; an entry's share of them is what reuse saves. Equal shares where they cannot be counted.
         width: channels of the streams; None at level output.
+        start: carry, and order of the forecast, that schedules have before anything is learned.
         held_out, measure, peak: as in `Task`; latents have no peak.
     """
 
@@ -56,6 +57,7 @@ class PipelineTask:
         self.layout = layout_of(denoiser, level, groups)
         self.carry = level == "blocks"
         self.width: int | None = None
+        self.start = (0.0, 0)
         self.costs = self._costs()
         held = generation.count // 4 if generation.count >= OWN_CAPTIONS else 0
         subjects = generation.subjects
@@ -77,8 +79,28 @@ class PipelineTask:
             "guidance_scale": self.generation.guidance,
         }
 
-    def schedule(self, computed: Sequence[int], order: int, carry: float = 0.0) -> Schedule:
-        """Whole steps computed, the others reused, all with the forecast's weights."""
+    def unlearned(self, schedule: Schedule) -> Schedule:
+        """What `schedule` is compared with, and starts from: the same computed, `start`."""
+        at = ~schedule.output if schedule.level == "output" else schedule.compute.reshape(self.steps, -1)[:, 0]
+        return self.schedule(np.flatnonzero(at), schedule.order, *self.start)
+
+    def schedule(
+        self, computed: Sequence[int], order: int, carry: float = 0.0, forecast: int | None = None
+    ) -> Schedule:
+        """Whole steps computed, the others reused, all with the forecast's weights.
+
+        Args:
+            forecast: its order, `order` at most, which it is unless given; values beyond it weigh 0 at first.
+        """
+        if forecast is not None and forecast < order:
+            low = self.schedule(computed, forecast, carry)
+            wide = self.schedule(computed, order, carry)
+            given = {}
+            for name in ("weights", "output_weights"):
+                own, more = getattr(low, name), np.zeros_like(getattr(wide, name))
+                more[..., : own.shape[-1]] = own
+                given[name] = more
+            return wide.replace(**given)
         at = np.zeros(self.steps, dtype=bool)
         at[list(computed)] = True
         for start in self.sampled.starts.values():  # a denoiser's first call computes everything

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica_rt.loop import guide, learns_variance
+from harmonica_rt.schedule import Schedule
 
 from .denoiser import Denoiser, StandIn, TrunkStandIn
 
@@ -130,6 +131,10 @@ class Task:
         if not self.guided:
             return batch.conditional
         return tuple(map(torch.cat, zip(batch.conditional, batch.unconditional)))
+
+    def unlearned(self, schedule: Schedule) -> Schedule:
+        """What `schedule` is compared with: the same computed, all weights the forecast's."""
+        return schedule.replace(weights=None, output_weights=None, channels=None)
 
     def fields(self) -> dict[str, Any]:
         """What a `Schedule` for this task says of it."""

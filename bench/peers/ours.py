@@ -17,7 +17,8 @@ SAMPLERS = {"dit-fashion": "ddim", "pixart-emoji": "dpmsolver++", "flux-emoji": 
 def shipped(model: str, setting: str) -> Path:
     """The file of ``learned [SAMPLER] NAME``."""
     sampler, name = [SAMPLERS[model], *setting.split()[1:]][-2:]
-    return SHIPPED / f"{model}-{sampler}20-{name}.json"
+    file = SHIPPED / f"{model}-{sampler}20-{name}.json"
+    return file if file.is_file() else file.with_suffix(".safetensors")  # weights per channel
 
 
 def exists(model: str, setting: str) -> bool:
