@@ -12,6 +12,7 @@ from torch import Tensor
 from harmonica_rt.checks import may_carry
 from harmonica_rt.generating import Generation
 from harmonica_rt.models import layout_of
+from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
@@ -20,7 +21,7 @@ from .sampled import Sampled
 from .starts import Starts
 from .weights import VALIDATION_SEED
 
-OWN_CAPTIONS = 8  # prompts from which on some are held out
+HELD_OUT_FROM = 8  # prompts
 
 
 class PipelineTask:
@@ -35,7 +36,7 @@ class PipelineTask:
 
     Attributes:
         steps: T, of the pipeline's scheduler.
-        macs: of a step; an entry's share of them is what reuse saves. Equal shares where they cannot be counted.
+        costs: MACs of a step; equal shares where they cannot be counted.
         width: channels of the streams; None at level output.
         start: carry, and order of the forecast, that schedules have before anything is learned.
         held_out, measure, peak: as in `Task`; latents have no peak.
@@ -53,13 +54,13 @@ class PipelineTask:
         self.steps, self.device = len(self.timesteps), sampled.device
         denoiser = next(iter(sampled.denoisers.values()))
         if level == "auto":
-            level = next(name for name in ("blocks", "output") if _can(denoiser, name))
+            level = "blocks" if block_lists(denoiser) else "output"
         self.layout = layout_of(denoiser, level, groups)
         self.carry = level == "blocks"
         self.width: int | None = None
         self.start = (0.0, 0)
         self.costs = self._costs()
-        held = generation.count // 4 if generation.count >= OWN_CAPTIONS else 0
+        held = generation.count // 4 if generation.count >= HELD_OUT_FROM else 0
         subjects = generation.subjects
         self.judged_on, self.learned_on = (subjects[-held:], subjects[:-held]) if held else (subjects, subjects)
 
@@ -213,11 +214,3 @@ class PipelineStarts(Starts):
                 "its scheduler, turns gradients off"
             )
         return result
-
-
-def _can(model: Any, level: str) -> bool:
-    try:
-        layout_of(model, level, 1)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from harmonica_rt.compiled import put
 from harmonica_rt.compiling import denoisers_of, put_in, uncompile
 from harmonica_rt.generating import Generation
+from harmonica_rt.pipeline_copies import another
 from harmonica_rt.schedule import Schedule
 
 from .learning import LearningTransformer, NumbersOf
@@ -21,18 +22,15 @@ PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 
 
 class _Stopped(Exception):
-    """A pipeline's call has come as far as is of interest."""
+    """A pipeline's call has come to its latents."""
 
-    def __init__(self, latents: Any = None) -> None:
+    def __init__(self, latents: Any) -> None:
         super().__init__()
         self.latents = latents
 
 
 class _Away:
-    """In place of a part of a pipeline that is not to run, or not on the device: all but its calls.
-
-    It is no module, so that a pipeline takes the denoiser's device for its own. Decoding ends the pipeline's call.
-    """
+    """In place of a pipeline's VAE: decoding ends the pipeline's call."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -47,25 +45,28 @@ class _Away:
 class Sampled:
     """What a pipeline makes, as a function of the numbers that reuse stands on.
 
-    Within `ready` the pipeline belongs to it; afterwards it is as it was.
-
     Args:
         pipeline: a diffusers pipeline, its denoisers not compiled.
 
     Attributes:
+        pipeline: another of the same parts: prompts are encoded once, nothing is decoded or shown.
         denoisers: by their names in the pipeline.
         starts: the step at which each is called first, once a run was made.
     """
 
     def __init__(self, pipeline: Any) -> None:
-        self.pipeline, self.denoisers = pipeline, denoisers_of(pipeline)
-        kind = type(pipeline)
+        self.denoisers, kind = denoisers_of(pipeline), type(pipeline)
         if not self.denoisers:
             raise TypeError(f"expected a pipeline with a scheduler and a denoiser, got {kind.__name__}")
+        self.pipeline = own = another(pipeline)
         self.loop = getattr(kind.__call__, "__wrapped__", kind.__call__)  # without its torch.no_grad
         self.starts: dict[str, int] = {}
         self._key: Any = None
         self._memory: dict[Any, Any] = {}
+        if isinstance(getattr(own, "vae", None), nn.Module):
+            put(own, "vae", _Away(own.vae))
+        if hasattr(own, "encode_prompt"):
+            put(own, "encode_prompt", self._remembered(own.encode_prompt))
 
     @property
     def device(self) -> torch.device:
@@ -73,28 +74,17 @@ class Sampled:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Parameters get no gradient, prompts are encoded once, nothing is decoded or shown."""
-        pipeline, before = self.pipeline, dict(vars(self.pipeline))
+        """Within, parameters get no gradient."""
         frozen = [p for m in self.denoisers.values() for p in m.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            pipeline.set_progress_bar_config(disable=True)
-            if isinstance(getattr(pipeline, "vae", None), nn.Module):
-                put(pipeline, "vae", _Away(pipeline.vae))
-            if hasattr(pipeline, "encode_prompt"):
-                put(pipeline, "encode_prompt", self._remembered(pipeline.encode_prompt))
             yield
         finally:
-            uncompile(pipeline)
-            for name in vars(pipeline).keys() - before.keys():
-                object.__delattr__(pipeline, name)
-            for name in ("vae", "_progress_bar_config", "encode_prompt"):
-                if name in before:
-                    put(pipeline, name, before[name])
+            uncompile(self.pipeline)
+            self._key = None
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            self._key = None
 
     def run(
         self,

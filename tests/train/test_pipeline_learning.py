@@ -77,7 +77,7 @@ def test_a_learned_run_is_the_compiled_one(name: str, level: str) -> None:
         schedule = spoilt(task, channels=level != "output")
         got = task.starts("full", 2, 5)
         learned, arguments = got.result(schedule, None, 0, 2), got.generation.arguments(range(2))
-        hrt.compile(generation.pipeline, schedule, backend="eager")
+        hrt.compile(sampled.pipeline, schedule, backend="eager")
         expected = _latents(sampled, arguments)
     assert relative(learned, expected) < 1e-5
 
@@ -227,11 +227,11 @@ def test_whole_steps_meet_the_target() -> None:
                 len(chosen) == STEPS or task.speedup(len(chosen) + 1) < speedup
             )
             schedule = task.schedule(chosen, 1)
-            hrt.compile(generation.pipeline, schedule, backend="eager")
+            hrt.compile(sampled.pipeline, schedule, backend="eager")
             _latents(sampled, generation.arguments([0]))
-            plan = generation.pipeline.transformer.report().plans[0]
+            plan = sampled.pipeline.transformer.report().plans[0]
             assert plan.full_macs / plan.macs == pytest.approx(task.speedup(len(chosen)))
-            hrt.uncompile(generation.pipeline)
+            hrt.uncompile(sampled.pipeline)
 
 
 @pytest.mark.usefixtures("short")
