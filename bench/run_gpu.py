@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from bench.gpu import capture, correct, environment, gap, latency, profile, report
+from bench.gpu import capture, correct, environment, gap, latency, learning, levels, profile, report
 from bench.gpu.machine import Machine, Rehearsal
 from bench.gpu.record import STAGES, Case, DeviceLost, Record, Stopped
 from bench.run_latency import positive
@@ -38,6 +38,8 @@ def cases(machine: Machine, stages: list[str], only: list[str], without: list[st
     made = {
         "environment": lambda: environment.cases(machine),
         "correct": lambda: correct.cases(machine),
+        "levels": lambda: levels.cases(machine, min(rounds, 3)),
+        "learning": lambda: learning.cases(machine),
         "capture": lambda: capture.cases(machine),
         "latency": lambda: latency.cases(machine, rounds, steps, without),
         "gap": lambda: gap.cases(machine, rounds),

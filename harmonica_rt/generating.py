@@ -86,7 +86,7 @@ class Generation:
     Args:
         pipeline: any diffusers pipeline whose call takes prompts or class labels.
         prompts: texts; numbers or names of classes where the call takes labels, all of them unless given. None where
-            the call is given ``prompt_embeds``: one image.
+            the call is given ``prompt_embeds``, of one prompt: one image.
         inputs: a folder of pictures and captions, for pipelines that start from a picture; in place of prompts.
         seed: of the first image's noise.
         arguments: the call's own, e.g. ``num_inference_steps``, ``guidance_scale``, ``negative_prompt``, ``height``.
@@ -158,7 +158,9 @@ class Generation:
     def arguments(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Keyword arguments of the call that makes these images, each from noise of its own."""
         subjects = [self.subjects[number] for number in numbers]
-        own: dict[str, Any] = {} if subjects == [None] else {self._name: subjects}
+        own: dict[str, Any] = {self._name: subjects}
+        if subjects[0] is None:
+            own = {name: _repeated(value, len(subjects)) for name, value in self.call.items() if "embeds" in name}
         if isinstance(negative := self.call.get("negative_prompt"), str):
             own["negative_prompt"] = [negative] * len(subjects)
         if self.images is not None:
@@ -201,8 +203,8 @@ class Generation:
             prompts = [prompts]
         if self._name == "class_labels":
             return self._labels(prompts)
-        if prompts is None and "prompt_embeds" in arguments:
-            return [None]
+        if "prompt_embeds" in arguments and (prompts is None or set(prompts) == {None}):
+            return [None] if prompts is None else list(prompts)
         if prompts is None or not len(prompts):
             raise ValueError(f"prompts: expected at least one for {self._kind}, got none")
         if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
@@ -236,6 +238,11 @@ class Generation:
             if needed and name not in arguments:
                 how = "a folder of pictures and captions (--inputs)" if name == "image" else "a value"
                 raise TypeError(f"{name}: {self._kind} needs it: expected {how}, got none")
+
+
+def _repeated(features: Any, times: int) -> Any:
+    """Features of one prompt, [1, ...], a mask of them, or a list of one, for so many images."""
+    return features.expand(times, *features.shape[1:]) if isinstance(features, torch.Tensor) else times * features
 
 
 def _picture(path: Path) -> Any:

@@ -78,6 +78,12 @@ class LearningForwardRun(ForwardRun):
         self.outputs: tuple[list[Tensor], ...] = ()
         self.rest: tuple[list[Any], Any] = ([], None)  # the output's tree, None for its streams
 
+    @property
+    def newest(self) -> list[Tensor]:
+        """What the call computed last keeps for later ones."""
+        kept = (*self.values.values(), *self.befores.values(), self.outputs)
+        return [t for values in kept for t in (values[0] if values else ())]
+
     def step(self, step: int, call: ForwardCall, timestep: float | None, known: tuple[float, ...] | None) -> Any:
         now, schedule = step - self.start, self.learning.schedule
         if schedule.output[now]:
@@ -196,6 +202,11 @@ class LearningBranchRun(BranchRun):
         self.adapter, self.learning, self.held = adapter, learning, None
         self.kept = Kept(((),) * learning.schedule.compute.reshape(learning.schedule.steps, -1).shape[1])
         self.outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def newest(self) -> list[Tensor]:
+        """As of a run through the model's own forward."""
+        return [values[0] for values in (*self.kept.entries, self.kept.befores, self.outputs) if values]
 
     def shape_of(self, call: Inputs) -> Shape:
         context = self.adapter.context_tokens(call.conditioning)

@@ -14,6 +14,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+WINDOW = 40  # iterations whose gradients are kept
+
 
 class NaturalGradient:
     """Directions from per-image gradients.
@@ -24,14 +26,14 @@ class NaturalGradient:
         momentum: of the averaged gradient.
     """
 
-    def __init__(self, damping: float = 0.05, window: int = 40, momentum: float = 0.7) -> None:
+    def __init__(self, damping: float = 0.05, window: int = WINDOW, momentum: float = 0.7) -> None:
         self.damping, self.momentum = damping, momentum
         self.recent: deque[Tensor] = deque(maxlen=window)
         self.products: deque[list[Tensor]] = deque(maxlen=window)  # of each of `recent` with those before it and itself
         self.mean: Tensor | None = None
 
     def direction(self, gradients: Tensor) -> Tensor:
-        """Where to go, [n], of root mean square 1, after an iteration's gradients [images, n]; 0 if all of them are."""
+        """Where to go, [n], of root mean square 1 where it goes, after an iteration's gradients [images, n]."""
         self.recent.append(gradients)
         fresh = gradients.mean(0)
         self.mean = fresh if self.mean is None else self.momentum * self.mean + (1 - self.momentum) * fresh
@@ -49,7 +51,8 @@ class NaturalGradient:
         damped = squares + self.damping * squares.sum() / rank
         rows = vectors @ ((vectors.T @ along) / (squares * damped)) / count
         step = sum(part @ old.double() for part, old in zip(rows.split([*map(len, self.recent)]), self.recent))
-        size = step.square().mean().sqrt()
+        moved = step != 0  # what later groups stand in for has no gradient
+        size = (step.square().sum() / moved.sum().clamp_min(1)).sqrt()
         return (step / size if size > 0 else step).to(gradients.dtype)
 
     def _gram(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
+from .memory import Memory
 from .pipeline_task import PipelineTask
 from .sampled import Sampled
 from .starts import starts_of
@@ -33,6 +35,12 @@ CAPTIONS = Path(__file__).with_name("captions.txt")
 def own_captions() -> list[str]:
     """200 varied captions, for who has none."""
     return CAPTIONS.read_text(encoding="utf-8").splitlines()
+
+
+def warn_of(memory: Memory) -> None:
+    """Warn where learning will not fit, and say what to change."""
+    if not memory.fits:
+        warnings.warn(f"learning will not fit: {memory}; {memory.advice}", stacklevel=3)
 
 
 def learn(
@@ -56,6 +64,7 @@ def learn(
     accelerator: Accelerator | None = None,
     on_progress: Callable[[learning.Progress], None] = lambda progress: None,
     on_better: Callable[[Schedule], None] = lambda schedule: None,
+    on_memory: Callable[[Memory], None] = warn_of,
     stopped: Callable[[], bool] = never,
     **call: Any,
 ) -> Schedule:
@@ -80,6 +89,7 @@ def learn(
         seed: of prompts and noises.
         inputs: folder of pictures and captions, for pipelines that start from a picture.
         on_better: told each better schedule as soon as it is known.
+        on_memory: told what learning will take, before it begins.
         call: the pipeline's own arguments: ``num_inference_steps``, ``guidance_scale``, ``height``, ...
 
     Returns:
@@ -93,7 +103,7 @@ def learn(
             f"pipeline: expected one that is not compiled, got a compiled {compiled[0]}: uncompile it first"
         )
     learning.check_minutes(minutes)
-    if prompts is None and inputs is None and "prompt" in _arguments(pipeline):
+    if prompts is None and inputs is None and "prompt" in _arguments(pipeline) and "prompt_embeds" not in call:
         prompts = own_captions()
     generation = Generation(pipeline, prompts, inputs=inputs, seed=seed, **call)
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -115,6 +125,7 @@ def learn(
         )
         if settings.channels and not learns:
             raise ValueError("channels: expected False at level output, got True")
+        on_memory(task.memory(task.schedule(task.spread(target_speedup), order), settings))
         minutes = MINUTES if minutes is None and iterations is None else minutes
         starts = _starts(task, target_speedup, order, accelerator)
         learned = learning.learn(task, starts, settings, minutes, 0, accelerator, on_progress, stopped, on_better)

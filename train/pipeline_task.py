@@ -16,10 +16,11 @@ from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
-from .reuse import Numbers, fixed
+from .memory import Memory, available, count_step, nbytes, predict, samples_of
+from .reuse import Numbers, ReuseWeights, fixed
 from .sampled import Sampled
 from .starts import Starts
-from .weights import VALIDATION_SEED
+from .weights import VALIDATION_SEED, WeightSettings
 
 HELD_OUT_FROM = 8  # prompts
 
@@ -59,6 +60,7 @@ class PipelineTask:
         self.carry = level == "blocks"
         self.width: int | None = None
         self.start = (0.0, 0)
+        self._values, self._contexts = 0, 1  # bytes that a computed call keeps of an image, calls a step
         self.costs = self._costs()
         held = generation.count // 4 if generation.count >= HELD_OUT_FROM else 0
         subjects = generation.subjects
@@ -151,6 +153,29 @@ class PipelineTask:
                 break
         return at.tolist()
 
+    def memory(self, schedule: Schedule, settings: WeightSettings) -> Memory:
+        """What learning takes at most, counted before anything runs.
+
+        Raises:
+            Exception: whatever a denoiser's forward raises that cannot be followed by shapes alone.
+        """
+        models, own = list(self.sampled.denoisers.values()), self.generation
+        subjects = [own.subjects[i % own.count] for i in range(self.size)]
+        call = self.sampled.first_call(own.of(subjects, own.seed), range(self.size))
+        width = self.width if settings.channels else None
+        return predict(
+            count_step(models[0], call),
+            schedule,
+            ReuseWeights(schedule, settings.tie, "cpu", settings.carry, width, self.entered),
+            settings,
+            weights=nbytes(t for model in models for t in (*model.parameters(), *model.buffers())),
+            values=self.size * self._values,
+            sample=nbytes(samples_of(models[0], call)),
+            contexts=self._contexts,
+            images=self.size,
+            available=available(self.device),
+        )
+
     def starts(self, target: str, count: int, seed: int) -> PipelineStarts:
         """`count` of the prompts with noises of `seed`; those held out where they are to judge by."""
         if target != "full":
@@ -166,6 +191,8 @@ class PipelineTask:
         with torch.no_grad():
             self.sampled.run(self.generation, [0], probe, carries=self.carry)
         model = getattr(self.sampled.pipeline, next(iter(self.sampled.denoisers)))
+        self._contexts = len(model._runs)
+        self._values = max(nbytes(run.newest) for run in model._runs.values())
         plan = next(iter(model._plans.values()))
         entries = probe.compute.reshape(self.steps, -1).shape[1]
         if self.layout.level == "branches":
@@ -188,6 +215,7 @@ class PipelineStarts(Starts):
     def __init__(self, task: PipelineTask, generation: Generation) -> None:
         super().__init__()
         self.task, self.generation, self.device, self.size = task, generation, task.device, task.size
+        task.sampled.encode(generation, task.size)
 
     def __len__(self) -> int:
         return self.generation.count

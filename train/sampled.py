@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from harmonica_rt.compiled import put
 from harmonica_rt.compiling import denoisers_of, put_in, uncompile
 from harmonica_rt.generating import Generation
-from harmonica_rt.pipeline_copies import another
+from harmonica_rt.pipeline_copies import another, without_model_offload
 from harmonica_rt.schedule import Schedule
 
 from .learning import LearningTransformer, NumbersOf
@@ -29,14 +29,29 @@ class _Stopped(Exception):
         self.latents = latents
 
 
+class _Called(Exception):
+    """A pipeline's call has come to its denoiser."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = args, kwargs
+
+
 class _Away:
-    """In place of a pipeline's VAE: decoding ends the pipeline's call."""
+    """In place of a pipeline's text encoder: what is asked of it beside running."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class _Latents(_Away):
+    """In place of a pipeline's VAE: decoding ends the pipeline's call, encoding brings it to the device."""
+
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.module.to(x.device).encode(x, *args, **kwargs)
 
     def decode(self, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise _Stopped(latents)
@@ -58,13 +73,17 @@ class Sampled:
         self.denoisers, kind = denoisers_of(pipeline), type(pipeline)
         if not self.denoisers:
             raise TypeError(f"expected a pipeline with a scheduler and a denoiser, got {kind.__name__}")
-        self.pipeline = own = another(pipeline)
+        self.owner, self.pipeline = pipeline, another(pipeline)
+        own = self.pipeline
+        own._all_hooks = []  # of model offload, which is off while it runs
         self.loop = getattr(kind.__call__, "__wrapped__", kind.__call__)  # without its torch.no_grad
         self.starts: dict[str, int] = {}
         self._key: Any = None
         self._memory: dict[Any, Any] = {}
-        if isinstance(getattr(own, "vae", None), nn.Module):
-            put(own, "vae", _Away(own.vae))
+        self.away: dict[str, nn.Module] = {}  # text encoders that are on the device only while prompts are encoded
+        self._encoding = 0
+        if isinstance(vae := getattr(own, "vae", None), nn.Module):
+            put(own, "vae", _Latents(vae))
         if hasattr(own, "encode_prompt"):
             put(own, "encode_prompt", self._remembered(own.encode_prompt))
 
@@ -74,17 +93,57 @@ class Sampled:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Within, parameters get no gradient."""
+        """Within, denoisers are on the device, their parameters get no gradient, text encoders and VAE are away."""
         frozen = [p for m in self.denoisers.values() for p in m.parameters() if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            uncompile(self.pipeline)
-            self._key = None
+        with without_model_offload(self.owner) as device, _attention_with_gradients():
+            if device is not None:
+                for model in self.denoisers.values():
+                    model.to(device)
             for parameter in frozen:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(False)
+            resting = {name: part for name, part in self.owner.components.items() if _can_move(part, name)}
+            was = {name: next(part.parameters()).device for name, part in resting.items()}
+            try:
+                if hasattr(self.pipeline, "encode_prompt"):
+                    self.away = {name: part for name, part in resting.items() if name != "vae"}
+                    self._rest()
+                if "vae" in resting:
+                    resting["vae"].to("cpu")
+                yield
+            finally:
+                uncompile(self.pipeline)
+                self._key = None
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+                self._stay()
+                for name, part in resting.items():
+                    part.to(was[name])
+
+    def encode(self, generation: Generation, size: int) -> None:
+        """Encode the prompts of all images, `size` a call, by text encoders that are away otherwise."""
+        if not self.away:
+            return
+        with self._encoders():
+            for first in range(0, generation.count, size):
+                self.first_call(generation, range(first, min(first + size, generation.count)))
+
+    def first_call(self, generation: Generation, numbers: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs of the first call of a denoiser, which is not made."""
+
+        def stop(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+            raise _Called(args, kwargs)
+
+        self._take_out()
+        hooks = [model.register_forward_pre_hook(stop, with_kwargs=True) for model in self.denoisers.values()]
+        try:
+            with torch.no_grad():
+                self.run(generation, numbers)
+        except _Called as called:
+            return called.arguments
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise TypeError(f"expected a call of {', '.join(self.denoisers)} by {type(self.pipeline).__name__}, got none")
 
     def run(
         self,
@@ -105,8 +164,7 @@ class Sampled:
             TypeError: the pipeline returns no latents.
         """
         if schedule is None:
-            uncompile(self.pipeline)
-            self._key = None
+            self._take_out()
         else:
             self._put(schedule, carries)
             for name in self.denoisers:
@@ -157,7 +215,7 @@ class Sampled:
         )
         if key == self._key:
             return
-        uncompile(self.pipeline)
+        self._take_out()
         put_in(
             self.pipeline,
             schedule,
@@ -166,20 +224,73 @@ class Sampled:
         )
         self._key = key
 
+    def _take_out(self) -> None:
+        """The pipeline's own denoisers back."""
+        uncompile(self.pipeline)
+        self._key = None
+
+    @contextlib.contextmanager
+    def _encoders(self) -> Iterator[None]:
+        """Within, the text encoders are the pipeline's, on its device."""
+        if not self._encoding:
+            for name, part in self.away.items():
+                put(self.pipeline, name, part.to(self.device))
+        self._encoding += 1
+        try:
+            yield
+        finally:
+            self._encoding -= 1
+            if not self._encoding:
+                self._rest()
+
+    def _rest(self) -> None:
+        """Text encoders leave the device."""
+        for name, part in self.away.items():
+            put(self.pipeline, name, _Away(part.to("cpu")))
+
+    def _stay(self) -> None:
+        """Text encoders stay on the device from now on."""
+        with self._encoders():
+            self.away = {}
+
     def _remembered(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """`encode_prompt`, called once for the same arguments; results wait on the CPU."""
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = tree_flatten((args, kwargs))
-            if not all(isinstance(leaf, PLAIN) for leaf in leaves):  # features, pictures
+            if not all(isinstance(leaf, PLAIN) for leaf in leaves):  # features, pictures: read anew at each call
+                if kwargs.get("prompt_embeds") is None:
+                    self._stay()
                 return encode(*args, **kwargs)
             key = (tuple(leaves), str(spec))
             if key not in self._memory:
-                with torch.no_grad():
+                with torch.no_grad(), self._encoders():
                     self._memory[key] = tree_map(_to_cpu, encode(*args, **kwargs))
             return tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, self._memory[key])
 
         return remembered
+
+
+@contextlib.contextmanager
+def _attention_with_gradients() -> Iterator[None]:
+    """Within, attention is not cuDNN's.
+
+    Its backward pass gives NaN or fails on a Flux in bfloat16 (torch 2.11, H200: bench/gpu), where the others are right.
+    """
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
+
+
+def _can_move(part: Any, name: str) -> bool:
+    """Whether a pipeline's part of that name may leave the device: not quantised, nor spread over devices."""
+    if not (isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder"))):
+        return False
+    fixed = ("hf_quantizer", "hf_device_map", "_hf_hook")
+    return next(part.parameters(), None) is not None and all(getattr(part, name, None) is None for name in fixed)
 
 
 def _to_cpu(value: Any) -> Any:

@@ -30,7 +30,10 @@ from .machine import Machine
 
 T = TypeVar("T")
 # Parts of the budget. What a stage leaves over goes to the next; what it would take from later stages it does not get.
-SHARES = {"environment": 0.06, "correct": 0.2, "capture": 0.06, "latency": 0.56, "gap": 0.06, "profile": 0.06}
+SHARES = {
+    "environment": 0.05, "correct": 0.15, "levels": 0.25, "learning": 0.15, "capture": 0.05, "latency": 0.25,
+    "gap": 0.05, "profile": 0.05,
+}  # fmt: skip
 STAGES = tuple(SHARES)
 LEAST = 90.0  # seconds a case may take whatever was expected of it, where there is a budget
 OVERRUN = 4.0  # times the expected seconds

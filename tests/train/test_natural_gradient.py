@@ -62,8 +62,9 @@ def test_the_first_direction_is_its_formula() -> None:
 
 
 def test_one_gradient_is_its_own_direction() -> None:
+    """Its length is that of what it moves: numbers without a gradient do not lengthen the others' steps."""
     gradient = torch.tensor([[3.0, -4.0, 0.0]])
-    expected = gradient[0] / gradient.square().mean().sqrt()
+    expected = gradient[0] / (gradient.square().sum() / 2).sqrt()
     torch.testing.assert_close(NaturalGradient().direction(gradient), expected)
 
 

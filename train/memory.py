@@ -1,0 +1,219 @@
+"""What learning through a pipeline will take: memory counted before the run, on a copy of the denoiser without data."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from harmonica_rt.counting import CountMacs
+from harmonica_rt.schedule import Schedule
+
+from .natural_gradient import WINDOW
+from .reuse import ReuseWeights
+from .weights import WeightSettings
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Live(TorchDispatchMode):
+    """Bytes that are held of what is made within, now and at most.
+
+    Args:
+        held: tensors that were there before, which do not count.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {id(storage): storage for storage in (t.untyped_storage() for t in held)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if id(storage) not in given and id(storage) not in self._known:
+                self._hold(storage)
+        return out
+
+    def _hold(self, storage: Any) -> None:
+        number, size = id(storage), storage.nbytes()
+
+        def gone() -> None:
+            del self._known[number]
+            self.now -= size
+
+        self._known[number] = weakref.finalize(storage, gone)
+        self._known[number].atexit = False
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _storages(tree: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One call of a denoiser with gradients of its sample: most bytes held beyond its weights, multiply-accumulates."""
+
+    peak: int
+    forward_macs: int
+    backward_macs: int
+
+
+def count_step(model: nn.Module, arguments: Arguments) -> StepCost:
+    """Of a forward and a backward pass, counted on a copy whose tensors have shapes and no data.
+
+    Args:
+        arguments: args and kwargs of one call, the sample first among the forward's parameters.
+    """
+    fake = FakeTensorMode()
+    with FakeCopyMode(fake):
+        model, (args, kwargs) = copy.deepcopy(model), copy.deepcopy(arguments)
+    with fake, torch.enable_grad():
+        return counted(model, (args, kwargs))
+
+
+def counted(model: nn.Module, arguments: Arguments) -> StepCost:
+    """`count_step` of a model that may be run, as on the meta device."""
+    args, kwargs = arguments
+    samples = samples_of(model, arguments)
+    for sample in samples:
+        sample.requires_grad_()
+    live = Live([*model.parameters(), *model.buffers()])
+    with live, CountMacs() as macs:
+        outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        forward = macs.macs
+        torch.autograd.grad(outputs, samples, [torch.empty_like(t) for t in outputs], allow_unused=True)
+    return StepCost(live.peak, forward, macs.macs - forward)
+
+
+def samples_of(model: nn.Module, arguments: Arguments) -> list[Tensor]:
+    """What a call denoises, the first of the forward's parameters: a tensor, or a list of them."""
+    args, kwargs = arguments
+    first = args[0] if args else kwargs[next(iter(inspect.signature(model.forward).parameters))]
+    return [t for t in tree_leaves(first) if isinstance(t, Tensor)]
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Of all of them, each storage once."""
+    return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that learning takes at most, by what they are for.
+
+    Attributes:
+        weights: of the denoisers.
+        step: activations of one step, and their gradients.
+        values: computed values that later steps stand on, all of a run's, and the gradients of those alive at a time.
+        numbers: what is learned: tables of an iteration, and gradients of the last ones.
+        samples: of all steps.
+        images: a call.
+        accumulate: calls an iteration.
+        available: on the device, weights included.
+    """
+
+    weights: int
+    step: int
+    values: int
+    numbers: int
+    samples: int
+    images: int
+    accumulate: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.working
+
+    @property
+    def working(self) -> int:
+        """All but the weights."""
+        return self.step + self.values + self.numbers + self.samples
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "one step": self.step, "kept values": self.values}
+        parts |= {"what is learned": self.numbers, "samples": self.samples}
+        listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+        return f"{_size(self.total)} of {_size(self.available)} ({listed})"
+
+    @property
+    def advice(self) -> str:
+        """What to change where it does not fit."""
+        room, one = self.available - self.weights, self.working / self.images
+        if self.images > 1 and room >= one:
+            calls = -(-self.accumulate * self.images // int(room // one))
+            return f"accumulate over {calls} calls an iteration (--accumulate {calls})"
+        if self.numbers > max(self.step, self.values):
+            return "learn no weights per channel (--channels no)"
+        if self.values > self.step:
+            return "learn one group of blocks (--level auto)"
+        return "make smaller images (--height, --width)"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def predict(
+    step: StepCost,
+    schedule: Schedule,
+    learned: ReuseWeights,
+    settings: WeightSettings,
+    *,
+    values: int,
+    sample: int,
+    contexts: int,
+    images: int,
+    **more: int,
+) -> Memory:
+    """Memory of an iteration.
+
+    Args:
+        step: of one call of `images`.
+        learned: the schedule's weights as they are learned.
+        values, sample: bytes that one computed call keeps for later ones, and of its sample.
+        contexts: calls a step.
+        more: the rest of `Memory`.
+    """
+    at = schedule.output if schedule.level == "output" else ~schedule.compute.reshape(schedule.steps, -1)[:, 0]
+    computed, free, table = int((~at).sum()), len(learned.change), len(learned.places)
+    alive = min(schedule.order + 1, computed)  # values whose gradients are being summed up
+    rows = min(WINDOW, settings.iterations) * settings.batch
+    return Memory(
+        step=step.peak * (1 if settings.checkpointing else computed * contexts),
+        values=(computed + alive) * contexts * values + values,  # those of the step that is recomputed
+        numbers=table * (INDEX + 3 * FLOAT * images) + free * FLOAT * (rows + 2 * images),
+        samples=schedule.steps * contexts * sample,
+        images=images,
+        accumulate=settings.accumulate,
+        **more,
+    )
+
+
+FLOAT, INDEX = 4, 16  # bytes: of a number, and of its place and start
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process could hold on `device`, those that it does included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
