@@ -73,11 +73,3 @@ def torch_dtype(dtype: PipelineDtype | None) -> Any:
     import torch
 
     return None if dtype is None else getattr(torch, dtype.value)
-
-
-def check_folder(out: Path) -> None:
-    """Raise unless `out` is a folder or can be made one, before anything runs."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out: expected a folder, got the file {out}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out: expected a folder to make {out.name} in, got {out.parent}, which is none")

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from . import pipeline_options as options
-from .errors import one_line_errors
+from .errors import check_folder, one_line_errors
 
 
 class Backend(StrEnum):
@@ -78,7 +78,7 @@ def try_schedules(
             width=width,
             frames=frames,
         )
-        options.check_folder(out)
+        check_folder(out)
         subjects = None if prompts is None else read_prompts(prompts)
         with Display(True) as display:
             display.show("reading the pipeline", pipeline)
