@@ -29,7 +29,7 @@ def write(schedule: Schedule, path: str | os.PathLike[str]) -> None:
 
     JSON; with weights per channel safetensors, the JSON without its line breaks its metadata ``schedule``.
     """
-    path, arrays = Path(path), _arrays(schedule)
+    path, (fields, arrays) = Path(path), parts(schedule)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if bool(arrays) != (path.suffix == ".safetensors"):
@@ -42,12 +42,22 @@ def write(schedule: Schedule, path: str | os.PathLike[str]) -> None:
         if arrays:
             from safetensors.numpy import save_file
 
-            save_file(arrays, draft, metadata={"schedule": json.dumps(_fields(schedule))})
+            save_file(arrays, draft, metadata={"schedule": json.dumps(fields)})
         else:
-            draft.write_text(_json(_fields(schedule)), encoding="utf-8")
+            draft.write_text(_json(fields), encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def parts(schedule: Schedule) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What of `schedule` is text, and its weights per channel: all of it, for a file that holds more."""
+    return _fields(schedule), _arrays(schedule)
+
+
+def of_parts(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> Schedule:
+    """What `parts` took apart. Raises TypeError or ValueError that says what is wrong with them."""
+    return _with_arrays(_from_fields(fields), arrays)
 
 
 def _arrays(schedule: Schedule) -> dict[str, np.ndarray]:
@@ -140,7 +150,7 @@ def read(path: str | os.PathLike[str]) -> Schedule:
         text, arrays = _read_tensors(path)
     fields = read_json(path, "schedule file", text)
     try:
-        return _with_arrays(_from_fields(fields), arrays)
+        return of_parts(fields, arrays)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -13,19 +13,37 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .pipeline_task import PipelineTask
 from .task import Task
 
 KEY = "harmonica_rt.train"
+SHORT = 80  # characters that are told of what was asked for
 
 
-def identity(task: Task) -> dict[str, Any]:
-    """What a checkpoint belongs to: model, sampler, guidance."""
+def identity(task: Task | PipelineTask) -> dict[str, Any]:
+    """What a checkpoint belongs to: model, sampler, guidance, and what images are to be."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(task.model.named_parameters()):
+    for name, parameter in sorted(task.parameters().items()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         values = parameter.detach().flatten()
         digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
-    return {**task.fields(), "branches": list(task.adapter.branches), "weights": digest.hexdigest()[:16]}
+    own = {**task.fields(), "weights": digest.hexdigest()[:16]}
+    own |= {name: _told(value) for name, value in task.asked().items()}
+    return json.loads(json.dumps(own))  # as it is read again
+
+
+def _told(value: Any) -> str:
+    """Short, and other for another value."""
+    if isinstance(value, Tensor):
+        digest = hashlib.sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
+        return f"{value.dtype} {list(value.shape)} {digest}"
+    if isinstance(value, dict):
+        text = ", ".join(f"{name}={_told(own)}" for name, own in sorted(value.items()))
+    elif isinstance(value, (list, tuple)):
+        text = ", ".join(map(_told, value))
+    else:
+        text = repr(value)
+    return text if len(text) <= SHORT else f"{text[:SHORT]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
 
 
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -43,7 +61,22 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], state: dict[
         draft.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str], task: Task) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def check_path(path: str | os.PathLike[str], resume: bool) -> None:
+    """Raise unless there is a checkpoint to go on from, or none to write over."""
+    if resume and not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not resume and Path(path).exists():
+        raise ValueError(f"checkpoint: {path} exists; expected --resume to go on from it, or another file")
+
+
+def check_settings(path: str | os.PathLike[str], expected: dict[str, Any], got: dict[str, Any]) -> None:
+    """Raise ValueError naming both sides unless a checkpoint's settings are those `expected`."""
+    for name in sorted(expected):
+        if got.get(name) != expected[name]:
+            raise ValueError(f"{path}: made with other settings: {name} expected {expected[name]}, got {got.get(name)}")
+
+
+def read(path: str | os.PathLike[str], task: Task | PipelineTask) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of a checkpoint for `task`. Raises ValueError naming both sides if it is another's."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")

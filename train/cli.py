@@ -74,12 +74,6 @@ class Level(StrEnum):
     output = "output"
 
 
-class Dtype(StrEnum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 Model = Annotated[
     str, typer.Option(help="Folder or hub name, of a pipeline or its transformer; in a checkout dit-fashion.")
 ]
@@ -90,7 +84,7 @@ File = Annotated[Path, typer.Argument(help="A schedule file.")]
 
 LEARNERS = {  # which options go with which objective
     "end": ("budget", "target", "minutes", "moves", "tie", "pool", "accumulate"),
-    "router": ("estimator", "refresh", "beta", "images", "checkpoint", "router"),
+    "router": ("estimator", "refresh", "beta", "images", "router"),
 }
 
 
@@ -98,7 +92,7 @@ LEARNERS = {  # which options go with which objective
 ONLY_MODEL = {
     "sampler": "ddim", "target_cur": None, "classes": None, "features": None, "budget": None, "target": None,
     "moves": None, "init": None, "pool": None, "tie": None, "objective": None, "paper": False, "beta": None,
-    "estimator": None, "refresh": None, "images": None, "checkpoint": None, "resume": False, "router": None,
+    "estimator": None, "refresh": None, "images": None, "router": None,
     "variant": None, "mixed_precision": "no", "checkpointing": False, "log": None,
 }  # fmt: skip
 
@@ -151,13 +145,15 @@ def learn(
     estimator: Annotated[Estimator | None, typer.Option(help="Router: how IEPO's lambda is estimated.")] = None,
     refresh: Annotated[int | None, typer.Option(help="Router: iterations between estimates of lambda.")] = None,
     images: Annotated[Path | None, typer.Option(help="L2C: safetensors, images (n, C, H, W), labels (n).")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Router: where to keep the training's state.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Router: go on from --checkpoint.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Where to keep its state; a pipeline's: OUT.checkpoint.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, to the same result.")] = False,
     router: Annotated[Path | None, typer.Option(help="Router: also write it as HarmoniCa publishes them.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights: float32, or on CUDA a pipeline's bfloat16.")
+        own.PipelineDtype | None, typer.Option(help="Of the weights: float32, or on CUDA a pipeline's bfloat16.")
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, e.g. fp16.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16: autocast.")] = "no",
@@ -183,7 +179,7 @@ def learn(
 ) -> None:
     """Learn a schedule for a frozen model: what is computed, and the weights that what is reused stands on.
 
-    Ctrl-C ends it early with the best schedule so far; exit code 3 if that is the forecast's still.
+    Ctrl-C ends it early with the best schedule so far; exit code 3 if that is the forecast's still. --resume goes on.
 
     [bold]Examples[/bold]
 
@@ -224,11 +220,13 @@ def learn(
                     pipeline,
                     out,
                     console,
-                    None if dtype is None else dtype.value,
+                    dtype,
                     prompts,
                     inputs,
                     own.call_arguments(call, **options),
                     {name: value for name, value in settings.items() if value is not None},
+                    checkpoint,
+                    resume,
                 )
             except EndedEarly as early:
                 Console(stderr=True).print(str(early), soft_wrap=True, highlight=False, markup=False)
@@ -258,8 +256,6 @@ def learn(
                 raise ValueError(f"--{name}: goes with --objective {expected}, got {kind.value}")
         if budget is Spent.time and target_speedup is None:
             raise ValueError("--budget time: expected --target-speedup, got none")
-        if resume and kind is Objective.end:
-            raise ValueError("--resume: goes with --objective sdt or l2c, got end (--init goes on from a schedule)")
         if paper and kind is Objective.end:
             raise ValueError("--paper: goes with --objective sdt or l2c, got end")
         apart = ("budget", "minutes", "moves", "images", "checkpoint", "router")

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from harmonica_rt.layout import trunk_beside
 from harmonica_rt.schedule import Schedule
 
+from .record import Course, Kept, Record
 from .search import Search
-from .starts import starts_of
+from .starts import mean, starts_of
 from .stopping import EndedEarly, never
 from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
@@ -76,6 +77,7 @@ def learn(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = never,
     on_better: Callable[[Schedule], None] = lambda schedule: None,
+    record: Record | None = None,
 ) -> Learned:
     """Learn what to compute and with what weights to reuse the rest.
 
@@ -86,12 +88,16 @@ def learn(
         minutes: for all but the verdict, if they end before the iterations.
         moves: most moves of what is computed to judge.
         on_better: told each schedule that is better than those before it, and than the forecast.
+        record: where it is kept, to go on from with the same result; `starts` are then its own. Not with moves.
     """
-    began = time.perf_counter()
     check_minutes(minutes)
-    accelerator = accelerator or Accelerator(cpu=task.device.type == "cpu")
-    reached = math.inf  # dB, of the best schedule told
-    iterations, forecast, judging = 0, None, 0.0  # of all trainers before; dB; seconds that the verdict takes
+    accelerator, record = accelerator or Accelerator(cpu=task.device.type == "cpu"), record or Record()
+    if moves > 0 and record.path is not None:
+        raise ValueError(f"checkpoint: expected moves of 0 to go on from one, got {moves}")
+    kept, record.starts = record.kept, starts
+    course = kept.course if kept else Course(0, 0, 0, math.nan, math.inf, 0.0, 0.0)
+    began = time.perf_counter() - course.seconds
+    iterations, forecast, reached, judging = course.iterations, course.forecast, course.reached, course.judging
 
     def left(share: float, of: int = 1) -> float | None:
         """Minutes for one of so many parts that end when `share` of the time is spent."""
@@ -109,7 +115,7 @@ def learn(
 
     def targets(done: int) -> None:
         show(0.0, "targets", detail=f"{done} of {settings.validation} noises")
-        if stopped() and not starts[0].learned:
+        if stopped() and kept is None and not starts[0].learned:
             raise EndedEarly
 
     def weights(low: float, high: float, phase: str) -> Callable[[WeightProgress], None]:
@@ -121,32 +127,50 @@ def learn(
             reached = error
             on_better(schedule)
 
+    def keeps(at: int, best: WeightTrainer, own: WeightTrainer) -> Callable[[bool], None]:
+        """For what learns at `at` (`Course`), beside the best of those before."""
+
+        def whole() -> Kept:
+            spent = time.perf_counter() - began
+            now = Course(at, leader, iterations, forecast, reached, judging, spent)
+            return Kept(now, replace(best.state(), gradient={}), own.state())
+
+        return lambda now: record.keep(now, whole) if accelerator.is_main_process else None
+
     if moves > 0 and any(trunk_beside(start.groups) for start in starts):
         raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
     race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
     first = replace(settings, iterations=TRIAL, every=TRIAL)
     try:
-        trainer = WeightTrainer(task, starts[0], first, accelerator, on_target=targets, on_better=better)
+        leader, told = course.leader, {"on_target": targets, "on_better": better}
+        trainer = WeightTrainer(task, starts[leader], first, accelerator, **told, state=kept and kept.best)
     except EndedEarly:
         return _nothing(starts[0], settings, time.perf_counter() - began)
-    forecast = reached = trainer.validation.judge(task.unlearned(starts[0]), accelerator).mean().item()
-    judging = (time.perf_counter() - began) * task.held_out / settings.validation
+    if kept is None:
+        forecast = reached = mean(trainer.validation.judge(task.unlearned(starts[0]), accelerator))
+        judging = (time.perf_counter() - began) * task.held_out / settings.validation
+
+    def going_on(at: int, schedule: Schedule, own: WeightSettings) -> WeightTrainer:
+        """The trainer whose turn it is: as it was kept, or another."""
+        state = kept.trainer if kept and at == course.at else None
+        return trainer.succeeded_by(schedule, own if state is None else replace(own, minutes=state.minutes), state)
+
     search = failure = None
     try:
-        for k, start in enumerate(starts if race else ()):
+        for k in range(course.at, len(starts) if race else 0):
             part, minutes_each = race / len(starts), left(race, len(starts) - k)
             phase = f"start {k + 1} of {len(starts)}"
-            show(k * part, phase, trainer.best.errors.mean().item())
-            tried = trainer.succeeded_by(start, replace(trainer.settings, minutes=minutes_each))
-            tried.run(weights(k * part, (k + 1) * part, phase), stopped)
+            show(k * part, phase, trainer.best.mean)
+            tried = going_on(k, starts[k], replace(trainer.settings, minutes=minutes_each))
+            tried.run(weights(k * part, (k + 1) * part, phase), stopped, keeps(k, trainer, tried))
             iterations += tried.iteration
-            if k > 0 and tried.best.errors.mean() >= trainer.best.errors.mean():
+            if k > 0 and tried.best.mean >= trainer.best.mean:
                 break
-            trainer = tried
+            trainer, leader = tried, k
             if stopped():
                 break
         if moves > 0 and not stopped():
-            show(race, "moves", trainer.best.errors.mean().item())
+            show(race, "moves", trainer.best.mean)
             search = Search(trainer, left(race + searched), moves, seed=settings.seed)
             trainer = search.run(
                 lambda p: show(
@@ -155,16 +179,17 @@ def learn(
                 stopped,
             )
         if not stopped():
-            show(race + searched, "weights", trainer.best.errors.mean().item())
-            trainer = trainer.succeeded_by(trainer.schedule(), replace(settings, minutes=left(1.0)))
-            trainer.run(weights(race + searched, 1.0, "weights"), stopped)
+            show(race + searched, "weights", trainer.best.mean)
+            best, at = trainer, len(starts)
+            trainer = going_on(at, best.schedule(), replace(settings, minutes=left(1.0)))
+            trainer.run(weights(race + searched, 1.0, "weights"), stopped, keeps(at, best, trainer))
             iterations += trainer.iteration
     except LossNotFinite as error:
         failure = error
     seconds = time.perf_counter() - began
     if failure is None and stopped() and not trainer.schedule().learned:
         return _nothing(trainer.schedule(), settings, seconds)
-    show(1.0, "verdict", trainer.best.errors.mean().item(), detail=f"on {task.held_out} noises held out")
+    show(1.0, "verdict", trainer.best.mean, detail=f"on {task.held_out} noises held out")
     return _verdict(task, trainer, search, seconds, failure)
 
 
@@ -189,7 +214,7 @@ def _verdict(
     held_out = starts_of(task, settings.target, task.held_out, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
 
     def psnr(judged: Schedule) -> float:
-        return task.peak - held_out.judge(judged, accelerator).mean().item()
+        return task.peak - mean(held_out.judge(judged, accelerator))
 
     full = None
     if settings.target != "full":

@@ -55,6 +55,22 @@ class NaturalGradient:
         size = (step.square().sum() / moved.sum().clamp_min(1)).sqrt()
         return (step / size if size > 0 else step).to(gradients.dtype)
 
+    def state(self) -> dict[str, Tensor]:
+        """What it goes on from: the recent gradients, one an iteration, their products, and the mean; none at first."""
+        if self.mean is None:
+            return {}
+        return {"mean": self.mean, "gram": self._gram(), **{f"recent.{i}": rows for i, rows in enumerate(self.recent)}}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        if not state:
+            return
+        self.mean = state["mean"]
+        self.recent.extend(state[f"recent.{i}"] for i in range(len(state) - 2))
+        sizes = [*map(len, self.recent)]
+        for i, rows in enumerate(state["gram"].split(sizes)):
+            self.products.append(list(rows.split(sizes, 1)[: i + 1]))
+
     def _gram(self) -> Tensor:
         """Products of all recent gradients, [rows, rows]."""
         sizes = [*map(len, self.recent)]

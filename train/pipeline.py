@@ -6,6 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from harmonica_rt.schedule import Schedule
 from . import learn as learning
 from .memory import Memory
 from .pipeline_task import PipelineTask
+from .record import Record
 from .sampled import Sampled
-from .starts import starts_of
+from .starts import mean, starts_of
 from .stopping import never
 from .weights import WeightSettings
 
@@ -66,6 +68,8 @@ def learn(
     on_better: Callable[[Schedule], None] = lambda schedule: None,
     on_memory: Callable[[Memory], None] = warn_of,
     stopped: Callable[[], bool] = never,
+    checkpoint: Path | None = None,
+    resume: bool = False,
     **call: Any,
 ) -> Schedule:
     """Learn what the reused steps of a pipeline stand on: weights, carries, by the gradient of the latents' error.
@@ -90,12 +94,15 @@ def learn(
         inputs: folder of pictures and captions, for pipelines that start from a picture.
         on_better: told each better schedule as soon as it is known.
         on_memory: told what learning will take, before it begins.
+        checkpoint: file to keep the learning in, at least every half minute; none unless given. It stays.
+        resume: go on from `checkpoint`: to the same result as if nothing had come between, with what minutes are left.
         call: the pipeline's own arguments: ``num_inference_steps``, ``guidance_scale``, ``height``, ...
 
     Returns:
         The schedule, its note saying what was reached on prompts and noises held out.
 
     Raises:
+        FileNotFoundError: there is nothing to go on from.
         TypeError, ValueError: naming what was expected and what came; EndedEarly: stopped before anything was learned.
     """
     if compiled := [name for name, part in vars(pipeline).items() if is_compiled(part)]:
@@ -109,7 +116,8 @@ def learn(
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     sampled = Sampled(pipeline)
     with sampled.ready():
-        task = PipelineTask(sampled, generation, level, groups, max(1, batch // accumulate))
+        size = max(1, batch // accumulate // accelerator.num_processes)
+        task = PipelineTask(sampled, generation, level, groups, size)
         learns = level != "output" and task.width is not None
         settings = WeightSettings(
             iterations=MOST if iterations is None else iterations,
@@ -127,8 +135,15 @@ def learn(
             raise ValueError("channels: expected False at level output, got True")
         on_memory(task.memory(task.schedule(task.spread(target_speedup), order), settings))
         minutes = MINUTES if minutes is None and iterations is None else minutes
-        starts = _starts(task, target_speedup, order, accelerator)
-        learned = learning.learn(task, starts, settings, minutes, 0, accelerator, on_progress, stopped, on_better)
+        asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
+        record = Record(checkpoint, resume, task, asked)
+        if record.starts is None:
+            starts = _starts(task, target_speedup, order, accelerator)
+            record.chosen = {"start": task.start}
+        else:
+            starts, task.start = record.starts, tuple(record.chosen["start"])
+        told = on_progress, stopped, on_better
+        learned = learning.learn(task, starts, settings, minutes, 0, accelerator, *told, record)
     if learned.failure is not None:
         raise learned.failure
     return learned.schedule
@@ -141,7 +156,7 @@ def _starts(task: PipelineTask, speedup: float, order: int, accelerator: Acceler
     few = starts_of(task, "full", TRIED, TRIED_SEED)
 
     def error(start: tuple[float, int]) -> float:
-        return few.judge(task.schedule(spreads[0], order, *start), accelerator).mean().item()
+        return mean(few.judge(task.schedule(spreads[0], order, *start), accelerator))
 
     task.start = min(itertools.product(carries, range(order + 1)), key=error)
     distinct = {tuple(spread): spread for spread in spreads}

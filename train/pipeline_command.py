@@ -13,7 +13,10 @@ from harmonica_rt.generating import load_pipeline, read_prompts
 from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
+from .checkpoint import check_path
+from .errors import check_file
 from .pipeline import learn
+from .pipeline_options import PipelineDtype, torch_dtype
 from .progress import Display
 from .stopping import EndedEarly, stopping
 
@@ -22,32 +25,36 @@ def learn_for_pipeline(
     name: str,
     out: Path,
     console: Console,
-    dtype: str | None,
+    dtype: PipelineDtype | None,
     prompts: Path | None,
     inputs: Path | None,
     call: dict[str, Any],
     settings: dict[str, Any],
+    checkpoint: Path | None = None,
+    resume: bool = False,
 ) -> Schedule:
     """Learn, write `out` at each improvement, and say what came of it.
 
     Args:
         name: folder or hub name of the pipeline.
         call, settings: arguments of its call, and of `learn`. Weights per channel need a .safetensors file.
+        checkpoint: where the learning is kept until it ends whole; beside `out` unless given.
+        resume: go on from there.
 
     Raises:
         EndedEarly: it was stopped before anything was learned; the file has the forecast's weights.
     """
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
-    if out.is_dir():
-        raise IsADirectoryError(f"{out}: expected a file to write, got a folder")
+    checkpoint = checkpoint or out.with_name(f"{out.name}.checkpoint")
+    for path in (out, checkpoint):
+        check_file(path)
+    check_path(checkpoint, resume)
     if settings.setdefault("channels", None if out.suffix == ".safetensors" else False) and out.suffix == ".json":
         raise ValueError(f"--channels: expected a .safetensors file as --out, got {out}")
     own = None if prompts is None else read_prompts(prompts)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with Display(accelerator.is_main_process) as display, stopping(accelerator) as stopped:
         display.show("pipeline", name)
-        pipeline = load_pipeline(name, dtype and getattr(torch, dtype), accelerator.device)
+        pipeline = load_pipeline(name, torch_dtype(dtype), accelerator.device)
         display.show("what to compute")
 
         def show(progress: learning.Progress) -> None:
@@ -61,11 +68,18 @@ def learn_for_pipeline(
             on_progress=show,
             on_better=lambda better: better.save(out),
             stopped=stopped,
+            checkpoint=checkpoint,
+            resume=resume,
             **settings,
             **call,
         )
+        whole = not stopped()
     if accelerator.is_main_process:
         schedule.save(out)
+        if whole:
+            checkpoint.unlink(missing_ok=True)
+        elif checkpoint.exists():
+            display.console.print(f"--resume goes on from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"wrote {out}: {schedule!r}\n{schedule.note}", highlight=False, markup=False, soft_wrap=True)
     if not schedule.learned and schedule.note.startswith("ended early"):
         raise EndedEarly(f"ended early, nothing better than the forecast yet: {out} has the forecast's weights")

@@ -82,6 +82,21 @@ class PipelineTask:
             "guidance_scale": self.generation.guidance,
         }
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Of the denoisers, by name."""
+        parts = self.sampled.denoisers.items()
+        return {f"{part}.{name}": own for part, model in parts for name, own in model.named_parameters()}
+
+    def asked(self) -> dict[str, Any]:
+        """What images are to be, for whoever goes on."""
+        asked = self.generation
+        return {
+            "pipeline": type(self.sampled.pipeline).__name__,
+            "prompts": asked.subjects,
+            "inputs": asked.images,
+            "call": asked.call,
+        }
+
     def unlearned(self, schedule: Schedule) -> Schedule:
         """What `schedule` is compared with, and starts from: the same computed, `start`."""
         at = ~schedule.output if schedule.level == "output" else schedule.compute.reshape(self.steps, -1)[:, 0]

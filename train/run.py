@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,10 +19,13 @@ from harmonica_rt.schedule import Schedule
 
 from . import learn, models
 from .budget import TOLERANCE, Budget, macs
+from .checkpoint import check_path
 from .denoiser import adapt_to_learn
+from .errors import check_file
 from .progress import Display
+from .record import Record
 from .router import write_published
-from .starts import starts_of
+from .starts import mean, starts_of
 from .stopping import EndedEarly, stopping
 from .task import Task
 from .timing import seconds
@@ -31,6 +35,8 @@ from .weights import WeightSettings, check_schedule
 MINUTES, ORDER, POWERS = 15.0, 2, (1.0, 0.8, 0.65, 0.5)  # on the end error, unless given
 MOST = 1_000_000  # iterations, where the minutes decide
 CUT_NOISES, CUT_SEED = 16, 1 << 45  # that decide which layers a spread leaves out
+# What a checkpoint of the end error belongs to, besides the weights' settings
+ASKED = ("target_speedup", "target_cur", "init", "order", "budget", "dtype", "mixed_precision")
 CONVERGED_POOL = 192  # noises: each one's target is a run of 100 steps
 
 
@@ -84,16 +90,11 @@ def learn_schedule(request: Request, console: Console) -> Schedule:
         EndedEarly: it was stopped before anything was learned on the end error; the file is written.
     """
     for path in filter(None, (request.out, request.checkpoint, request.router)):
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path}: expected a file to write, got a folder")
+        check_file(path)
     if request.resume and request.checkpoint is None:
         raise ValueError("--resume: expected --checkpoint FILE, got none")
-    if request.checkpoint is not None and request.checkpoint.exists() and not request.resume:
-        raise ValueError(
-            f"--checkpoint: {request.checkpoint} exists; expected --resume to go on from it, or another file"
-        )
+    if request.checkpoint is not None:
+        check_path(request.checkpoint, request.resume)
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     settings = _weight_settings(request) if request.objective == "end" else _settings(request)
@@ -139,12 +140,18 @@ def _end(
 
     with stopping(accelerator) as stopped:
         display.show("what to compute", left=None if minutes is None else 60 * minutes)
-        starts = _end_starts(request, task, accelerator)
+        asked = {name: getattr(request, name) for name in ASKED} | asdict(settings) | {"minutes": minutes}
+        record = Record(request.checkpoint, request.resume, task, asked)
+        starts = record.starts or _end_starts(request, task, accelerator)
         if request.log is not None:
             accelerator.init_trackers("harmonica")
-        learned = learn.learn(task, starts, settings, minutes, request.moves, accelerator, show, stopped)
+        told = {"on_progress": show, "stopped": stopped, "record": record}
+        learned = learn.learn(task, starts, settings, minutes, request.moves, accelerator, **told)
+        whole = learned.failure is None and not stopped()
     if accelerator.is_main_process:
         learned.schedule.save(request.out)
+        if whole and request.checkpoint is not None:
+            request.checkpoint.unlink(missing_ok=True)
     if learned.failure is not None:
         raise type(learned.failure)(f"{learned.failure}; {request.out} is the best schedule until then")
     if learned.psnr is None:
@@ -229,7 +236,9 @@ def _end_starts(request: Request, task: Task, accelerator: Accelerator) -> list[
         )
     order = ORDER if request.order is None else request.order
     fields, budget = task.fields(), None
-    costs = seconds(task) if request.budget == "time" else macs(task.adapter, task.context)
+    costs = macs(task.adapter, task.context)
+    if request.budget == "time":  # the main process's, since all are to start from the same
+        (costs,) = broadcast_object_list([seconds(task)])
     if request.target_speedup is not None or request.target_cur is not None:
         budget = Budget(task.adapter, task.steps, request.target_speedup, request.target_cur, costs=costs)
     if request.init is None:
@@ -260,7 +269,7 @@ def _cut_first(task: Task, budget: Budget, order: int, accelerator: Accelerator)
     if np.array_equal(*computed):
         return False
     starts = starts_of(task, "full", CUT_NOISES, CUT_SEED)
-    last, first = (starts.judge(Schedule(c, order=order, **task.fields()), accelerator).mean() for c in computed)
+    last, first = (mean(starts.judge(Schedule(c, order=order, **task.fields()), accelerator)) for c in computed)
     return bool(first < last)
 
 

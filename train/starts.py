@@ -129,6 +129,11 @@ def decibels(logarithm: Tensor) -> Tensor:
     return 10 / math.log(10) * logarithm
 
 
+def mean(errors: Tensor) -> float:
+    """The same number on every kind of device, since processes decide by it."""
+    return math.fsum(errors.tolist()) / len(errors)
+
+
 @torch.no_grad()
 def full_run(task: Task, batch: Batch) -> Tensor:
     """The sampler's result without reuse."""

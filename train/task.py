@@ -108,6 +108,14 @@ class Task:
         """Channels of the stream."""
         return self.adapter.width
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Of what is learned for, by name."""
+        return dict(self.model.named_parameters())
+
+    def asked(self) -> dict[str, Any]:
+        """What images are to be, for whoever goes on: some draws of it."""
+        return {"conditions": self.conditions(8, torch.Generator().manual_seed(0))}
+
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1

@@ -305,12 +305,8 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ValueError if it is of another task or other settings."""
         tensors, state = checkpoint.read(path, self.task)
-        theirs, ours = state["settings"], asdict(self.settings)
-        for name in sorted(set(ours) - {"iterations"}):
-            if theirs.get(name) != ours[name]:
-                raise ValueError(
-                    f"{path}: made with other settings: {name} expected {ours[name]}, got {theirs.get(name)}"
-                )
+        expected = {name: value for name, value in asdict(self.settings).items() if name != "iterations"}
+        checkpoint.check_settings(path, expected, state["settings"])
         if "logits" not in tensors:
             raise ValueError(f"{path}: expected logits, got {sorted(tensors)}")
         self.router.load(tensors["logits"])

@@ -10,16 +10,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from harmonica_rt.schedule import Schedule
 
 from .natural_gradient import NaturalGradient
 from .reuse import TIES, ReuseWeights
-from .starts import Starts, decibels, starts_of
+from .starts import Starts, decibels, mean, starts_of
 from .stopping import never
 from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
@@ -104,6 +106,42 @@ class Judged:
     change: Tensor
     errors: Tensor
 
+    @property
+    def mean(self) -> float:
+        """Of the errors."""
+        return mean(self.errors)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a trainer is, to go on from.
+
+    Attributes:
+        change, best: as in the trainer.
+        gradient: the natural gradient's own.
+        minutes: of its settings.
+    """
+
+    change: Tensor
+    best: Judged
+    gradient: dict[str, Tensor]
+    iteration: int
+    seconds: float
+    minutes: float | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {"change": self.change, "best.change": self.best.change, "best.errors": self.best.errors}
+        return own | {f"gradient.{name}": tensor for name, tensor in self.gradient.items()}
+
+    def numbers(self) -> dict[str, float | None]:
+        return {"iteration": self.iteration, "seconds": self.seconds, "minutes": self.minutes}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> TrainerState:
+        """From what `tensors` and `numbers` gave."""
+        gradient = {name.removeprefix("gradient."): t for name, t in tensors.items() if name.startswith("gradient.")}
+        return cls(tensors["change"], Judged(tensors["best.change"], tensors["best.errors"]), gradient, **numbers)
+
 
 class WeightTrainer:
     """Learns the reuse weights of a schedule.
@@ -113,6 +151,7 @@ class WeightTrainer:
         starts, validation: to share with other trainers of the task; drawn as the settings say unless given.
         on_better: told each schedule that is better than all before it, and its error in dB.
         on_target: told how many of the validation's targets there are, before each part; what it raises ends it.
+        state: to go on from, of a trainer of the same schedule.
 
     Attributes:
         best: the weights that did best on the validation's runs so far, those of the start at first.
@@ -128,6 +167,7 @@ class WeightTrainer:
         validation: Starts | None = None,
         on_target: Callable[[int], None] = lambda done: None,
         on_better: Callable[[Schedule, float], None] = lambda schedule, error: None,
+        state: TrainerState | None = None,
     ) -> None:
         self.task, self.settings, self.on_better = task, settings, on_better
         check_schedule(task, schedule)
@@ -147,12 +187,21 @@ class WeightTrainer:
         self.iteration, self.seconds = 0, 0.0
         for done in self.validation.prepare(self.accelerator):
             on_target(done)
-        self.best = Judged(self.weights.change.clone(), self._errors(schedule))
+        if state is None:
+            self.best = Judged(self.weights.change.clone(), self._errors(schedule))
+        else:
+            self._load(state)
 
     def run(
-        self, on_progress: Callable[[WeightProgress], None] | None = None, stopped: Callable[[], bool] = never
+        self,
+        on_progress: Callable[[WeightProgress], None] | None = None,
+        stopped: Callable[[], bool] = never,
+        keep: Callable[[bool], None] = lambda now: None,
     ) -> Schedule:
         """Learn to the end of the budget, or until `stopped`; the schedule with the best weights.
+
+        Args:
+            keep: called where `state` is one to go on from as if nothing had happened, and told whether not to miss it.
 
         Raises:
             LossNotFinite: the weights diverged. `schedule` has the best ones until then.
@@ -163,31 +212,53 @@ class WeightTrainer:
             self.iteration += 1
             self.seconds += time.perf_counter() - began
             began, share = time.perf_counter(), self._share()
-            if share >= 1 or self.iteration % self.settings.every == 0:
-                self._judge()
+            better = (share >= 1 or self.iteration % self.settings.every == 0) and self._judge()
+            keep(better or share >= 1)
             if on_progress is not None and self.accelerator.is_main_process:
-                judged = self.best.errors.mean().item()
-                on_progress(WeightProgress(self.iteration, self.seconds, error, judged, min(1.0, share)))
-        if share < 1 and self.iteration % self.settings.every:  # it was stopped
-            self._judge()
+                on_progress(WeightProgress(self.iteration, self.seconds, error, self.best.mean, min(1.0, share)))
+        if share < 1:  # it was stopped
+            keep(True)
+            if self.iteration % self.settings.every:
+                self._judge()
         return self.schedule()
+
+    def state(self) -> TrainerState:
+        """To go on from."""
+        gradient, minutes = self.gradient.state(), self.settings.minutes
+        return TrainerState(self.weights.change, self.best, gradient, self.iteration, self.seconds, minutes)
+
+    def _load(self, state: TrainerState) -> None:
+        expected, got = len(self.weights.change), len(state.change)
+        if expected != got:
+            raise ValueError(f"checkpoint: expected {expected} weights, got {got}")
+
+        def own(tensor: Tensor) -> Tensor:  # where a file has it is seldom aligned, by which products differ
+            return tensor.to(self.task.device, copy=True)
+
+        self.weights.change = own(state.change)
+        self.best = Judged(own(state.best.change), own(state.best.errors))
+        self.gradient.load({name: own(tensor) for name, tensor in state.gradient.items()})
+        self.iteration, self.seconds = state.iteration, state.seconds
 
     def schedule(self) -> Schedule:
         """The schedule with the best weights so far."""
         return self.weights.to_schedule(self.best.change)
 
-    def succeeded_by(self, schedule: Schedule, settings: WeightSettings) -> WeightTrainer:
-        """A trainer of another schedule on the same starts."""
+    def succeeded_by(
+        self, schedule: Schedule, settings: WeightSettings, state: TrainerState | None = None
+    ) -> WeightTrainer:
+        """A trainer of another schedule on the same starts; with `state` it goes on."""
         shared = self.accelerator, self.starts, self.validation
-        return WeightTrainer(self.task, schedule, settings, *shared, on_better=self.on_better)
+        return WeightTrainer(self.task, schedule, settings, *shared, on_better=self.on_better, state=state)
 
-    def _judge(self) -> None:
-        """Keep the weights as they are now if they are the best so far."""
-        errors = self._errors(self.weights.to_schedule())
-        if errors.mean() < self.best.errors.mean():
-            self.best = Judged(self.weights.change.clone(), errors)
+    def _judge(self) -> bool:
+        """Keep the weights as they are now if they are the best so far, and tell whether they are."""
+        judged = Judged(self.weights.change.clone(), self._errors(self.weights.to_schedule()))
+        if better := judged.mean < self.best.mean:
+            self.best = judged
             if self.accelerator.is_main_process:
-                self.on_better(self.schedule(), errors.mean().item())
+                self.on_better(self.schedule(), judged.mean)
+        return better
 
     def _errors(self, schedule: Schedule) -> Tensor:
         return self.validation.judge(schedule, self.accelerator)
@@ -219,6 +290,8 @@ class WeightTrainer:
         length = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         length *= min(1.0, (self.iteration + 1) / WARM_UP)
         self.weights.change -= length * self.gradient.direction(rows)
+        if self.ranks > 1:  # devices of different kinds round differently
+            self.weights.change = broadcast(self.weights.change)
         return torch.cat(errors)
 
     def _parts(self) -> list[tuple[int, int]]:

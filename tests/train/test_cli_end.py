@@ -169,7 +169,7 @@ def test_learning_that_fails_leaves_the_best_schedule(
         (("--refresh", "2"), "--refresh: goes with --objective sdt or l2c, got end"),
         (("--beta", "1"), "--beta: goes with --objective sdt or l2c, got end"),
         (("--images", "x"), "--images: goes with --objective sdt or l2c, got end"),
-        (("--checkpoint", "x"), "--checkpoint: goes with --objective sdt or l2c, got end"),
+        (("--checkpoint", "x", "--resume"), "x: no such checkpoint"),
         (("--router", "x"), "--router: goes with --objective sdt or l2c, got end"),
         (("--paper", "--objective", "end"), "--paper: goes with --objective sdt or l2c, got end"),
         (("--target-speedup", "50"), "target speed-up: expected 1.00 to 3.50 for 6 steps, got 50"),

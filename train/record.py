@@ -1,0 +1,131 @@
+"""What a learning on the end error keeps in a file, so that it goes on after whatever ended it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmonica_rt import schedule_files
+from harmonica_rt.schedule import Schedule
+
+from . import checkpoint
+from .pipeline_task import PipelineTask
+from .task import Task
+from .weights import TrainerState
+
+EVERY = 30.0  # seconds between files, where nothing better was found
+
+
+@dataclass(frozen=True)
+class Course:
+    """How far a learning is, besides its trainers.
+
+    Attributes:
+        at: the start whose turn it is; how many starts there are once the best one's weights learn.
+        leader: which start was best of those before.
+        iterations: of all trainers before.
+        forecast, reached: dB, of the forecast's weights and of the best schedule told.
+        judging: seconds that the verdict takes.
+        seconds: spent.
+    """
+
+    at: int
+    leader: int
+    iterations: int
+    forecast: float
+    reached: float
+    judging: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A learning to go on with.
+
+    Attributes:
+        best: of the leader; trainer: of what learns.
+    """
+
+    course: Course
+    best: TrainerState
+    trainer: TrainerState
+
+
+class Record:
+    """The file of one learning.
+
+    Args:
+        path: where to keep it; None for nowhere.
+        resume: whether to go on from what is kept there.
+        task, settings: what it belongs to; a file of others is refused.
+
+    Attributes:
+        starts: what the learning starts from, as kept; None where it begins.
+        chosen: what else was found out before it began, JSON.
+        kept: where it was, if it goes on.
+
+    Raises:
+        FileNotFoundError: there is nothing to go on from. ValueError: there is a file already, or it is of another
+            task or other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        resume: bool = False,
+        task: Task | PipelineTask | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        if resume and path is None:
+            raise ValueError("resume: expected a checkpoint to go on from, got none")
+        self.path, self.settings = path, settings or {}
+        self.starts: Sequence[Schedule] | None = None
+        self.chosen: dict[str, Any] = {}
+        self.kept: Kept | None = None
+        self._at = time.monotonic()
+        if path is None:
+            return
+        checkpoint.check_path(path, resume)
+        self._identity = checkpoint.identity(task)
+        if resume:
+            self._read(task)
+
+    def keep(self, now: bool, kept: Callable[[], Kept]) -> None:
+        """Replace the file, if it is to be `now` or that was long ago."""
+        if self.path is None or not (now or time.monotonic() - self._at >= EVERY):
+            return
+        own = kept()
+        tensors = {f"best.{name}": t for name, t in own.best.tensors().items()}
+        tensors |= {f"trainer.{name}": t for name, t in own.trainer.tensors().items()}
+        starts = []
+        for number, start in enumerate(self.starts):
+            fields, arrays = schedule_files.parts(start)
+            starts.append(fields)
+            tensors |= {f"start.{number}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
+        state = {"identity": self._identity, "settings": self.settings, "chosen": self.chosen, "starts": starts}
+        state |= {"course": asdict(own.course), "best": own.best.numbers(), "trainer": own.trainer.numbers()}
+        checkpoint.write(self.path, {name: t.clone() for name, t in tensors.items()}, state)
+        self._at = time.monotonic()
+
+    def _read(self, task: Task | PipelineTask) -> None:
+        tensors, state = checkpoint.read(self.path, task)
+        if "course" not in state:
+            raise ValueError(f"{self.path}: expected a checkpoint of the end error, got a router's")
+        checkpoint.check_settings(self.path, self.settings, state["settings"])
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.chosen = state["chosen"]
+        self.starts = [
+            schedule_files.of_parts(fields, {name: t.numpy() for name, t in under(f"start.{number}.").items()})
+            for number, fields in enumerate(state["starts"])
+        ]
+        best, trainer = (TrainerState.of(under(f"{part}."), state[part]) for part in ("best", "trainer"))
+        self.kept = Kept(Course(**state["course"]), best, trainer)
