@@ -78,6 +78,8 @@ class NaturalGradient:
         ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
         for i, row in enumerate(self.products):
             for j, block in enumerate(row):
-                gram[ends[i] : ends[i + 1], ends[j] : ends[j + 1]] = block
                 gram[ends[j] : ends[j + 1], ends[i] : ends[i + 1]] = block.T
+                gram[ends[i] : ends[i + 1], ends[j] : ends[j + 1]] = (
+                    block  # the last to write: `state` has it from here
+                )
         return gram

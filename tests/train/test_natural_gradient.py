@@ -87,3 +87,20 @@ def test_the_window_forgets() -> None:
     directions = [gradient.direction(recent) for gradient in (short, fresh, long)]
     torch.testing.assert_close(directions[0], directions[1])
     assert (directions[2] - directions[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 7])
+def test_it_goes_on_from_its_state_to_the_bit(done: int) -> None:
+    """Window of 4; products of an iteration with itself are not symmetric to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(3, 101, generator=generator) for _ in range(done + 3)]
+    before, after = NaturalGradient(window=4), NaturalGradient(window=4)
+    for each in rows[:done]:
+        before.direction(each)
+    for own in before.products:  # as some library would have made it
+        own[-1][0, 1] += 1e-9
+    after.load({name: tensor.clone() for name, tensor in before.state().items()})
+    assert all(torch.equal(a, b) for p, q in zip(before.products, after.products, strict=True) for a, b in zip(p, q))
+    assert len(after.recent) == min(done, 4)
+    for each in rows[done:]:
+        assert torch.equal(before.direction(each), after.direction(each))
