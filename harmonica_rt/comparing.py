@@ -20,7 +20,7 @@ from .peak_memory import PeakMemory
 from .pictures import Frames, middle, perceptual_distance, psnr_of, samples_of, ssim_of
 from .pipeline_copies import another, model_offload, without_model_offload
 from .schedule import Schedule
-from .schedule_specs import parse_schedule
+from .schedule_specs import files_of, parse_schedule
 from .schedule_text import headline
 
 ENOUGH = 3  # calls of each that are timed, at least
@@ -46,8 +46,9 @@ def compare(
 
     Args:
         pipe: a DiffusionPipeline, not compiled, whose call takes prompts or class labels.
-        schedules: files, names (``"uniform:2"``, ``"blocks:3:carry=0.5"``, ``"output:3"``, see `schedule_specs`), or
-            what `compile` takes; a mapping gives them names.
+        schedules: files, those of contexts as ``"cond=FILE,uncond=FILE"``, names (``"uniform:2"``,
+            ``"blocks:3:carry=0.5"``, ``"output:3"``, see `schedule_specs`), or what `compile` takes; a mapping gives
+            them names, so that one of contexts goes in a list.
         prompts: texts; of pipelines that take labels numbers or names of classes, all unless given.
         inputs: a folder of pictures and captions, in place of prompts.
         backend: as `compile` takes it.
@@ -108,7 +109,7 @@ def _named(schedules: Any) -> dict[str, Any]:
     for each in schedules:
         name = f"schedule {len(named) + 1}"
         if isinstance(each, (str, Path)):
-            name = Path(each).stem if Path(each).is_file() else str(each)
+            name = _name_of(str(each))
         elif isinstance(each, Schedule) and 0 < len(each.note) <= 40:
             name = each.note
         again = sum(known.split(" (")[0] == name for known in named)
@@ -119,10 +120,17 @@ def _named(schedules: Any) -> dict[str, Any]:
 
 
 def _read(schedule: Any) -> Any:
-    """A file's schedule; names stay as they are."""
-    if isinstance(schedule, (str, Path)):
-        return Schedule.load(schedule) if Path(schedule).is_file() else str(schedule)
-    return schedule
+    """A file's schedule, or one each of several; names stay as they are."""
+    if not isinstance(schedule, (str, Path)):
+        return schedule
+    read = {name: Schedule.load(file) for name, file in files_of(str(schedule)).items()}
+    return read.get("", read) or str(schedule)
+
+
+def _name_of(schedule: str) -> str:
+    """A file's, or MINE of files MINE-cond and MINE-uncond."""
+    stems = {file.stem.removesuffix(f"-{name}" if name else "") for name, file in files_of(schedule).items()}
+    return stems.pop() if len(stems) == 1 else schedule
 
 
 def _all(schedule: Any) -> list[Schedule]:

@@ -207,13 +207,24 @@ def _files(comparison: Comparison) -> dict[str, Schedule]:
             for name, each in schedule.items():
                 add(f"{stem}-{name}", each)
         else:
-            per_channel = schedule.channels is not None or schedule.output_channels is not None
-            name = re.sub(r"[^\w.+=-]+", "-", stem).strip("-.") or "schedule"
-            files[f"{name}{'.safetensors' if per_channel else '.json'}"] = schedule
+            files[_file(stem, schedule)] = schedule
 
     for name, schedule in comparison.schedules.items():
         add(name, schedule)
     return files
+
+
+def _file(stem: str, schedule: Schedule) -> str:
+    per_channel = schedule.channels is not None or schedule.output_channels is not None
+    name = re.sub(r"[^\w.+=-]+", "-", stem).strip("-.") or "schedule"
+    return f"{name}{'.safetensors' if per_channel else '.json'}"
+
+
+def _loaded(stem: str, schedule: Any) -> str:
+    """The code that reads what `compile` takes from its files."""
+    if isinstance(schedule, Mapping):
+        return "{" + ", ".join(f'"{name}": {_loaded(f"{stem}-{name}", own)}' for name, own in schedule.items()) + "}"
+    return f'hrt.Schedule.load("{_file(stem, schedule)}")'
 
 
 def _schedules(comparison: Comparison) -> str:
@@ -222,6 +233,6 @@ def _schedules(comparison: Comparison) -> str:
 
 def _commands(comparison: Comparison) -> str:
     lines = [comparison.command, ""] if comparison.command else []
-    lines += ["# to sample with one of them; its file lies beside this page"]
-    lines += [f'pipe = hrt.compile(pipe, hrt.Schedule.load("{name}"))' for name in _files(comparison)]
+    lines += ["# to sample with one of them; files lie beside this page"]
+    lines += [f"pipe = hrt.compile(pipe, {_loaded(*named)})" for named in comparison.schedules.items()]
     return "\n".join(lines)

@@ -22,6 +22,26 @@ LEVELS: dict[str, tuple[str, dict[str, type]]] = {
 }  # of a spec, and its options
 
 
+def files_of(text: str) -> dict[str, Path]:
+    """The files that ``FILE`` or ``cond=FILE,uncond=FILE`` names, by context or denoiser, one alone by ""; else none.
+
+    Raises:
+        ValueError: one of several is not a file, or names come twice.
+    """
+    if Path(text).is_file():
+        return {"": Path(text)}
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name.isidentifier() and file for name, _, file in parts):
+        return {}
+    files = {name: Path(file) for name, _, file in parts}
+    if len(files) < len(parts):
+        raise ValueError(f"--schedule: expected each name once, got {text!r}")
+    for name, file in files.items():
+        if not file.is_file():
+            raise ValueError(f"--schedule: expected a schedule file for {name}, got {str(file)!r}")
+    return files
+
+
 def parse_schedule(
     text: str, model: nn.Module, steps: int, specs: str = SPECS, uniform: str = "auto", **fields: Any
 ) -> Schedule:

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from harmonica_rt import Schedule, UnsupportedModelError
-from harmonica_rt.schedule_specs import parse_schedule
+from harmonica_rt.schedule_specs import files_of, parse_schedule
 
 from .conftest import make_dit
 from .pipelines.images import flux
@@ -42,6 +42,18 @@ def test_files(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
     Schedule.uniform(make_dit(), 6, every=3).save(file)
     assert parse_schedule(str(file), make_dit(), 20) == Schedule.load(file)
+
+
+def test_files_of_contexts(tmp_path: Path) -> None:
+    file, other = tmp_path / "a=b,c.json", tmp_path / "d.json"
+    for path in (file, other):
+        Schedule.uniform(make_dit(), 6).save(path)
+    assert files_of(str(file)) == {"": file} and files_of(f"cond={other},uncond={other}").keys() == {"cond", "uncond"}
+    assert not any(files_of(text) for text in ("blocks:3:carry=0.5", "uniform:2", "none.json"))
+    with pytest.raises(ValueError, match=r"expected a schedule file for uncond, got 'none\.json'"):
+        files_of(f"cond={other},uncond=none.json")
+    with pytest.raises(ValueError, match="expected each name once, got"):
+        files_of(f"cond={other},cond={other}")
 
 
 @pytest.mark.parametrize("text", ["uniform", "uniform:x", "blocks:2:carry=x", "output:2:carry=1", "s.json", "full:2"])

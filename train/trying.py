@@ -27,8 +27,8 @@ def try_schedules(
     schedule: Annotated[
         list[str],
         typer.Option(
-            help="A file, uniform:N, branches:N, blocks:N[:groups=G][:carry=C], trunk:N[:carry=C] or output:N, each "
-            "with :ORDER after N if wished; may be repeated."
+            help="A file, cond=FILE,uncond=FILE, uniform:N, branches:N, blocks:N[:groups=G][:carry=C], "
+            "trunk:N[:carry=C] or output:N, each with :ORDER after N if wished; may be repeated."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, the sheet, the figures and the schedules.")],
