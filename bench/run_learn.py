@@ -20,6 +20,7 @@ import harmonica_rt as hrt
 from bench.reference import REFERENCES, TRAINED
 from bench.run_latency import positive
 from bench.sampling import Sampling
+from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display
 from harmonica_rt.train.stopping import stopping
 
@@ -33,12 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--batch", type=positive, default=8, help="images an iteration")
+    parser.add_argument("--contexts", choices=CONTEXTS, default="shared", help="own: a file each, OUT-cond, OUT-uncond")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     guidance, accelerator = REFERENCES[arguments.model].guidance, Accelerator(cpu=True)
     pipeline = Sampling.of(arguments.model, guidance=guidance).pipeline
     names = getattr(pipeline, "prompts", None)
+
     with Display(True) as display, stopping(accelerator) as stopped:
         schedule = hrt.learn(
             pipeline,
@@ -46,18 +49,20 @@ def main(argv: list[str] | None = None) -> int:
             target_speedup=arguments.target_speedup,
             level=arguments.level,
             groups=arguments.groups,
+            contexts=arguments.contexts,
             minutes=arguments.minutes,
             batch=arguments.batch,
             validation=32,
             accelerator=accelerator,
             on_progress=lambda p: display.show(p.phase, str(p), p.share, p.left),
-            on_better=lambda better: better.save(arguments.out),
+            on_better=lambda better: save(better, arguments.out),
             stopped=stopped,
             num_inference_steps=arguments.steps,
             guidance_scale=guidance,
         )
-    schedule.save(arguments.out)
-    print(schedule, schedule.note, sep="\n")
+    save(schedule, arguments.out)
+    for path, own in files_of(schedule, arguments.out).items():
+        print(path, own, own.note, sep="\n")
     return 0
 
 

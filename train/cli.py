@@ -67,6 +67,11 @@ class MaskLevel(StrEnum):
     output = "output"
 
 
+class Contexts(StrEnum):
+    shared = "shared"
+    own = "own"
+
+
 class Level(StrEnum):
     auto = "auto"
     blocks = "blocks"
@@ -176,6 +181,13 @@ def learn(
     channels: Annotated[
         bool | None, typer.Option(help="Weights per channel; for a .safetensors file.", rich_help_panel=own.PANEL)
     ] = None,
+    contexts: Annotated[
+        Contexts,
+        typer.Option(
+            help="Weights that guidance's contexts share, or own ones: a file each, OUT-cond, OUT-uncond.",
+            rich_help_panel=own.PANEL,
+        ),
+    ] = Contexts.shared,
 ) -> None:
     """Learn a schedule for a frozen model: what is computed, and the weights that what is reused stands on.
 
@@ -210,7 +222,7 @@ def learn(
             options |= {"height": height, "width": width, "frames": frames}
             settings = {"minutes": minutes, "iterations": iterations, "order": order, "batch": batch, "lr": lr}
             settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "channels": channels}
-            settings |= {"level": level.value, "groups": groups, "seed": seed}
+            settings |= {"level": level.value, "groups": groups, "seed": seed, "contexts": contexts.value}
             if threads is not None:
                 import torch
 
@@ -232,6 +244,8 @@ def learn(
                 Console(stderr=True).print(str(early), soft_wrap=True, highlight=False, markup=False)
                 raise typer.Exit(3) from None
             return
+        if contexts is Contexts.own:
+            raise ValueError(f"--contexts own: goes with --pipeline, got --model {model}")
         kind = objective or (Objective.sdt if paper else Objective.end)
         given = {
             "budget": budget and budget.value,

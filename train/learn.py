@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
+from harmonica_rt.compiled import Schedules
 from harmonica_rt.layout import trunk_beside
-from harmonica_rt.schedule import Schedule
 
+from .contexts import every, learned, noted
 from .record import Course, Kept, Record
 from .search import Search
 from .starts import mean, starts_of
@@ -60,7 +61,7 @@ class Learned:
         failure: why it ended early with the best schedule until then, if it did.
     """
 
-    schedule: Schedule
+    schedule: Schedules
     psnr: float | None
     forecast: float | None
     full: float | None
@@ -69,21 +70,22 @@ class Learned:
 
 def learn(
     task: Task,
-    starts: Sequence[Schedule],
+    starts: Sequence[Schedules],
     settings: WeightSettings,
     minutes: float | None = None,
     moves: int = 0,
     accelerator: Accelerator | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = never,
-    on_better: Callable[[Schedule], None] = lambda schedule: None,
+    on_better: Callable[[Schedules], None] = lambda schedule: None,
     record: Record | None = None,
 ) -> Learned:
     """Learn what to compute and with what weights to reuse the rest.
 
     Args:
-        starts: what may be computed at first, and its weights. If there are several, or moves to come, each learns for
-            `TRIAL` iterations, until one is worse than the one before it, which then goes on. What it costs stays.
+        starts: what may be computed at first, and its weights, of all contexts or of each. If there are several, or
+            moves to come, each learns for `TRIAL` iterations, until one is worse than the one before it, which then
+            goes on. What it costs stays.
         settings: of the weights that go on.
         minutes: for all but the verdict, if they end before the iterations.
         moves: most moves of what is computed to judge.
@@ -115,13 +117,13 @@ def learn(
 
     def targets(done: int) -> None:
         show(0.0, "targets", detail=f"{done} of {settings.validation} noises")
-        if stopped() and kept is None and not starts[0].learned:
+        if stopped() and kept is None and not learned(starts[0]):
             raise EndedEarly
 
     def weights(low: float, high: float, phase: str) -> Callable[[WeightProgress], None]:
         return lambda p: show(low + (high - low) * p.share, phase, p.judged, p.iteration)
 
-    def better(schedule: Schedule, error: float) -> None:
+    def better(schedule: Schedules, error: float) -> None:
         nonlocal reached
         if error < reached:
             reached = error
@@ -137,7 +139,7 @@ def learn(
 
         return lambda now: record.keep(now, whole) if accelerator.is_main_process else None
 
-    if moves > 0 and any(trunk_beside(start.groups) for start in starts):
+    if moves > 0 and any(trunk_beside(own.groups) for start in starts for own in every(start)):
         raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
     race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
     first = replace(settings, iterations=TRIAL, every=TRIAL)
@@ -150,7 +152,7 @@ def learn(
         forecast = reached = mean(trainer.validation.judge(task.unlearned(starts[0]), accelerator))
         judging = (time.perf_counter() - began) * task.held_out / settings.validation
 
-    def going_on(at: int, schedule: Schedule, own: WeightSettings) -> WeightTrainer:
+    def going_on(at: int, schedule: Schedules, own: WeightSettings) -> WeightTrainer:
         """The trainer whose turn it is: as it was kept, or another."""
         state = kept.trainer if kept and at == course.at else None
         return trainer.succeeded_by(schedule, own if state is None else replace(own, minutes=state.minutes), state)
@@ -187,7 +189,7 @@ def learn(
     except LossNotFinite as error:
         failure = error
     seconds = time.perf_counter() - began
-    if failure is None and stopped() and not trainer.schedule().learned:
+    if failure is None and stopped() and not learned(trainer.schedule()):
         return _nothing(trainer.schedule(), settings, seconds)
     show(1.0, "verdict", trainer.best.mean, detail=f"on {task.held_out} noises held out")
     return _verdict(task, trainer, search, seconds, failure)
@@ -199,12 +201,12 @@ def check_minutes(minutes: float | None) -> None:
         raise ValueError(f"minutes: expected a number above 0, got {minutes}")
 
 
-def _nothing(schedule: Schedule, settings: WeightSettings, seconds: float) -> Learned:
+def _nothing(schedule: Schedules, settings: WeightSettings, seconds: float) -> Learned:
     note = (
         f"ended early after {seconds:.0f} s, nothing better than the forecast yet (target {settings.target}, "
         f"seed {settings.seed})"
     )
-    return Learned(schedule.replace(note=note), None, None, None)
+    return Learned(noted(schedule, note), None, None, None)
 
 
 def _verdict(
@@ -213,7 +215,7 @@ def _verdict(
     settings, accelerator, schedule = trainer.settings, trainer.accelerator, trainer.schedule()
     held_out = starts_of(task, settings.target, task.held_out, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
 
-    def psnr(judged: Schedule) -> float:
+    def psnr(judged: Schedules) -> float:
         return task.peak - mean(held_out.judge(judged, accelerator))
 
     full = None
@@ -228,4 +230,4 @@ def _verdict(
         f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB {task.measure} to {aim} on "
         f"{task.held_out} noises held out, the forecast {forecast:.1f}"
     )
-    return Learned(schedule.replace(note=note), reached, forecast, full, failure)
+    return Learned(noted(schedule, note), reached, forecast, full, failure)

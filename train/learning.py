@@ -22,11 +22,10 @@ from harmonica_rt.lowering import lower_forward
 from harmonica_rt.models.base import Inputs, Shape
 from harmonica_rt.schedule import Schedule
 
+from .contexts import NumbersOf
 from .denoiser import Denoiser, StandIn
 from .reuse import Numbers, combined, fixed
 from .reusing import Branches, Kept, carried
-
-NumbersOf = Callable[[Hashable], Numbers]  # context -> a whole run's
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harmonica_rt.counting import CountMacs
-from harmonica_rt.schedule import Schedule
 
+from .contexts import ContextWeights, every
 from .natural_gradient import WINDOW
-from .reuse import ReuseWeights
 from .weights import WeightSettings
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -174,8 +173,7 @@ def _size(size: float) -> str:
 
 def predict(
     step: StepCost,
-    schedule: Schedule,
-    learned: ReuseWeights,
+    learned: ContextWeights,
     settings: WeightSettings,
     *,
     values: int,
@@ -188,13 +186,14 @@ def predict(
 
     Args:
         step: of one call of `images`.
-        learned: the schedule's weights as they are learned.
+        learned: the weights that are.
         values, sample: bytes that one computed call keeps for later ones, and of its sample.
         contexts: calls a step.
         more: the rest of `Memory`.
     """
+    schedule = learned.schedule
     at = schedule.output if schedule.level == "output" else ~schedule.compute.reshape(schedule.steps, -1)[:, 0]
-    computed, free, table = int((~at).sum()), len(learned.change), len(learned.places)
+    computed, free, table = int((~at).sum()), len(learned.change), sum(len(own.places) for own in every(learned.own))
     alive = min(schedule.order + 1, computed)  # values whose gradients are being summed up
     rows = min(WINDOW, settings.iterations) * settings.batch
     return Memory(

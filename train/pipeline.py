@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from harmonica_rt.compiled import Schedules
 from harmonica_rt.compiling import is_compiled
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
+from .contexts import CONTEXTS
 from .memory import Memory
 from .pipeline_task import PipelineTask
 from .record import Record
@@ -59,19 +61,20 @@ def learn(
     accumulate: int = 1,
     validation: int = 16,
     channels: bool | None = None,
+    contexts: str = "shared",
     checkpointing: bool = True,
     lr: float | None = None,
     seed: int = 0,
     inputs: Path | None = None,
     accelerator: Accelerator | None = None,
     on_progress: Callable[[learning.Progress], None] = lambda progress: None,
-    on_better: Callable[[Schedule], None] = lambda schedule: None,
+    on_better: Callable[[Schedules], None] = lambda schedule: None,
     on_memory: Callable[[Memory], None] = warn_of,
     stopped: Callable[[], bool] = never,
     checkpoint: Path | None = None,
     resume: bool = False,
     **call: Any,
-) -> Schedule:
+) -> Schedules:
     """Learn what the reused steps of a pipeline stand on: weights, carries, by the gradient of the latents' error.
 
     The pipeline's own call runs, with gradients; it is left as it was.
@@ -88,6 +91,8 @@ def learn(
         batch: images an iteration, in `accumulate` calls of the pipeline.
         validation: images that tell the best weights.
         channels: weights per channel; unless given, wherever there are streams.
+        contexts: ``"shared"`` learns one set of weights, carries and channels for all contexts of a step; ``"own"`` one
+            for each that the pipeline names (``"cond"``, ``"uncond"``), together. What is computed is the same.
         checkpointing: keep one step's activations at a time.
         lr: root mean square of the weights' first changes.
         seed: of prompts and noises.
@@ -99,7 +104,8 @@ def learn(
         call: the pipeline's own arguments: ``num_inference_steps``, ``guidance_scale``, ``height``, ...
 
     Returns:
-        The schedule, its note saying what was reached on prompts and noises held out.
+        The schedule, or by context each, as `compile` takes them; notes say what was reached on prompts and noises
+        held out.
 
     Raises:
         FileNotFoundError: there is nothing to go on from.
@@ -109,6 +115,8 @@ def learn(
         raise ValueError(
             f"pipeline: expected one that is not compiled, got a compiled {compiled[0]}: uncompile it first"
         )
+    if contexts not in CONTEXTS:
+        raise ValueError(f"contexts: expected one of {CONTEXTS}, got {contexts!r}")
     learning.check_minutes(minutes)
     if prompts is None and inputs is None and "prompt" in _arguments(pipeline) and "prompt_embeds" not in call:
         prompts = own_captions()
@@ -133,16 +141,21 @@ def learn(
         )
         if settings.channels and not learns:
             raise ValueError("channels: expected False at level output, got True")
-        on_memory(task.memory(task.schedule(task.spread(target_speedup), order), settings))
         minutes = MINUTES if minutes is None and iterations is None else minutes
+        names = task.named_contexts() if contexts == "own" else ()
+
+        def of_contexts(schedule: Schedule) -> Schedules:
+            return dict.fromkeys(names, schedule) if names else schedule
+
+        on_memory(task.memory(of_contexts(task.schedule(task.spread(target_speedup), order)), settings))
         asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
-        record = Record(checkpoint, resume, task, asked)
+        record = Record(checkpoint, resume, task, asked | {"contexts": contexts})
         if record.starts is None:
             starts = _starts(task, target_speedup, order, accelerator)
             record.chosen = {"start": task.start}
         else:
             starts, task.start = record.starts, tuple(record.chosen["start"])
-        told = on_progress, stopped, on_better
+        starts, told = [of_contexts(start) for start in starts], (on_progress, stopped, on_better)
         learned = learning.learn(task, starts, settings, minutes, 0, accelerator, *told, record)
     if learned.failure is not None:
         raise learned.failure

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from harmonica_rt.generating import load_pipeline, read_prompts
-from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
 from .checkpoint import check_path
+from .contexts import Schedules, every, files_of, learned, save
 from .errors import check_file
 from .pipeline import learn
 from .pipeline_options import PipelineDtype, torch_dtype
@@ -32,8 +32,8 @@ def learn_for_pipeline(
     settings: dict[str, Any],
     checkpoint: Path | None = None,
     resume: bool = False,
-) -> Schedule:
-    """Learn, write `out` at each improvement, and say what came of it.
+) -> Schedules:
+    """Learn, write `out` at each improvement, and say what came of it; own weights of contexts in OUT-cond, OUT-uncond.
 
     Args:
         name: folder or hub name of the pipeline.
@@ -66,7 +66,7 @@ def learn_for_pipeline(
             inputs=inputs,
             accelerator=accelerator,
             on_progress=show,
-            on_better=lambda better: better.save(out),
+            on_better=lambda better: save(better, out),
             stopped=stopped,
             checkpoint=checkpoint,
             resume=resume,
@@ -75,12 +75,14 @@ def learn_for_pipeline(
         )
         whole = not stopped()
     if accelerator.is_main_process:
-        schedule.save(out)
+        save(schedule, out)
         if whole:
             checkpoint.unlink(missing_ok=True)
         elif checkpoint.exists():
             display.console.print(f"--resume goes on from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"wrote {out}: {schedule!r}\n{schedule.note}", highlight=False, markup=False, soft_wrap=True)
-    if not schedule.learned and schedule.note.startswith("ended early"):
-        raise EndedEarly(f"ended early, nothing better than the forecast yet: {out} has the forecast's weights")
+        for path, own in files_of(schedule, out).items():
+            console.print(f"wrote {path}: {own!r}\n{own.note}", highlight=False, markup=False, soft_wrap=True)
+    if not learned(schedule) and every(schedule)[0].note.startswith("ended early"):
+        names = " and ".join(str(path) for path in files_of(schedule, out))
+        raise EndedEarly(f"ended early, nothing better than the forecast yet: {names} has the forecast's weights")
     return schedule

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from harmonica_rt.checks import may_carry
+from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
 from harmonica_rt.models import layout_of
 from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
+from .contexts import ContextWeights, NumbersOf, every, own_numbers
 from .memory import Memory, available, count_step, nbytes, predict, samples_of
-from .reuse import Numbers, ReuseWeights, fixed
 from .sampled import Sampled
 from .starts import Starts
 from .weights import VALIDATION_SEED, WeightSettings
@@ -39,6 +40,7 @@ class PipelineTask:
         steps: T, of the pipeline's scheduler.
         costs: MACs of a step; equal shares where they cannot be counted.
         width: channels of the streams; None at level output.
+        contexts: that the calls of a step are of: their names, numbers where the pipeline names none.
         start: carry, and order of the forecast, that schedules have before anything is learned.
         held_out, measure, peak: as in `Task`; latents have no peak.
     """
@@ -60,7 +62,7 @@ class PipelineTask:
         self.carry = level == "blocks"
         self.width: int | None = None
         self.start = (0.0, 0)
-        self._values, self._contexts = 0, 1  # bytes that a computed call keeps of an image, calls a step
+        self._values = 0  # bytes that a computed call keeps of an image
         self.costs = self._costs()
         held = generation.count // 4 if generation.count >= HELD_OUT_FROM else 0
         subjects = generation.subjects
@@ -99,6 +101,30 @@ class PipelineTask:
 
     def unlearned(self, schedule: Schedule) -> Schedule:
         """What `schedule` is compared with, and starts from: the same computed, `start`."""
+
+    def named_contexts(self) -> tuple[str, ...]:
+        """Those that can have schedules of their own.
+
+        Raises:
+            ValueError: there is one context, or the pipeline does not name them.
+        """
+        kind = type(self.sampled.pipeline).__name__
+        if len(self.contexts) < 2:
+            raise ValueError(
+                f"contexts: expected 'shared' where {kind} calls its denoiser once a step (no guidance, or guidance in "
+                "one batch), got 'own'"
+            )
+        if not all(isinstance(context, str) for context in self.contexts):
+            raise ValueError(
+                f"contexts: expected 'shared' for {kind}, which does not name all its {len(self.contexts)} calls of a "
+                "step, got 'own': schedules go by names, which its loop can give: with "
+                'self.transformer.cache_context("uncond"): ...'
+            )
+        return self.contexts
+
+    def unlearned(self, schedules: Schedules) -> Schedule:
+        """What `schedules` are compared with, and start from: the same computed, `start`."""
+        schedule = every(schedules)[0]
         at = ~schedule.output if schedule.level == "output" else schedule.compute.reshape(self.steps, -1)[:, 0]
         return self.schedule(np.flatnonzero(at), schedule.order, *self.start)
 
@@ -168,7 +194,7 @@ class PipelineTask:
                 break
         return at.tolist()
 
-    def memory(self, schedule: Schedule, settings: WeightSettings) -> Memory:
+    def memory(self, schedules: Schedules, settings: WeightSettings) -> Memory:
         """What learning takes at most, counted before anything runs.
 
         Raises:
@@ -180,13 +206,12 @@ class PipelineTask:
         width = self.width if settings.channels else None
         return predict(
             count_step(models[0], call),
-            schedule,
-            ReuseWeights(schedule, settings.tie, "cpu", settings.carry, width, self.entered),
+            ContextWeights(schedules, settings.tie, "cpu", settings.carry, width, self.entered),
             settings,
             weights=nbytes(t for model in models for t in (*model.parameters(), *model.buffers())),
             values=self.size * self._values,
             sample=nbytes(samples_of(models[0], call)),
-            contexts=self._contexts,
+            contexts=len(self.contexts),
             images=self.size,
             available=available(self.device),
         )
@@ -205,8 +230,9 @@ class PipelineTask:
         probe = self.schedule([0], 0)
         with torch.no_grad():
             self.sampled.run(self.generation, [0], probe, carries=self.carry)
-        model = getattr(self.sampled.pipeline, next(iter(self.sampled.denoisers)))
-        self._contexts = len(model._runs)
+        models = [getattr(self.sampled.pipeline, name) for name in self.sampled.denoisers]
+        self.contexts = tuple(dict.fromkeys(context for model in models for context in model._runs))
+        model = models[0]
         self._values = max(nbytes(run.newest) for run in model._runs.values())
         plan = next(iter(model._plans.values()))
         entries = probe.compute.reshape(self.steps, -1).shape[1]
@@ -244,11 +270,12 @@ class PipelineStarts(Starts):
         return super().errors(result, start, end) - spread.log()
 
     def result(
-        self, schedule: Schedule, numbers: Numbers | None, start: int, end: int, checkpointing: bool = False
+        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: bool = False
     ) -> Tensor:
-        own = fixed(schedule, self.device) if numbers is None else numbers
+        schedule = every(schedules)[0]  # all compute the same, and stand on what `own` says
+        own = own_numbers(schedules, self.device) if numbers is None else numbers
         result = self.task.sampled.run(
-            self.generation, range(start, end), schedule, lambda context: own, checkpointing, self.task.carry
+            self.generation, range(start, end), schedule, own, checkpointing, self.task.carry
         )
         if numbers is not None and torch.is_grad_enabled() and not result.requires_grad:
             kind = type(self.task.sampled.pipeline).__name__

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from harmonica_rt import schedule_files
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.compiled import Schedules
 
 from . import checkpoint
+from .contexts import every
 from .pipeline_task import PipelineTask
 from .task import Task
 from .weights import TrainerState
@@ -85,7 +86,7 @@ class Record:
         if resume and path is None:
             raise ValueError("resume: expected a checkpoint to go on from, got none")
         self.path, self.settings = path, settings or {}
-        self.starts: Sequence[Schedule] | None = None
+        self.starts: Sequence[Schedules] | None = None
         self.chosen: dict[str, Any] = {}
         self.kept: Kept | None = None
         self._at = time.monotonic()
@@ -105,7 +106,7 @@ class Record:
         tensors |= {f"trainer.{name}": t for name, t in own.trainer.tensors().items()}
         starts = []
         for number, start in enumerate(self.starts):
-            fields, arrays = schedule_files.parts(start)
+            fields, arrays = schedule_files.parts(every(start)[0])  # contexts start alike
             starts.append(fields)
             tensors |= {f"start.{number}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
         state = {"identity": self._identity, "settings": self.settings, "chosen": self.chosen, "starts": starts}

@@ -16,7 +16,8 @@ from harmonica_rt.generating import Generation
 from harmonica_rt.pipeline_copies import another, without_model_offload
 from harmonica_rt.schedule import Schedule
 
-from .learning import LearningTransformer, NumbersOf
+from .contexts import NumbersOf
+from .learning import LearningTransformer
 
 PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 

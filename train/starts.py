@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from harmonica_rt.compiled import Schedules
 from harmonica_rt.schedule import Schedule
 
+from .contexts import NumbersOf, own_numbers
 from .denoiser import compute
-from .reuse import Numbers, fixed
 from .reusing import Reusing
 from .task import Batch, Task, Trajectory
 
@@ -50,9 +51,9 @@ class Starts(ABC):
 
     @abstractmethod
     def result(
-        self, schedule: Schedule, numbers: Numbers | None, start: int, end: int, checkpointing: bool = False
+        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: bool = False
     ) -> Tensor:
-        """What these runs result in with a schedule, differentiable in `numbers`; the schedule's own unless given."""
+        """What these runs result in with schedules, differentiable in `numbers`; the schedules' own unless given."""
 
     def errors(self, result: Tensor, start: int, end: int) -> Tensor:
         """log of the mean squared error of each run's `result`, [end - start]."""
@@ -67,8 +68,8 @@ class Starts(ABC):
                 self.end(own, min(own + size, len(self)))
 
     @torch.no_grad()
-    def judge(self, schedule: Schedule, accelerator: Accelerator) -> Tensor:
-        """Each run's error with a schedule, dB: 10 log10 of the mean squared error. [len]
+    def judge(self, schedules: Schedules, accelerator: Accelerator) -> Tensor:
+        """Each run's error with schedules, dB: 10 log10 of the mean squared error. [len]
 
         Args:
             accelerator: over whose processes the runs are spread.
@@ -78,7 +79,7 @@ class Starts(ABC):
         for first in range(rank * size, len(self), ranks * size):
             last = min(first + size, len(self))
             with accelerator.autocast():
-                result = self.result(schedule, None, first, last)
+                result = self.result(schedules, None, first, last)
             errors[first:last] = decibels(self.errors(result, first, last))
         return accelerator.reduce(errors, "sum") if ranks > 1 else errors
 
@@ -111,10 +112,10 @@ class TaskStarts(Starts):
         return Trajectory(self.task, self.batch.part(start, end))
 
     def result(
-        self, schedule: Schedule, numbers: Numbers | None, start: int, end: int, checkpointing: bool = False
+        self, schedules: Schedule, numbers: NumbersOf | None, start: int, end: int, checkpointing: bool = False
     ) -> Tensor:
-        numbers = fixed(schedule, self.device) if numbers is None else numbers
-        return Reusing(schedule, numbers, checkpointing).run(self.run(start, end))
+        numbers = own_numbers(schedules, self.device) if numbers is None else numbers
+        return Reusing(schedules, numbers(None), checkpointing).run(self.run(start, end))
 
     def target_of(self, start: int, end: int) -> Tensor:
         return full_run(self.target, self.batch.part(start, end))

@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from harmonica_rt.schedule import Schedule
+from harmonica_rt.compiled import Schedules
 
+from .contexts import ContextWeights
 from .natural_gradient import NaturalGradient
-from .reuse import TIES, ReuseWeights
+from .reuse import TIES
 from .starts import Starts, decibels, mean, starts_of
 from .stopping import never
 from .task import Task
@@ -147,7 +148,7 @@ class WeightTrainer:
     """Learns the reuse weights of a schedule.
 
     Args:
-        schedule: for the task's model and sampler; its weights are the start.
+        schedule: for the task's model and sampler, or one a context; their weights are the start.
         starts, validation: to share with other trainers of the task; drawn as the settings say unless given.
         on_better: told each schedule that is better than all before it, and its error in dB.
         on_target: told how many of the validation's targets there are, before each part; what it raises ends it.
@@ -160,13 +161,13 @@ class WeightTrainer:
     def __init__(
         self,
         task: Task,
-        schedule: Schedule,
+        schedule: Schedules,
         settings: WeightSettings,
         accelerator: Accelerator | None = None,
         starts: Starts | None = None,
         validation: Starts | None = None,
         on_target: Callable[[int], None] = lambda done: None,
-        on_better: Callable[[Schedule, float], None] = lambda schedule, error: None,
+        on_better: Callable[[Schedules, float], None] = lambda schedule, error: None,
         state: TrainerState | None = None,
     ) -> None:
         self.task, self.settings, self.on_better = task, settings, on_better
@@ -179,7 +180,7 @@ class WeightTrainer:
                 f"got {settings.batch}"
             )
         width = task.width if settings.channels else None
-        self.weights = ReuseWeights(schedule, settings.tie, task.device, settings.carry, width, task.entered)
+        self.weights = ContextWeights(schedule, settings.tie, task.device, settings.carry, width, task.entered)
         self.gradient = NaturalGradient()
         seed = TRAIN_SEED + settings.seed * 1_000_003
         self.starts = starts or starts_of(task, settings.target, settings.pool, seed)
@@ -197,7 +198,7 @@ class WeightTrainer:
         on_progress: Callable[[WeightProgress], None] | None = None,
         stopped: Callable[[], bool] = never,
         keep: Callable[[bool], None] = lambda now: None,
-    ) -> Schedule:
+    ) -> Schedules:
         """Learn to the end of the budget, or until `stopped`; the schedule with the best weights.
 
         Args:
@@ -240,12 +241,12 @@ class WeightTrainer:
         self.gradient.load({name: own(tensor) for name, tensor in state.gradient.items()})
         self.iteration, self.seconds = state.iteration, state.seconds
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedules:
         """The schedule with the best weights so far."""
         return self.weights.to_schedule(self.best.change)
 
     def succeeded_by(
-        self, schedule: Schedule, settings: WeightSettings, state: TrainerState | None = None
+        self, schedule: Schedules, settings: WeightSettings, state: TrainerState | None = None
     ) -> WeightTrainer:
         """A trainer of another schedule on the same starts; with `state` it goes on."""
         shared = self.accelerator, self.starts, self.validation
@@ -260,7 +261,7 @@ class WeightTrainer:
                 self.on_better(self.schedule(), judged.mean)
         return better
 
-    def _errors(self, schedule: Schedule) -> Tensor:
+    def _errors(self, schedule: Schedules) -> Tensor:
         return self.validation.judge(schedule, self.accelerator)
 
     def _share(self) -> float:
@@ -303,7 +304,7 @@ class WeightTrainer:
         return [(start, start + size) for start in parts]
 
 
-def check_schedule(task: Task, schedule: Schedule) -> None:
+def check_schedule(task: Task, schedule: Schedules) -> None:
     """Raise ValueError unless `schedule` is for the task's model and sampler."""
     if not isinstance(task, Task):
         return  # a pipeline's: as it is compiled, it checks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import ChromaPipeline
 from torch import Tensor
 
 import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train import learn as learning
+from harmonica_rt.train.contexts import ContextWeights, Schedules, every
 from harmonica_rt.train.pipeline import own_captions
 from harmonica_rt.train.pipeline_task import PipelineTask
-from harmonica_rt.train.reuse import ReuseWeights
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.starts import TaskStarts
 from harmonica_rt.train.task import Task, class_labels
 
-from ..pipelines.folders import labelled_dit, text_flux, text_pixart, text_wan
+from ..pipelines.folders import labelled_dit, t5, t5_tokenizer, text_flux, text_pixart, text_wan
+from ..pipelines.images import chroma
 from .commands import refused, run, succeeded
 
 HELD_OUT = 4
@@ -33,7 +37,9 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "wan": (text_wan, SMALL | {"num_frames": 9, "guidance_scale": 3.0}),
     "dit": (labelled_dit, {"guidance_scale": 3.0}),
 }
-CASES = [(name, level) for name in CALLS for level in ("blocks", "branches", "output")]
+LEVELS = ("blocks", "branches", "output")
+CASES = [(name, level, "shared") for name in CALLS for level in LEVELS]
+CASES += [(name, level, "own") for name in ("flux", "wan") for level in LEVELS]  # whose guidance is a call of its own
 
 
 @pytest.fixture
@@ -48,10 +54,12 @@ def generation_of(name: str) -> Generation:
     return Generation(make(), prompts, num_inference_steps=STEPS, **call)
 
 
-def spoilt(task: PipelineTask, channels: bool) -> Schedule:
-    """A schedule whose numbers are all other than the forecast's."""
-    schedule = task.schedule([0, 2, 3], 2, 0.5 if task.carry else 0.0)
-    weights = ReuseWeights(schedule, carry=task.carry, width=task.width if channels else None, entered=task.entered)
+def spoilt(task: PipelineTask, channels: bool, contexts: str = "shared") -> Schedules:
+    """Schedules whose numbers are all other than the forecast's, and than each other's."""
+    schedule: Schedules = task.schedule([0, 2, 3], 2, 0.5 if task.carry else 0.0)
+    if contexts == "own":
+        schedule = dict.fromkeys(task.named_contexts(), schedule)
+    weights = ContextWeights(schedule, carry=task.carry, width=task.width if channels else None, entered=task.entered)
     change = torch.randn(len(weights.change), generator=torch.Generator().manual_seed(0))
     return weights.to_schedule(0.1 * change)
 
@@ -67,14 +75,14 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("name", "level"), CASES)
-def test_a_learned_run_is_the_compiled_one(name: str, level: str) -> None:
+@pytest.mark.parametrize(("name", "level", "contexts"), CASES)
+def test_a_learned_run_is_the_compiled_one(name: str, level: str, contexts: str) -> None:
     """Also of two denoisers (wan), of guidance in two calls (flux, wan) and in one."""
     generation = generation_of(name)
     sampled = Sampled(generation.pipeline)
     with sampled.ready():
         task = PipelineTask(sampled, generation, level, size=2)
-        schedule = spoilt(task, channels=level != "output")
+        schedule = spoilt(task, level != "output", contexts)
         got = task.starts("full", 2, 5)
         learned, arguments = got.result(schedule, None, 0, 2), got.generation.arguments(range(2))
         hrt.compile(sampled.pipeline, schedule, backend="eager")
@@ -92,10 +100,19 @@ def _latents(sampled: Sampled, arguments: dict[str, Any]) -> Tensor:
         return stopped.latents
 
 
-@pytest.mark.parametrize(("name", "level"), [("flux", "blocks"), ("wan", "blocks"), ("pixart", "branches")])
+@pytest.mark.parametrize(
+    ("name", "level", "contexts"),
+    [
+        ("flux", "blocks", "shared"),
+        ("wan", "blocks", "shared"),
+        ("pixart", "branches", "shared"),
+        ("flux", "branches", "own"),
+        ("wan", "blocks", "own"),
+    ],
+)
 @pytest.mark.usefixtures("any_dtype")
-def test_gradients_are_those_of_differences(name: str, level: str) -> None:
-    """With checkpoints and without; of each image its own."""
+def test_gradients_are_those_of_differences(name: str, level: str, contexts: str) -> None:
+    """With checkpoints and without; of each image its own, and of each context with weights of its own."""
     generation = generation_of(name)
     for model in Sampled(generation.pipeline).denoisers.values():
         model.double()
@@ -103,9 +120,9 @@ def test_gradients_are_those_of_differences(name: str, level: str) -> None:
     sampled = Sampled(generation.pipeline)
     with sampled.ready():
         task = PipelineTask(sampled, generation, level, size=2)
-        schedule = spoilt(task, channels=True)
+        schedule = spoilt(task, True, contexts)
         weights, starts = (
-            ReuseWeights(schedule, carry=task.carry, width=task.width, entered=task.entered),
+            ContextWeights(schedule, carry=task.carry, width=task.width, entered=task.entered),
             task.starts("full", 2, 5),
         )
         starts.ends[0, 2] = torch.zeros_like(starts.end(0, 2))
@@ -117,12 +134,40 @@ def test_gradients_are_those_of_differences(name: str, level: str) -> None:
         change = torch.zeros(2, len(weights.change), dtype=torch.float64, requires_grad=True)
         gradients = [torch.autograd.grad(errors(change, flag).sum(), change)[0] for flag in (False, True)]
         assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
-        direction = torch.randn(change.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        with torch.no_grad():
-            step = 3e-2 * direction  # samplers keep float32
-            difference = (errors(change + step) - errors(change - step)) / 6e-2
-    expected = gradients[0] @ direction
-    assert torch.allclose(difference, expected, rtol=2e-2, atol=2e-3 * expected.abs().max().item())
+        sizes = [len(own.change) for own in every(weights.own)]
+        assert len(sizes) == (2 if contexts == "own" else 1)
+        for part in range(len(sizes)):
+            direction = torch.randn(change.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            for other, values in enumerate(direction.split(sizes)):
+                values *= other == part
+            with torch.no_grad():
+                step = 3e-2 * direction  # samplers keep float32
+                difference = (errors(change + step) - errors(change - step)) / 6e-2
+            expected = gradients[0] @ direction
+            assert expected.abs().min() > 0
+            assert torch.allclose(difference, expected, rtol=2e-2, atol=2e-3 * expected.abs().max().item())
+
+
+def test_contexts_of_equal_weights_are_as_shared_ones() -> None:
+    """The same run; the gradient of what they share is the sum of theirs."""
+    generation = generation_of("flux")
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, "blocks", size=2)
+        schedule, starts = spoilt(task, channels=True), task.starts("full", 2, 5)
+
+        def run(schedules: Schedules) -> tuple[Tensor, Tensor]:
+            weights = ContextWeights(schedules, carry=True, width=task.width)
+            change = torch.zeros(2, len(weights.change), requires_grad=True)
+            result = starts.result(schedules, weights(change), 0, 2)
+            return result, torch.autograd.grad(starts.errors(result, 0, 2).sum(), change)[0]
+
+        (shared, whole), (own, parts) = run(schedule), run({"cond": schedule, "uncond": schedule})
+        assert torch.equal(shared, own)
+        cond, uncond = parts.chunk(2, dim=1)
+        assert relative(cond + uncond, whole) < 1e-4 and relative(cond, uncond) > 0.1
+        with pytest.raises(ValueError, match=r"context: expected one of \('cond',\), which have weights, got 'uncond'"):
+            run({"cond": schedule})
 
 
 def test_gradients_are_those_of_the_task() -> None:
@@ -132,7 +177,7 @@ def test_gradients_are_those_of_the_task() -> None:
     with sampled.ready():
         task = PipelineTask(sampled, generation, "branches", size=2)
         schedule = spoilt(task, channels=False)
-        weights, starts = ReuseWeights(schedule), task.starts("full", 2, 5)
+        weights, starts = ContextWeights(schedule), task.starts("full", 2, 5)
         change = torch.zeros(2, len(weights.change), requires_grad=True)
         result = starts.result(schedule, weights(change), 0, 2)
         (through,) = torch.autograd.grad(starts.errors(result, 0, 2).sum(), change)
@@ -211,6 +256,22 @@ def test_a_pipeline_in_use_is_refused_and_what_it_does_not_take() -> None:
         hrt.learn(pipeline, ["a cat"])
 
 
+def test_contexts_that_have_no_weights_of_their_own_are_refused() -> None:
+    def refused(pipeline: Any, error: str, contexts: str = "own", **call: Any) -> None:
+        with pytest.raises(ValueError, match=error):
+            hrt.learn(pipeline, call.pop("prompts", ["a cat"]), target_speedup=1.5, contexts=contexts, **call)
+
+    small = {"num_inference_steps": STEPS, **SMALL}
+    once = "contexts: expected 'shared' where {} calls its denoiser once a step .*, got 'own'"
+    refused(text_flux(), once.format("FluxPipeline"), **small)
+    refused(labelled_dit(), once.format("DiTPipeline"), prompts=[0], num_inference_steps=STEPS, guidance_scale=3.0)
+    own = {"text_encoder": t5(), "tokenizer": t5_tokenizer()}
+    unnamed = ChromaPipeline(**chroma().components | own)
+    error = r"contexts: expected 'shared' for ChromaPipeline, which does not name all its 2 calls of a step, got 'own'"
+    refused(unnamed, error, level="output", negative_prompt="", guidance_scale=3.0, **small)
+    refused(text_flux(), r"contexts: expected one of \('shared', 'own'\), got 'both'", contexts="both", **small)
+
+
 def test_captions_of_our_own() -> None:
     captions = own_captions()
     assert len(captions) == len(set(captions)) == 200 and all(3 <= len(caption.split()) <= 16 for caption in captions)
@@ -251,9 +312,40 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         assert (schedule.channels is not None) == (name == "s.safetensors")
     refused(run(*common, "--out", out, "--sampler", "unipc"), "--sampler: goes with --model")
     refused(run(*common, "--out", tmp_path / "s.json", "--channels"), "--channels: expected a .safetensors file")
+    own = ("--contexts", "own")
+    refused(run(*common, "--out", out, *own), "contexts: expected 'shared' where FluxPipeline calls its denoiser once")
+    refused(run("learn", "--model", "m", "--out", out, *own), "--contexts own: goes with --pipeline, got --model m")
     refused(run("learn", "--out", out), "expected --pipeline", "or --model", "got none")
     refused(run(*common, "--out", out, "--call", "nonsense=1"), "nonsense: FluxPipeline takes no such argument")
     refused(run("learn", "--pipeline", tmp_path / "none", "--out", out), "expected a folder or a hub name")
+
+
+@pytest.mark.usefixtures("short")
+def test_own_weights_of_contexts_from_the_command_line(tmp_path: Path) -> None:
+    folder, prompts, out = tmp_path / "flux", tmp_path / "prompts.txt", tmp_path / "mine.safetensors"
+    text_flux().save_pretrained(folder)
+    prompts.write_text("a cat\nred fox\n")
+    call = ("--pipeline", folder, "--prompts", prompts, "--height", 16, "--width", 16, "--true-cfg", 3)
+    call += ("--negative-prompt", "bad")
+    text = succeeded(
+        run(
+            "learn", *call, "--steps", STEPS, "--target-speedup", 1.5, "--iterations", 4, "--batch", 2,
+            "--contexts", "own", "--out", out,
+        )
+    )  # fmt: skip
+    files = {name: tmp_path / f"mine-{name}.safetensors" for name in ("cond", "uncond")}
+    assert not out.exists() and all(f"wrote {file}" in text for file in files.values())
+    cond, uncond = map(Schedule.load, files.values())
+    assert cond != uncond and (cond.compute == uncond.compute).all() and cond.learned and uncond.learned
+    assert uncond.note.endswith("; own weights of context uncond, of cond and uncond")
+    pair, tried = ",".join(f"{name}={file}" for name, file in files.items()), tmp_path / "tried"
+    succeeded(run("try", *call, "--schedule", pair, "--schedule", files["cond"], "--rounds", 1, "--out", tried))
+    rows = json.loads((tried / "figures.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["full run", "mine", "mine-cond"]
+    assert rows[1]["psnr"] != rows[2]["psnr"]
+    loaded = ", ".join(f'"{name}": hrt.Schedule.load("{file.name}")' for name, file in files.items())
+    assert f"hrt.compile(pipe, {{{loaded}}})" in html.unescape((tried / "index.html").read_text())
+    refused(run("try", *call, "--schedule", f"cond={out},uncond={out}", "--out", tried), "a schedule file for cond")
 
 
 def test_accelerator_of_one_process_judges_all() -> None:
