@@ -160,7 +160,10 @@ class Generation:
         subjects = [self.subjects[number] for number in numbers]
         own: dict[str, Any] = {self._name: subjects}
         if subjects[0] is None:
-            own = {name: _repeated(value, len(subjects)) for name, value in self.call.items() if "embeds" in name}
+            given = {name: value for name, value in self.call.items() if "prompt" in name}
+            own = {
+                name: _repeated(v, len(subjects)) for name, v in given.items() if isinstance(v, (torch.Tensor, list))
+            }
         if isinstance(negative := self.call.get("negative_prompt"), str):
             own["negative_prompt"] = [negative] * len(subjects)
         if self.images is not None:

@@ -99,9 +99,6 @@ class PipelineTask:
             "call": asked.call,
         }
 
-    def unlearned(self, schedule: Schedule) -> Schedule:
-        """What `schedule` is compared with, and starts from: the same computed, `start`."""
-
     def named_contexts(self) -> tuple[str, ...]:
         """Those that can have schedules of their own.
 

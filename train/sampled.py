@@ -276,7 +276,7 @@ class Sampled:
 def _attention_with_gradients() -> Iterator[None]:
     """Within, attention is not cuDNN's.
 
-    Its backward pass gives NaN or fails on a Flux in bfloat16 (torch 2.11, H200: bench/gpu), where the others are right.
+    Its backward pass gives NaN or fails on a Flux in bfloat16 (torch 2.11, on an H200), where the others' are right.
     """
     was = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
