@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .pipeline_task import PipelineTask
-from .task import Task
+if TYPE_CHECKING:  # which import this
+    from .pipeline_task import PipelineTask
+    from .task import Task
 
 KEY = "harmonica_rt.train"
 SHORT = 80  # characters that are told of what was asked for

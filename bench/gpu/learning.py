@@ -11,8 +11,8 @@ import torch
 
 import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
+from harmonica_rt.train.contexts import ContextWeights
 from harmonica_rt.train.pipeline_task import PipelineTask
-from harmonica_rt.train.reuse import ReuseWeights
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.weights import WeightSettings
 
@@ -61,7 +61,7 @@ def _iteration(
         times["prediction"] = time.perf_counter() - started
         starts = task.starts("full", 1, 5)
         times["target"] = _timed(machine, lambda: starts.end(0, 1))
-        weights = ReuseWeights(schedule, "none", task.device, task.carry, task.width if channels else None)
+        weights = ContextWeights(schedule, "none", task.device, task.carry, task.width if channels else None)
 
         def iterate() -> None:
             change = weights.change.repeat(1, 1).requires_grad_()
