@@ -34,7 +34,7 @@ OURS = (
     (1, "blocks", "inductor"),
     (3, "output", REPEATED),
 )
-FULL = ((FLUX, 150), (WAN, 120))
+FULL = ((FLUX, 130), (WAN, 100))
 DRY = ((TINY, 60),)
 
 

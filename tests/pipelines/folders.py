@@ -14,12 +14,19 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FluxPipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
     WanPipeline,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -28,7 +35,7 @@ from transformers import (
 )
 
 from ..conftest import make_dit, make_pixart
-from .images import flux
+from .images import flux, qwen, sd3
 from .parts import POOLED, TEXT, filled, quiet, tiny_vae
 from .videos import wan_2_2
 
@@ -45,10 +52,17 @@ def t5_tokenizer(length: int = 16) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=[(word, -1.0) for word in words], extra_ids=0, model_max_length=length)
 
 
-def clip(width: int = POOLED) -> CLIPTextModel:
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token a byte."""
+    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    special = ["<|im_start|>", "<|im_end|>"]  # of the pipeline's template
+    return Qwen2Tokenizer({word: i for i, word in enumerate(words)}, [], additional_special_tokens=special)
+
+
+def clip(width: int = POOLED, model: type = CLIPTextModel) -> Any:
     config = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 16, "projection_dim": width}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 16}
-    return filled(CLIPTextModel(CLIPTextConfig(**config, bos_token_id=0, eos_token_id=1, pad_token_id=1)))
+    return filled(model(CLIPTextConfig(**config, bos_token_id=0, eos_token_id=1, pad_token_id=1)))
 
 
 def t5(width: int = TEXT, config: type = T5Config, model: type = T5EncoderModel) -> Any:
@@ -56,9 +70,31 @@ def t5(width: int = TEXT, config: type = T5Config, model: type = T5EncoderModel)
     return filled(model(config(**sizes)))
 
 
+def qwen_encoder(width: int = TEXT) -> Qwen2_5_VLForConditionalGeneration:
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 264}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    seen = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(text_config=sizes | {"rope_parameters": rope}, vision_config=seen)
+    return filled(Qwen2_5_VLForConditionalGeneration(config))
+
+
 def text_flux() -> DiffusionPipeline:
     parts = flux().components | {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
     return quiet(FluxPipeline(**parts | {"text_encoder_2": t5(), "tokenizer_2": t5_tokenizer()}))
+
+
+def text_sd3() -> DiffusionPipeline:
+    """Without dual attention, which level branches does not take."""
+    encoders = {f"text_encoder{n}": clip(POOLED // 2, CLIPTextModelWithProjection) for n in ("", "_2")}
+    tokenizers = {f"tokenizer{n}": clip_tokenizer() for n in ("", "_2")}
+    parts = sd3(dual=()).components | encoders | tokenizers
+    return quiet(StableDiffusion3Pipeline(**parts | {"text_encoder_3": t5(), "tokenizer_3": t5_tokenizer()}))
+
+
+def text_qwen() -> DiffusionPipeline:
+    parts = qwen().components | {"text_encoder": qwen_encoder(), "tokenizer": qwen_tokenizer()}
+    return quiet(QwenImagePipeline(**parts))
 
 
 def text_pixart() -> DiffusionPipeline:

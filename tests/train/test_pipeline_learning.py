@@ -25,7 +25,16 @@ from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.starts import TaskStarts
 from harmonica_rt.train.task import Task, class_labels
 
-from ..pipelines.folders import labelled_dit, t5, t5_tokenizer, text_flux, text_pixart, text_wan
+from ..pipelines.folders import (
+    labelled_dit,
+    t5,
+    t5_tokenizer,
+    text_flux,
+    text_pixart,
+    text_qwen,
+    text_sd3,
+    text_wan,
+)
 from ..pipelines.images import chroma
 from .commands import refused, run, succeeded
 
@@ -33,6 +42,8 @@ HELD_OUT = 4
 STEPS, SMALL = 6, {"height": 16, "width": 16}
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (text_flux, SMALL | {"true_cfg_scale": 2.0, "negative_prompt": ""}),
+    "sd3": (text_sd3, SMALL | {"guidance_scale": 3.0, "max_sequence_length": 16}),
+    "qwen": (text_qwen, SMALL | {"true_cfg_scale": 2.0, "negative_prompt": ""}),
     "pixart": (text_pixart, SMALL | {"use_resolution_binning": False, "guidance_scale": 3.0}),
     "wan": (text_wan, SMALL | {"num_frames": 9, "guidance_scale": 3.0}),
     "dit": (labelled_dit, {"guidance_scale": 3.0}),
@@ -48,10 +59,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PipelineTask, "held_out", HELD_OUT)
 
 
-def generation_of(name: str) -> Generation:
+def generation_of(name: str, alike: bool = False) -> Generation:
+    """`alike`: prompts of as many tokens, for none is padded."""
     make, call = CALLS[name]
-    prompts = [0, 1, 2] if name == "dit" else ["a cat", "red fox", "old house"]
-    return Generation(make(), prompts, num_inference_steps=STEPS, **call)
+    prompts = ["a cat", "a dog", "a fox"] if alike else ["a cat", "red fox", "old house"]
+    return Generation(make(), [0, 1, 2] if name == "dit" else prompts, num_inference_steps=STEPS, **call)
 
 
 def spoilt(task: PipelineTask, channels: bool, contexts: str = "shared") -> Schedules:
@@ -77,8 +89,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize(("name", "level", "contexts"), CASES)
 def test_a_learned_run_is_the_compiled_one(name: str, level: str, contexts: str) -> None:
-    """Also of two denoisers (wan), of guidance in two calls (flux, wan) and in one."""
-    generation = generation_of(name)
+    """Also of two denoisers (wan), of guidance in two calls (flux, qwen, wan) and in one, of padded prompts (qwen)."""
+    generation = generation_of(name, alike=(name, level) == ("qwen", "branches"))
     sampled = Sampled(generation.pipeline)
     with sampled.ready():
         task = PipelineTask(sampled, generation, level, size=2)

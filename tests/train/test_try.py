@@ -10,7 +10,7 @@ from click.testing import Result
 
 from harmonica_rt import Schedule
 
-from ..pipelines.folders import labelled_dit, text_flux, text_pixart, text_wan
+from ..pipelines.folders import labelled_dit, text_flux, text_pixart, text_qwen, text_sd3, text_wan
 from .commands import refused, run, succeeded
 
 SMALL = ("--steps", "6", "--height", "16", "--width", "16", "--call", "max_sequence_length=16", "--backend", "eager")
@@ -41,11 +41,13 @@ def attempt(pipeline: Path, prompts: Path, out: Path, *more: object) -> Result:
     ("make", "subjects", "options"),
     [
         (text_flux, "a cat\na dog", (*SMALL, "--true-cfg", "3", "--negative-prompt", "bad", "--guidance", "3.5")),
+        (text_sd3, "a cat\na dog", (*SMALL, "--guidance", "3", "--rounds", "1")),
+        (text_qwen, "a cat\na fox", (*SMALL, "--true-cfg", "3", "--negative-prompt", "bad", "--rounds", "1")),
         (text_pixart, "a cat\na dog", (*PIXART, "--guidance", "2", "--dtype", "float32")),
         (labelled_dit, "1\n7", ("--steps", "6", "--rounds", "1")),
         (text_wan, "a cat\na dog", (*CLIP, "--negative-prompt", "bad", "--rounds", "1")),
     ],
-    ids=["flux", "pixart", "dit", "wan"],
+    ids=["flux", "sd3", "qwen", "pixart", "dit", "wan"],
 )
 def test_from_a_folder(make, subjects: str, options: tuple[str, ...], prompts: Path, tmp_path: Path) -> None:
     prompts.write_text(subjects)
