@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TimeElapsedColumn
 from rich.text import Text
 
+from .library_messages import each_once
+
 
 class Display:
-    """Where a learning is; a context manager.
+    """Where a learning is; a context manager, within which libraries say each thing once and show no bars.
 
     Args:
         shown: whether this process is the one that speaks.
@@ -25,9 +28,10 @@ class Display:
         columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), _Line(self))
         self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
         self._task = self._bar.add_task("", total=1.0)
-        self._moves = shown and self.console.is_terminal
+        self._moves, self._quiet = shown and self.console.is_terminal, ExitStack()
 
     def __enter__(self) -> Display:
+        self._quiet.enter_context(each_once())
         if self._moves:
             self._bar.start()
         return self
@@ -35,6 +39,7 @@ class Display:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._moves:
             self._bar.stop()
+        self._quiet.close()
 
     def show(self, phase: str, text: str = "", share: float = 0.0, left: float | None = None) -> None:
         """
