@@ -22,7 +22,7 @@ from .trainer import TRAIN_SEED, LossNotFinite
 from .weights import HELD_OUT_SEED, WeightProgress, WeightSettings, WeightTrainer
 
 RACE, SEARCH = 0.35, 0.3  # shares of the time: several starts, moves; the rest: weights of the result
-TRIAL = 16  # iterations of each of several starts
+TRIAL = 16  # iterations of each of several starts, if so many are asked for
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def learn(
 
     Args:
         starts: what may be computed at first, and its weights, of all contexts or of each. If there are several, or
-            moves to come, each learns for `TRIAL` iterations, until one is worse than the one before it, which then
-            goes on. What it costs stays.
+            moves to come, each learns for `TRIAL` iterations, or those of `settings`, until one is worse than the one
+            before it, which then goes on. What it costs stays.
         settings: of the weights that go on.
         minutes: for all but the verdict, if they end before the iterations.
         moves: most moves of what is computed to judge.
@@ -142,7 +142,8 @@ def learn(
     if moves > 0 and any(trunk_beside(own.groups) for start in starts for own in every(start)):
         raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
     race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
-    first = replace(settings, iterations=TRIAL, every=TRIAL)
+    trial = min(TRIAL, settings.iterations)
+    first = replace(settings, iterations=trial, every=trial)
     try:
         leader, told = course.leader, {"on_target": targets, "on_better": better}
         trainer = WeightTrainer(task, starts[leader], first, accelerator, **told, state=kept and kept.best)

@@ -31,7 +31,7 @@ from harmonica_rt.train.weights import HELD_OUT_SEED, WeightSettings
 from .conftest import LAYERS, STEPS, make_task
 
 SHORT = {"iterations": 4, "batch": 2, "pool": 4, "validation": 4, "every": 2}
-TRIAL, HELD_OUT = 5, 16  # short, too
+TRIAL, HELD_OUT = 4, 16  # short, too
 ROOT = Path(__file__).parents[2]
 
 
@@ -78,6 +78,12 @@ def test_without_moves_the_weights_alone_change() -> None:
     assert [p.iterations for p in steps] == list(range(5))
     assert [p.share for p in steps] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
     assert "moves" not in result.schedule.note and result.failure is None
+
+
+def test_starts_learn_no_longer_than_asked_for() -> None:
+    seen: list[Progress] = []
+    learned((0, 4, 5), (0, 1, 2), seen=seen, iterations=2)
+    assert [sum(p.phase == phase for p in seen) for phase in ("start 1 of 2", "start 2 of 2", "weights")] == [3, 3, 3]
 
 
 def test_moves_keep_the_cost() -> None:
