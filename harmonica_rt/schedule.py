@@ -471,7 +471,7 @@ class Schedule:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file a person can read and diff: one row of 0/1 text per step.
 
-        With weights per channel it is a ``.safetensors`` file, that text its metadata.
+        Weights per channel need the name of a ``.safetensors`` file; that text is its metadata.
         """
         from .schedule_files import write
 

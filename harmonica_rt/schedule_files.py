@@ -1,4 +1,4 @@
-"""Files of a `Schedule`: JSON, or safetensors with weights per channel. Nothing read here can run code."""
+"""Files of a `Schedule`: JSON, or safetensors, for weights per channel. Nothing read here can run code."""
 
 from __future__ import annotations
 
@@ -27,19 +27,17 @@ _LAYOUT = {1: {"layers", "branches", "compute"}, 2: {"level", "groups"}}  # furt
 def write(schedule: Schedule, path: str | os.PathLike[str]) -> None:
     """Write `schedule`; the file is replaced only once it is complete.
 
-    JSON; with weights per channel safetensors, the JSON without its line breaks its metadata ``schedule``.
+    JSON; under the name of a .safetensors, which weights per channel need, the JSON without its line breaks is its
+    metadata ``schedule``.
     """
     path, (fields, arrays) = Path(path), parts(schedule)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    if bool(arrays) != (path.suffix == ".safetensors"):
-        expected = (
-            "a .safetensors file for weights per channel" if arrays else "a name that does not end in .safetensors"
-        )
-        raise ValueError(f"{path}: expected {expected}, got {path.name!r}")
+    if arrays and path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a .safetensors file for weights per channel, got {path.name!r}")
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if arrays:
+        if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
             save_file(arrays, draft, metadata={"schedule": json.dumps(fields)})
