@@ -52,8 +52,11 @@ def read_prompts(path: Path) -> list[str]:
     """Of a file, one a line; blank lines are left out.
 
     Raises:
-        ValueError: there are none, or the file is not text.
+        FileNotFoundError: there is no such file.
+        ValueError: there are no prompts, or the file is not text.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts: expected a file, one a line, got {path}, which is none")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

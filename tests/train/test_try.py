@@ -90,7 +90,10 @@ def test_a_schedule_file_brings_its_steps(flux: Path, prompts: Path, tmp_path: P
         ((*SPECS, *SMALL, "--out", "/no/such/out"), "--out: expected a folder to make out in, got /no/such"),
         ((*SPECS, *SMALL, "--pipeline", "/no/such"), "expected a folder or a hub name (owner/name), got '/no/such'"),
         ((*SPECS, *SMALL, "--inputs", "."), "inputs: expected no prompts beside"),
-        ((*SPECS, *SMALL, "--prompts", "/no/such"), "No such file or directory: '/no/such'"),
+        (
+            (*SPECS, *SMALL, "--prompts", "/no/such"),
+            "prompts: expected a file, one a line, got /no/such, which is none",
+        ),
     ],
     ids=str,
 )
