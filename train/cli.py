@@ -79,6 +79,12 @@ class Level(StrEnum):
     output = "output"
 
 
+class Channels(StrEnum):
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+
 Model = Annotated[
     str, typer.Option(help="Folder or hub name, of a pipeline or its transformer; in a checkout dit-fashion.")
 ]
@@ -179,8 +185,9 @@ def learn(
         int, typer.Option(min=1, help="At level blocks, of each list of blocks.", rich_help_panel=own.PANEL)
     ] = 1,
     channels: Annotated[
-        bool | None, typer.Option(help="Weights per channel; for a .safetensors file.", rich_help_panel=own.PANEL)
-    ] = None,
+        Channels,
+        typer.Option(help="Weights per channel; auto: where --out is .safetensors.", rich_help_panel=own.PANEL),
+    ] = Channels.auto,
     contexts: Annotated[
         Contexts,
         typer.Option(
@@ -221,8 +228,9 @@ def learn(
             options = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "true_cfg": true_cfg}
             options |= {"height": height, "width": width, "frames": frames}
             settings = {"minutes": minutes, "iterations": iterations, "order": order, "batch": batch, "lr": lr}
-            settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "channels": channels}
-            settings |= {"level": level.value, "groups": groups, "seed": seed, "contexts": contexts.value}
+            settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "contexts": contexts.value}
+            settings |= {"channels": {"yes": True, "no": False}.get(channels.value)}
+            settings |= {"level": level.value, "groups": groups, "seed": seed}
             if threads is not None:
                 import torch
 

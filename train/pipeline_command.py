@@ -49,7 +49,7 @@ def learn_for_pipeline(
         check_file(path)
     check_path(checkpoint, resume)
     if settings.setdefault("channels", None if out.suffix == ".safetensors" else False) and out.suffix == ".json":
-        raise ValueError(f"--channels: expected a .safetensors file as --out, got {out}")
+        raise ValueError(f"--channels yes: expected a .safetensors file as --out, got {out}")
     own = None if prompts is None else read_prompts(prompts)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with Display(accelerator.is_main_process) as display, stopping(accelerator) as stopped:

@@ -24,6 +24,7 @@ from .starts import Starts
 from .weights import VALIDATION_SEED, WeightSettings
 
 HELD_OUT_FROM = 8  # prompts
+MET = 0.99  # of a target: a model's ends run at every step, and half of the steps are to be 2x
 
 
 class PipelineTask:
@@ -122,8 +123,12 @@ class PipelineTask:
     def unlearned(self, schedules: Schedules) -> Schedule:
         """What `schedules` are compared with, and start from: the same computed, `start`."""
         schedule = every(schedules)[0]
+        return self.schedule(self.computed(schedule), schedule.order, *self.start)
+
+    def computed(self, schedule: Schedule) -> list[int]:
+        """Its computed steps, which are whole."""
         at = ~schedule.output if schedule.level == "output" else schedule.compute.reshape(self.steps, -1)[:, 0]
-        return self.schedule(np.flatnonzero(at), schedule.order, *self.start)
+        return np.flatnonzero(at).tolist()
 
     def schedule(
         self, computed: Sequence[int], order: int, carry: float = 0.0, forecast: int | None = None
@@ -174,22 +179,26 @@ class PipelineTask:
         return self.steps * full / (computed * full + (self.steps - computed) * self.costs.fixed)
 
     def spread(self, speedup: float, power: float = 1.0) -> list[int]:
-        """As many computed steps as `speedup` allows; `power` below 1 moves them towards the end.
+        """As many computed steps as `speedup` allows, within a hundredth; `power` below 1 moves them towards the end.
 
         Raises:
             ValueError: none does.
         """
-        most, low = self.speedup(1), self.speedup(self.steps)
+        needed = {0, *self.entered}
+        most, low = self.speedup(len(needed)), self.speedup(self.steps)
         if not low <= speedup <= most:
             raise ValueError(
                 f"target speed-up: expected {low:.2f} to {most:.2f} for {self.steps} steps, got {speedup:g}"
             )
-        count = max(n for n in range(1, self.steps + 1) if self.speedup(n) >= speedup - 1e-9)
-        for exponent in (power, 1.0):
-            at = np.round(self.steps * (np.arange(count) / count) ** exponent - 1e-6).astype(int)
-            if len(np.unique(at)) == count and at[-1] < self.steps:
+        count = max(n for n in range(len(needed), self.steps + 1) if self.speedup(n) >= MET * speedup)
+        for spaced in range(count, 0, -1):
+            for exponent in (power, 1.0):
+                at = np.round(self.steps * (np.arange(spaced) / spaced) ** exponent - 1e-6).astype(int)
+                if len(np.unique(at)) == spaced and at[-1] < self.steps:
+                    break
+            if len(computed := needed | {*at.tolist()}) <= count:
                 break
-        return at.tolist()
+        return sorted(computed)
 
     def memory(self, schedules: Schedules, settings: WeightSettings) -> Memory:
         """What learning takes at most, counted before anything runs.
@@ -198,8 +207,8 @@ class PipelineTask:
             Exception: whatever a denoiser's forward raises that cannot be followed by shapes alone.
         """
         models, own = list(self.sampled.denoisers.values()), self.generation
-        subjects = [own.subjects[i % own.count] for i in range(self.size)]
-        call = self.sampled.first_call(own.of(subjects, own.seed), range(self.size))
+        some = own.at([i % own.count for i in range(self.size)], own.seed)
+        call = self.sampled.first_call(some, range(self.size))
         width = self.width if settings.channels else None
         return predict(
             count_step(models[0], call),

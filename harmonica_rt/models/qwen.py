@@ -18,7 +18,7 @@ from .joint import PackedAdapter, expect_plain_norms, expect_unclipped, fill_pai
 from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, expect_with, macs_a_row, refuse
 from .stages import Held
 
-UNREAD = ("encoder_hidden_states_mask", "attention_kwargs", "controlnet_block_samples")
+UNREAD = ("attention_kwargs", "controlnet_block_samples")
 ROWS = 12  # of a block: image's six and text's
 
 
@@ -77,6 +77,8 @@ class QwenAdapter(PackedAdapter):
     # ---- both ends
 
     def inputs(self, arguments: dict[str, Any]) -> Inputs:
+        one = "prompts of one length have none, nor has one prompt a call (harmonica learn: --batch 4 --accumulate 4)"
+        refuse(arguments, ("encoder_hidden_states_mask",), f"level 'blocks' takes it; {one}")
         refuse(arguments, UNREAD, "level 'blocks' takes it")
         refuse(arguments, ("guidance",), "diffusers' own forward fails with it")
         sample = expect_tokens("hidden_states", arguments["hidden_states"], self.in_channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train import learn as learning
+from harmonica_rt.train.budget import Costs
 from harmonica_rt.train.contexts import ContextWeights, Schedules, every
 from harmonica_rt.train.pipeline import own_captions
-from harmonica_rt.train.pipeline_task import PipelineTask
+from harmonica_rt.train.pipeline_task import MET, PipelineTask
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.starts import TaskStarts
 from harmonica_rt.train.task import Task, class_labels
@@ -294,10 +296,11 @@ def test_whole_steps_meet_the_target() -> None:
     sampled = Sampled(generation.pipeline)
     with sampled.ready():
         task = PipelineTask(sampled, generation, "blocks")
-        for speedup in (1.0, 1.5, 2.0):
+        for speedup in (1.0, 1.5, 2.0, 3.0):
             chosen = task.spread(speedup)
-            assert task.speedup(len(chosen)) >= speedup and (
-                len(chosen) == STEPS or task.speedup(len(chosen) + 1) < speedup
+            least = MET * speedup
+            assert task.speedup(len(chosen)) >= least and (
+                len(chosen) == STEPS or task.speedup(len(chosen) + 1) < least
             )
             schedule = task.schedule(chosen, 1)
             hrt.compile(sampled.pipeline, schedule, backend="eager")
@@ -305,6 +308,38 @@ def test_whole_steps_meet_the_target() -> None:
             plan = sampled.pipeline.transformer.report().plans[0]
             assert plan.full_macs / plan.macs == pytest.approx(task.speedup(len(chosen)))
             hrt.uncompile(sampled.pipeline)
+        task.costs = Costs(np.array([0.995]), 0.005)
+        assert task.spread(2.0) == [0, 2, 4], "half of the steps, though a model's ends take 2x to 1.99x"
+
+
+def test_a_second_denoiser_s_first_step_is_within_the_target() -> None:
+    generation = generation_of("wan")
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, "output")
+        assert task.entered and not {*task.entered} & {0, 2, 4}, "between evenly spread steps"
+        for speedup, count in ((1.0, 6), (1.5, 4), (2.0, 3), (3.0, 2)):
+            for power in (1.0, 0.65):
+                chosen = task.spread(speedup, power)
+                assert len(chosen) <= count and {0, *task.entered} <= {*chosen}
+                assert task.computed(task.schedule(chosen, 1)) == chosen
+        with pytest.raises(ValueError, match=r"target speed-up: expected 1\.00 to 3\.00 for 6 steps, got 6"):
+            task.spread(6.0)
+
+
+@pytest.mark.usefixtures("short")
+def test_qwen_at_branches_says_what_to_do_about_padded_prompts() -> None:
+    make, call = CALLS["qwen"]
+    arguments = {
+        "level": "branches",
+        "target_speedup": 2,
+        "iterations": 1,
+        "validation": 2,
+        "num_inference_steps": STEPS,
+    }
+    with pytest.raises(ValueError, match=r"mask: expected none .*one prompt a call .*--batch 4 --accumulate 4"):
+        hrt.learn(make(), ["a cat", "red fox"], batch=2, **arguments, **call)
+    assert hrt.learn(make(), ["a cat", "red fox"], batch=2, accumulate=2, **arguments, **call).level == "branches"
 
 
 @pytest.mark.usefixtures("short")
@@ -316,14 +351,19 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     common += ("--target-speedup", 1.5, "--iterations", 2, "--batch", 2)
     for name in ("s.json", "s.safetensors"):
         out = tmp_path / name
-        assert f"dB SNR to the full run on {HELD_OUT} noises held out" in " ".join(
-            succeeded(run(*common, "--out", out)).split()
-        )
+        said = " ".join(succeeded(run(*common, "--out", out)).split())
+        assert f"dB SNR to the full run on {HELD_OUT} noises held out" in said
+        assert re.search(r"[34] of 6 steps computed, 1\.\d\dx in theory; learned on the end error", said)
         schedule = Schedule.load(out)
         assert schedule.level == "blocks" and schedule.steps == STEPS and np.isfinite(schedule.weights).all()
         assert (schedule.channels is not None) == (name == "s.safetensors")
     refused(run(*common, "--out", out, "--sampler", "unipc"), "--sampler: goes with --model")
-    refused(run(*common, "--out", tmp_path / "s.json", "--channels"), "--channels: expected a .safetensors file")
+    plain = tmp_path / "plain.safetensors"
+    succeeded(run(*common, "--out", plain, "--channels", "no"))
+    assert Schedule.load(plain).channels is None
+    refused(
+        run(*common, "--out", tmp_path / "s.json", "--channels", "yes"), "--channels yes: expected a .safetensors file"
+    )
     own = ("--contexts", "own")
     refused(run(*common, "--out", out, *own), "contexts: expected 'shared' where FluxPipeline calls its denoiser once")
     refused(run("learn", "--model", "m", "--out", out, *own), "--contexts own: goes with --pipeline, got --model m")
