@@ -111,7 +111,7 @@ ONLY_MODEL = {
 @app.command(no_args_is_help=True)
 def learn(
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
-    pipeline: own.Pipeline | None = None,
+    pipeline: own.Pipeline = None,
     model: LearnedModel = None,
     sampler: Annotated[
         str, typer.Option(help="ddim, ddpm, iddpm, dpmsolver++, sa-solver, unipc, euler or flow-euler.")

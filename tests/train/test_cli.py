@@ -9,8 +9,10 @@ import click
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.main import get_command
 
 from harmonica_rt import Schedule
+from harmonica_rt.train.cli import app
 
 from ..conftest import make_dit
 from .commands import LEARN, TARGET, learn, refused, run, succeeded
@@ -78,6 +80,8 @@ def test_inspect_and_plot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["learn", "try", "inspect", "plot", "convert"])
 def test_help(command: str) -> None:
     assert "Usage" in succeeded(run(command, "--help"))
+    missing = [parameter.name for parameter in get_command(app).commands[command].params if not parameter.help]
+    assert not missing, "each option says what it is"
 
 
 @pytest.mark.parametrize(
