@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +177,24 @@ class Generation:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return {**self.call, **own, "generator": generators}
 
-    def of(self, subjects: Sequence[Any], seed: int) -> Generation:
-        """The same call for other prompts or labels, from noises of `seed`."""
-        return Generation(self.pipeline, subjects, seed=seed, **self.call)
+    def at(self, numbers: Sequence[int], seed: int) -> Generation:
+        """The same call for these of the prompts, labels or pictures, from noises of `seed`."""
+        other = copy.copy(self)
+        other.subjects, other.seed = [self.subjects[number] for number in numbers], seed
+        other.images = None if self.images is None else [self.images[number] for number in numbers]
+        return other
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within, what the pipeline's call says on bad input is followed by what it may lack, a picture."""
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError) as error:
+            if "image" not in self._taken or self.images is not None or self.call.get("image") is not None:
+                raise
+            raise ValueError(
+                f"{error}; {self._kind} takes an image: expected a folder of pictures and captions (--inputs), got none"
+            ) from error
 
     def generation(self, numbers: Sequence[int], pipeline: Any = None, **changes: Any) -> Any:
         """What the call returns for these images.
@@ -186,7 +203,8 @@ class Generation:
             pipeline: one with the same parts, in place of this one's.
             changes: further arguments of the call, e.g. ``output_type``.
         """
-        return (self.pipeline if pipeline is None else pipeline)(**{**self.arguments(numbers), **changes})
+        with self.explained():
+            return (self.pipeline if pipeline is None else pipeline)(**{**self.arguments(numbers), **changes})
 
     def takes(self, name: str) -> bool:
         """Whether the pipeline's call has such an argument."""

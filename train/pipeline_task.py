@@ -53,7 +53,8 @@ class PipelineTask:
         self, sampled: Sampled, generation: Generation, level: str = "auto", groups: int = 1, size: int = 4
     ) -> None:
         self.sampled, self.generation, self.size = sampled, generation, size
-        sampled.probe(generation, 0)
+        with generation.explained():
+            sampled.probe(generation, 0)
         self.timesteps = sampled.timesteps()
         self.steps, self.device = len(self.timesteps), sampled.device
         denoiser = next(iter(sampled.denoisers.values()))
@@ -66,8 +67,8 @@ class PipelineTask:
         self._values = 0  # bytes that a computed call keeps of an image
         self.costs = self._costs()
         held = generation.count // 4 if generation.count >= HELD_OUT_FROM else 0
-        subjects = generation.subjects
-        self.judged_on, self.learned_on = (subjects[-held:], subjects[:-held]) if held else (subjects, subjects)
+        numbers = range(generation.count)
+        self.judged_on, self.learned_on = (numbers[-held:], numbers[:-held]) if held else (numbers, numbers)
 
     @property
     def entered(self) -> tuple[int, ...]:
@@ -96,7 +97,7 @@ class PipelineTask:
         return {
             "pipeline": type(self.sampled.pipeline).__name__,
             "prompts": asked.subjects,
-            "inputs": asked.images,
+            "inputs": asked.images and [*map(str, asked.images)],
             "call": asked.call,
         }
 
@@ -226,10 +227,10 @@ class PipelineTask:
         """`count` of the prompts with noises of `seed`; those held out where they are to judge by."""
         if target != "full":
             raise ValueError(f"target: expected 'full' for a pipeline, got {target!r}")
-        subjects = self.judged_on if seed >= VALIDATION_SEED else self.learned_on
+        numbers = self.judged_on if seed >= VALIDATION_SEED else self.learned_on
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = [subjects[i % len(subjects)] for i in order]
-        return PipelineStarts(self, self.generation.of(chosen, seed))
+        chosen = [numbers[i % len(numbers)] for i in order]
+        return PipelineStarts(self, self.generation.at(chosen, seed))
 
     def _costs(self) -> Costs:
         """Of one image's step; learns what the groups are, which refuses a model that cannot be reused so."""

@@ -79,9 +79,9 @@ def qwen_encoder(width: int = TEXT) -> Qwen2_5_VLForConditionalGeneration:
     return filled(Qwen2_5_VLForConditionalGeneration(config))
 
 
-def text_flux() -> DiffusionPipeline:
-    parts = flux().components | {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
-    return quiet(FluxPipeline(**parts | {"text_encoder_2": t5(), "tokenizer_2": t5_tokenizer()}))
+def text_flux(kind: type = FluxPipeline) -> DiffusionPipeline:
+    parts = flux(kind).components | {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
+    return quiet(kind(**parts | {"text_encoder_2": t5(), "tokenizer_2": t5_tokenizer()}))
 
 
 def text_sd3() -> DiffusionPipeline:

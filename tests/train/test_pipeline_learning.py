@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import ChromaPipeline
+from diffusers import ChromaPipeline, FluxImg2ImgPipeline
+from PIL import Image
 from torch import Tensor
 
 import harmonica_rt as hrt
@@ -26,6 +27,7 @@ from harmonica_rt.train.pipeline_task import MET, PipelineTask
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.starts import TaskStarts
 from harmonica_rt.train.task import Task, class_labels
+from harmonica_rt.train.weights import VALIDATION_SEED
 
 from ..pipelines.folders import (
     labelled_dit,
@@ -398,6 +400,45 @@ def test_own_weights_of_contexts_from_the_command_line(tmp_path: Path) -> None:
     loaded = ", ".join(f'"{name}": hrt.Schedule.load("{file.name}")' for name, file in files.items())
     assert f"hrt.compile(pipe, {{{loaded}}})" in html.unescape((tried / "index.html").read_text())
     refused(run("try", *call, "--schedule", f"cond={out},uncond={out}", "--out", tried), "a schedule file for cond")
+
+
+def pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (16, 16), (25 * i, 90, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"wall {'abcdefgh'[i]}")
+    return folder
+
+
+def test_pictures_stay_with_their_captions(tmp_path: Path) -> None:
+    """Those held out, too."""
+    inputs = pictures(tmp_path / "inputs", 8)
+    generation = Generation(text_flux(FluxImg2ImgPipeline), inputs=inputs, num_inference_steps=STEPS, **SMALL)
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, "output")
+        for seed, count in ((0, 6), (VALIDATION_SEED, 2)):
+            chosen = task.starts("full", count, seed).generation
+            assert len({*chosen.subjects}) == count
+            for caption, picture in zip(chosen.subjects, chosen.images, strict=True):
+                assert picture.with_suffix(".txt").read_text() == caption
+            given = chosen.arguments([1])
+            assert given["image"][0].getpixel((0, 0))[0] == 25 * "abcdefgh".index(given["prompt"][0][-1])
+
+
+@pytest.mark.usefixtures("short")
+def test_pipelines_that_start_from_a_picture(tmp_path: Path) -> None:
+    inputs, folder, out = pictures(tmp_path / "inputs", 2), tmp_path / "pipeline", tmp_path / "s.json"
+    text_flux(FluxImg2ImgPipeline).save_pretrained(folder)
+    common = ("--pipeline", folder, "--steps", STEPS, "--height", 16, "--width", 16)
+    learn = ("learn", *common, "--target-speedup", 1.5, "--iterations", 1, "--batch", 2, "--out", out)
+    succeeded(run(*learn, "--inputs", inputs))
+    missing = "FluxImg2ImgPipeline takes an image: expected a folder of pictures and captions (--inputs), got none"
+    refused(run(*learn), missing)
+    attempt = ("try", *common, "--schedule", out, "--out", tmp_path / "out")
+    succeeded(run(*attempt, "--inputs", inputs, "--rounds", 1))
+    (tmp_path / "prompts.txt").write_text("a cat")
+    refused(run(*attempt, "--prompts", tmp_path / "prompts.txt"), missing)
 
 
 def test_accelerator_of_one_process_judges_all() -> None:
