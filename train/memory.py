@@ -120,6 +120,7 @@ class Memory:
         values: computed values that later steps stand on, all of a run's, and the gradients of those alive at a time.
         numbers: what is learned: tables of an iteration, and gradients of the last ones.
         samples: of all steps.
+        libraries: work space of matrix products.
         images: a call.
         accumulate: calls an iteration.
         available: on the device, weights included.
@@ -130,6 +131,7 @@ class Memory:
     values: int
     numbers: int
     samples: int
+    libraries: int
     images: int
     accumulate: int
     available: int
@@ -141,7 +143,7 @@ class Memory:
     @property
     def working(self) -> int:
         """All but the weights."""
-        return self.step + self.values + self.numbers + self.samples
+        return self.step + self.values + self.numbers + self.samples + self.libraries
 
     @property
     def fits(self) -> bool:
@@ -149,7 +151,7 @@ class Memory:
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "one step": self.step, "kept values": self.values}
-        parts |= {"what is learned": self.numbers, "samples": self.samples}
+        parts |= {"what is learned": self.numbers, "the rest": self.samples + self.libraries}
         listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
         return f"{_size(self.total)} of {_size(self.available)} ({listed})"
 
@@ -208,6 +210,16 @@ def predict(
 
 
 FLOAT, INDEX = 4, 16  # bytes: of a number, and of its place and start
+
+
+def workspaces(device: torch.device) -> int:
+    """Bytes that cuBLAS takes for itself: in torch's defaults 32 MiB on Hopper and later, else 8, of each thread's.
+
+    Forward and backward passes run in two.
+    """
+    if device.type != "cuda":
+        return 0
+    return 2 * (32 if torch.cuda.get_device_capability(device)[0] >= 9 else 8) * 2**20
 
 
 def available(device: torch.device) -> int:

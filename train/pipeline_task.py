@@ -18,7 +18,7 @@ from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
 from .contexts import ContextWeights, NumbersOf, every, own_numbers
-from .memory import Memory, available, count_step, nbytes, predict, samples_of
+from .memory import Memory, available, count_step, nbytes, predict, samples_of, workspaces
 from .sampled import Sampled
 from .starts import Starts
 from .weights import VALIDATION_SEED, WeightSettings
@@ -97,7 +97,7 @@ class PipelineTask:
         return {
             "pipeline": type(self.sampled.pipeline).__name__,
             "prompts": asked.subjects,
-            "inputs": asked.images and [*map(str, asked.images)],
+            "inputs": asked.images,
             "call": asked.call,
         }
 
@@ -220,6 +220,7 @@ class PipelineTask:
             sample=nbytes(samples_of(models[0], call)),
             contexts=len(self.contexts),
             images=self.size,
+            libraries=workspaces(self.device),
             available=available(self.device),
         )
 

@@ -73,7 +73,7 @@ def _iteration(
         log.figure(
             name=name,
             predicted_bytes=memory.total,
-            parts={k: getattr(memory, k) for k in ("weights", "step", "values", "numbers", "samples")},
+            parts={k: getattr(memory, k) for k in ("weights", "step", "values", "numbers", "samples", "libraries")},
             peak_bytes=peak,
             ratio=memory.total / peak if peak else None,
             seconds=times,

@@ -17,7 +17,7 @@ from .record import read
 PAGE = "GPU.md"
 COLUMNS = ["", "ms/run, device", "p20-p80", "ms/run, wall", "ms/image", "speed-up", "realised", "vs compile"]
 COLUMNS += ["realised, vs compile", "peak MiB", "reserved MiB", "compile s", "capture s", "error"]
-MIB = 2**20
+MIB, GB = 2**20, 1e9
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def write(folder: Path) -> Path:
         *cards(lines),
         *latency(lines),
         *(f"![{path.stem}]({path.name})" for path in [*plot_latency(lines, folder), *plot_gap(lines, folder)]),
+        *levels(lines),
+        *learning(lines),
         *correct(lines),
         *capture(lines),
         *gap(lines),
@@ -166,6 +168,30 @@ def latency_row(line: Line) -> list[Any]:
         number(line["capture_seconds"], ".2f"),
         number(line["error"], ".1e"),
     ]
+
+
+def levels(lines: list[Line]) -> list[str]:
+    rows = [
+        [line.card, line["size"], line["steps"], line["name"], number(line["device_ms"], ".0f"),
+         f"{line['p20_ms']:.0f}-{line['p80_ms']:.0f}", number(line["theory"]), number(line["speedup"]),
+         number(line["speedup_over_compile"]), number(line["own_bytes"] / MIB, ".0f"),
+         number(line["compile_seconds"], ".0f"), number(line["error"], ".1e")]
+        for line in of(lines, "levels")
+    ]  # fmt: skip
+    columns = ["card", "pipeline", "steps", "", "ms/run, device", "p20-p80", "theory", "over eager", "over compile"]
+    return section("Levels", [*columns, "peak beyond what was held, MiB", "compile s", "to plain launches"], rows)
+
+
+def learning(lines: list[Line]) -> list[str]:
+    rows = [
+        [line.card, line["case"], line["name"], line["steps"], line["learned"],
+         number(line["predicted_bytes"] / GB), number(line["peak_bytes"] / GB), number(line["ratio"]),
+         *(number(line["seconds"][name]) for name in ("prediction", "target", "iteration"))]
+        for line in of(lines, "learning")
+        if line["predicted_bytes"] is not None
+    ]  # fmt: skip
+    columns = ["card", "pipeline", "level", "steps", "numbers learned", "predicted GB", "measured GB", "ratio"]
+    return section("Learning", [*columns, "s to predict", "s a target", "s an iteration of one image"], rows)
 
 
 def correct(lines: list[Line]) -> list[str]:

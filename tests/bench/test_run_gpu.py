@@ -82,7 +82,7 @@ def test_a_dry_run_runs_every_stage_and_its_report_shows_it(tmp_path: Path) -> N
     assert ours["speedup_over_compile"] / ours["realised_over_compile"] == pytest.approx(1.67, rel=0.01)
     assert run_gpu.main(["--report", str(tmp_path)]) == 0
     page = (tmp_path / report.PAGE).read_text()
-    for title in ("Cards", "Latency", "Correct", "Capture", "Gap", "One step"):
+    for title in ("Cards", "Latency", "Levels", "Learning", "Correct", "Capture", "Gap", "One step"):
         assert f"## {title}" in page
     assert "Failed and skipped" not in page
     assert all((tmp_path / f"dry-run-{plot}.png").exists() for plot in ("latency", "gap"))
