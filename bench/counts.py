@@ -121,6 +121,13 @@ CASES = {
         {},
         BLOCKS,
     ),
+    "wan2.1-1.3b": Case(  # as the larger one
+        "WanTransformer3DModel",
+        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        {"hidden_states": (1, 16, 21, 60, 104), "encoder_hidden_states": (1, 512, 4096), "timestep": (1, torch.int64)},
+        {},
+        BLOCKS,
+    ),
     "wan2.1-14b": Case(  # 832 x 480 pixels, 81 frames, 512 tokens of text; one of two calls a step
         "WanTransformer3DModel",
         {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -34,13 +35,19 @@ class Learning:
 
     schedule: Schedule
     numbers: Numbers
-    checkpointing: bool
+    checkpointing: str
 
     def call(self, step: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`step`(), of whose activations nothing is kept where that is wanted."""
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing != "none" and torch.is_grad_enabled():
             return checkpoint(step, use_reentrant=False)
         return step()
+
+    def block(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs a block, of whose activations nothing is kept where that is wanted."""
+        if self.checkpointing == "blocks" and torch.is_grad_enabled():
+            return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        return run
 
 
 class LearningEngine:
@@ -48,13 +55,13 @@ class LearningEngine:
 
     Attributes:
         numbers: of each context; the schedule's own unless set.
-        checkpointing: keep one step's activations only, and recompute the others in the backward pass.
+        checkpointing: one of `CHECKPOINTS`; what is not kept is recomputed in the backward pass.
         carries: find the streams before groups, which a carry that is learned needs, even where it is 0 at first.
     """
 
     gradients = True
     numbers: NumbersOf | None = None
-    checkpointing = False
+    checkpointing = "none"
     carries = False
 
     def learning(self, schedule: Schedule, start: int, context: Hashable, device: torch.device) -> Learning:
@@ -113,7 +120,7 @@ class LearningForwardRun(ForwardRun):
                 before[number] = entry.before(args, kwargs)
             if not computed[number]:
                 return entry.stand_in(args, kwargs, lambda stream: reused(number, stream))
-            result = entry.compute(None, run, args, kwargs)
+            result = entry.compute(None, self.learning.block(run), args, kwargs)
             leaves = tree_flatten(result)[0]
             for stream, (call, leaf) in enumerate(entry.kept):
                 if call == which:
@@ -236,6 +243,7 @@ class BranchLearning(LearningEngine, BranchEngine):
 
     def begin(self, call: Inputs, schedule: Schedule, start: int, context: Hashable) -> LearningBranchRun:
         plan = super().begin(call, schedule, start, context).plan
+        plan.denoiser.checkpointing = self.checkpointing == "blocks"
         return LearningBranchRun(plan, start, self.adapter, self.learning(schedule, start, context, call.device))
 
     def halves(self, was: Any, call: Inputs) -> bool:
@@ -254,6 +262,6 @@ class LearningTransformer(CompiledTransformer):
         super().__init__(model, schedule, backend="eager", plans=4, **more)
         self._engine.carries = carries
 
-    def stand_on(self, numbers: NumbersOf, checkpointing: bool) -> None:
+    def stand_on(self, numbers: NumbersOf, checkpointing: str) -> None:
         """Have runs that begin from now on reuse by `numbers`."""
         self._engine.numbers, self._engine.checkpointing = numbers, checkpointing

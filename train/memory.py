@@ -7,6 +7,7 @@ import inspect
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.counting import CountMacs
+from harmonica_rt.models.blocks import block_lists
 
 from .contexts import ContextWeights, every
 from .natural_gradient import WINDOW
@@ -71,22 +74,25 @@ class StepCost:
     backward_macs: int
 
 
-def count_step(model: nn.Module, arguments: Arguments) -> StepCost:
+def count_step(model: nn.Module, arguments: Arguments, blockwise: bool = False) -> StepCost:
     """Of a forward and a backward pass, counted on a copy whose tensors have shapes and no data.
 
     Args:
         arguments: args and kwargs of one call, the sample first among the forward's parameters.
+        blockwise: keep one block's activations at a time.
     """
     fake = FakeTensorMode()
     with FakeCopyMode(fake):
         model, (args, kwargs) = copy.deepcopy(model), copy.deepcopy(arguments)
     with fake, torch.enable_grad():
-        return counted(model, (args, kwargs))
+        return counted(model, (args, kwargs), blockwise)
 
 
-def counted(model: nn.Module, arguments: Arguments) -> StepCost:
-    """`count_step` of a model that may be run, as on the meta device."""
+def counted(model: nn.Module, arguments: Arguments, blockwise: bool = False) -> StepCost:
+    """`count_step` of a model that may be changed, as one on the meta device."""
     args, kwargs = arguments
+    for block in [block for blocks in block_lists(model).values() for block in blocks] if blockwise else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     samples = samples_of(model, arguments)
     for sample in samples:
         sample.requires_grad_()
@@ -199,7 +205,7 @@ def predict(
     alive = min(schedule.order + 1, computed)  # values whose gradients are being summed up
     rows = min(WINDOW, settings.iterations) * settings.batch
     return Memory(
-        step=step.peak * (1 if settings.checkpointing else computed * contexts),
+        step=step.peak * (computed * contexts if settings.checkpointing == "none" else 1),
         values=(computed + alive) * contexts * values + values,  # those of the step that is recomputed
         numbers=table * (INDEX + 3 * FLOAT * images) + free * FLOAT * (rows + 2 * images),
         samples=schedule.steps * contexts * sample,

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
-from .contexts import CONTEXTS
+from .contexts import CONTEXTS, each, every
 from .memory import Memory
 from .pipeline_task import PipelineTask
 from .record import Record
@@ -62,7 +62,7 @@ def learn(
     validation: int = 16,
     channels: bool | None = None,
     contexts: str = "shared",
-    checkpointing: bool = True,
+    checkpointing: str = "auto",
     lr: float | None = None,
     seed: int = 0,
     inputs: Path | None = None,
@@ -93,7 +93,8 @@ def learn(
         channels: weights per channel; unless given, wherever there are streams.
         contexts: ``"shared"`` learns one set of weights, carries and channels for all contexts of a step; ``"own"`` one
             for each that the pipeline names (``"cond"``, ``"uncond"``), together. What is computed is the same.
-        checkpointing: keep one step's activations at a time.
+        checkpointing: keep one step's activations at a time (``"steps"``), or of it one block's (``"blocks"``), which
+            takes a third longer, or all (``"none"``); ``"auto"``: steps where that fits, else blocks.
         lr: root mean square of the weights' first changes.
         seed: of prompts and noises.
         inputs: folder of pictures and captions, for pipelines that start from a picture.
@@ -135,7 +136,7 @@ def learn(
             validation=validation,
             carry=task.carry,
             channels=learns if channels is None else channels,
-            checkpointing=checkpointing,
+            checkpointing="steps" if checkpointing == "auto" else checkpointing,
             seed=seed,
             **({} if lr is None else {"lr": lr}),
         )
@@ -147,7 +148,12 @@ def learn(
         def of_contexts(schedule: Schedule) -> Schedules:
             return dict.fromkeys(names, schedule) if names else schedule
 
-        on_memory(task.memory(of_contexts(task.schedule(task.spread(target_speedup), order)), settings))
+        wanted = of_contexts(task.schedule(task.spread(target_speedup), order))
+        memory = task.memory(wanted, settings)
+        if checkpointing == "auto" and not memory.fits and task.layout.level != "output":
+            settings = replace(settings, checkpointing="blocks")
+            memory = task.memory(wanted, settings)
+        on_memory(memory)
         asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
         record = Record(checkpoint, resume, task, asked | {"contexts": contexts})
         if record.starts is None:
@@ -161,9 +167,9 @@ def learn(
         raise learned.failure
     if learned.psnr is None:
         return learned.schedule
-    computed = task.computed(learned.schedule)
+    computed = task.computed(every(learned.schedule)[0])
     made = f"{len(computed)} of {task.steps} steps computed, {task.speedup(len(computed)):.2f}x in theory"
-    return learned.schedule.replace(note=f"{made}; {learned.schedule.note}")
+    return each(learned.schedule, lambda own: own.replace(note=f"{made}; {own.note}"))
 
 
 def _starts(task: PipelineTask, speedup: float, order: int, accelerator: Accelerator) -> list[Schedule]:

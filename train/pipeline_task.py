@@ -212,7 +212,7 @@ class PipelineTask:
         call = self.sampled.first_call(some, range(self.size))
         width = self.width if settings.channels else None
         return predict(
-            count_step(models[0], call),
+            count_step(models[0], call, blockwise=settings.checkpointing == "blocks"),
             ContextWeights(schedules, settings.tie, "cpu", settings.carry, width, self.entered),
             settings,
             weights=nbytes(t for model in models for t in (*model.parameters(), *model.buffers())),
@@ -278,7 +278,7 @@ class PipelineStarts(Starts):
         return super().errors(result, start, end) - spread.log()
 
     def result(
-        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: bool = False
+        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: str = "none"
     ) -> Tensor:
         schedule = every(schedules)[0]  # all compute the same, and stand on what `own` says
         own = own_numbers(schedules, self.device) if numbers is None else numbers

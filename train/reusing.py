@@ -16,6 +16,8 @@ from .denoiser import Evaluate, StandIn, TrunkStandIn
 from .reuse import Numbers, anything, combined, fixed, over
 from .task import Trajectory
 
+CHECKPOINTS = ("none", "steps", "blocks")  # what is kept of a run's activations: all, one step's, one block's of a step
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -96,10 +98,10 @@ class Reusing:
 
     Args:
         numbers: as `ReuseWeights` gives them.
-        checkpointing: keep one step's activations only, and recompute the others in the backward pass.
+        checkpointing: one of `CHECKPOINTS`: what is not kept is recomputed in the backward pass. Here blocks is steps.
     """
 
-    def __init__(self, schedule: Schedule, numbers: Numbers, checkpointing: bool = False) -> None:
+    def __init__(self, schedule: Schedule, numbers: Numbers, checkpointing: str = "none") -> None:
         self.schedule, self.numbers, self.checkpointing = schedule, numbers, checkpointing
         self.kept = Kept(((),) * schedule.compute.reshape(schedule.steps, -1).shape[1])
         self.outputs: tuple[Tensor, ...] = ()
@@ -121,7 +123,7 @@ class Reusing:
             branches.fresh = []
             return [run.output(step, x, stand_in, branches.trunk), *branches.fresh]
 
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing != "none" and torch.is_grad_enabled():
             output, *fresh = checkpoint(forward, run.model_input(), branches, use_reentrant=False)
         else:
             output, *fresh = forward(run.model_input(), branches)

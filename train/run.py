@@ -284,7 +284,7 @@ def _settings(request: Request) -> Settings:
 
 
 def _weight_settings(request: Request) -> WeightSettings:
-    given = {"iterations": MOST, "checkpointing": request.checkpointing, **request.settings}
+    given = {"iterations": MOST, "checkpointing": "steps" if request.checkpointing else "none", **request.settings}
     if given.get("target") == "converged":
         given = {"pool": CONVERGED_POOL, **given}
     return WeightSettings(**given)

@@ -152,7 +152,7 @@ class Sampled:
         numbers: Sequence[int],
         schedule: Schedule | None = None,
         stand_on: NumbersOf | None = None,
-        checkpointing: bool = False,
+        checkpointing: str = "none",
         carries: bool = False,
     ) -> Tensor:
         """Latents of these images, [n, ...]; differentiable in what `stand_on` gives.

@@ -51,7 +51,7 @@ class Starts(ABC):
 
     @abstractmethod
     def result(
-        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: bool = False
+        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: str = "none"
     ) -> Tensor:
         """What these runs result in with schedules, differentiable in `numbers`; the schedules' own unless given."""
 
@@ -112,7 +112,7 @@ class TaskStarts(Starts):
         return Trajectory(self.task, self.batch.part(start, end))
 
     def result(
-        self, schedules: Schedule, numbers: NumbersOf | None, start: int, end: int, checkpointing: bool = False
+        self, schedules: Schedule, numbers: NumbersOf | None, start: int, end: int, checkpointing: str = "none"
     ) -> Tensor:
         numbers = own_numbers(schedules, self.device) if numbers is None else numbers
         return Reusing(schedules, numbers(None), checkpointing).run(self.run(start, end))

@@ -22,6 +22,7 @@ from harmonica_rt.compiled import Schedules
 from .contexts import ContextWeights
 from .natural_gradient import NaturalGradient
 from .reuse import TIES
+from .reusing import CHECKPOINTS
 from .starts import Starts, decibels, mean, starts_of
 from .stopping import never
 from .task import Task
@@ -47,7 +48,7 @@ class WeightSettings:
         lr: how far the first steps go: root mean square of the weights' changes.
         tie: as in `ReuseWeights`.
         carry, channels: whether carries, and weights per channel, are learned too.
-        checkpointing: as in `Reusing`.
+        checkpointing: one of `CHECKPOINTS`, as in `Reusing`.
         seed: of the starts.
     """
 
@@ -63,11 +64,11 @@ class WeightSettings:
     tie: str = "none"
     carry: bool = False
     channels: bool = False
-    checkpointing: bool = False
+    checkpointing: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("tie", TIES)):
+        for name, allowed in (("target", TARGETS), ("tie", TIES), ("checkpointing", CHECKPOINTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         for name in ("iterations", "batch", "accumulate", "pool", "validation", "every"):

@@ -54,7 +54,7 @@ def _iteration(
         task = PipelineTask(sampled, Generation(pipeline, **call), level, groups, 1)
         schedule = task.schedule(task.spread(SPEEDUP), ORDER)
         settings = WeightSettings(
-            iterations=1, batch=1, pool=1, carry=task.carry, channels=channels, checkpointing=True
+            iterations=1, batch=1, pool=1, carry=task.carry, channels=channels, checkpointing="steps"
         )
         started = time.perf_counter()
         memory = task.memory(schedule, settings)
@@ -65,7 +65,7 @@ def _iteration(
 
         def iterate() -> None:
             change = weights.change.repeat(1, 1).requires_grad_()
-            errors = starts.errors(starts.result(schedule, weights(change), 0, 1, True), 0, 1)
+            errors = starts.errors(starts.result(schedule, weights(change), 0, 1, "steps"), 0, 1)
             (gradient,) = torch.autograd.grad(errors.sum(), change)
             assert gradient.isfinite().all(), "expected a finite gradient"
 
