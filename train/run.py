@@ -274,7 +274,7 @@ def _cut_first(task: Task, budget: Budget, order: int, accelerator: Accelerator)
 
 
 def _settings(request: Request) -> Settings:
-    """SDT starts from every second step unless told otherwise: worth 5 dB at 60 iterations (train/README.md)."""
+    """SDT starts from every second step unless told otherwise: worth 5 dB at 60 iterations (train/STUDY.md)."""
     named = {name: getattr(request, name) for name in ("objective", "target_speedup", "target_cur", "init", "order")}
     chosen = request.settings | {name: value for name, value in named.items() if value is not None}
     if request.paper:

@@ -35,7 +35,7 @@ class LossNotFinite(FloatingPointError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to learn. The defaults are what worked best in train/README.md; `paper()` is as published.
+    """How to learn. The defaults are what worked best in train/STUDY.md; `paper()` is as published.
 
     Attributes:
         objective: "sdt" or "l2c".

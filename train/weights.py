@@ -30,7 +30,8 @@ from .trainer import TRAIN_SEED, LossNotFinite
 
 TARGETS = ("full", "converged")
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
-WARM_UP = 3  # iterations
+SEARCHED = 10  # iterations after which the steps' length is looked for anew
+FIRST, LATER = (3.0, 1.0, 1 / 3, 1 / 9, 1 / 27, 1 / 81), (3.0, 1.0, 1 / 3)  # times the length of before: what is tried
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class WeightSettings:
         accumulate: backward passes an iteration is split into.
         pool: starts that are drawn once; their targets are computed once each.
         validation: further starts, on which the best weights so far are told; `every` iterations.
-        lr: how far the first steps go: root mean square of the weights' changes.
+        lr: root mean square of the weights' changes in a step, from which the steps' length is looked for.
         tie: as in `ReuseWeights`.
         carry, channels: whether carries, and weights per channel, are learned too.
         checkpointing: one of `CHECKPOINTS`, as in `Reusing`.
@@ -119,7 +120,7 @@ class TrainerState:
     """Where a trainer is, to go on from.
 
     Attributes:
-        change, best: as in the trainer.
+        change, best, length: as in the trainer.
         gradient: the natural gradient's own.
         minutes: of its settings.
     """
@@ -127,6 +128,7 @@ class TrainerState:
     change: Tensor
     best: Judged
     gradient: dict[str, Tensor]
+    length: float
     iteration: int
     seconds: float
     minutes: float | None
@@ -136,7 +138,7 @@ class TrainerState:
         return own | {f"gradient.{name}": tensor for name, tensor in self.gradient.items()}
 
     def numbers(self) -> dict[str, float | None]:
-        return {"iteration": self.iteration, "seconds": self.seconds, "minutes": self.minutes}
+        return {name: getattr(self, name) for name in ("length", "iteration", "seconds", "minutes")}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> TrainerState:
@@ -157,6 +159,7 @@ class WeightTrainer:
 
     Attributes:
         best: the weights that did best on the validation's runs so far, those of the start at first.
+        length: of a step, root mean square of the weights' changes, before it falls to 0 over the iterations.
     """
 
     def __init__(
@@ -186,7 +189,7 @@ class WeightTrainer:
         seed = TRAIN_SEED + settings.seed * 1_000_003
         self.starts = starts or starts_of(task, settings.target, settings.pool, seed)
         self.validation = validation or starts_of(task, settings.target, settings.validation, seed + VALIDATION_SEED)
-        self.iteration, self.seconds = 0, 0.0
+        self.length, self.iteration, self.seconds = settings.lr, 0, 0.0
         for done in self.validation.prepare(self.accelerator):
             on_target(done)
         if state is None:
@@ -226,8 +229,8 @@ class WeightTrainer:
 
     def state(self) -> TrainerState:
         """To go on from."""
-        gradient, minutes = self.gradient.state(), self.settings.minutes
-        return TrainerState(self.weights.change, self.best, gradient, self.iteration, self.seconds, minutes)
+        where = self.length, self.iteration, self.seconds, self.settings.minutes
+        return TrainerState(self.weights.change, self.best, self.gradient.state(), *where)
 
     def _load(self, state: TrainerState) -> None:
         expected, got = len(self.weights.change), len(state.change)
@@ -240,7 +243,7 @@ class WeightTrainer:
         self.weights.change = own(state.change)
         self.best = Judged(own(state.best.change), own(state.best.errors))
         self.gradient.load({name: own(tensor) for name, tensor in state.gradient.items()})
-        self.iteration, self.seconds = state.iteration, state.seconds
+        self.length, self.iteration, self.seconds = state.length, state.iteration, state.seconds
 
     def schedule(self) -> Schedules:
         """The schedule with the best weights so far."""
@@ -276,7 +279,7 @@ class WeightTrainer:
     def _iterate(self, share: float) -> Tensor:
         """One step of the weights; its runs' errors with the weights as they were, dB."""
         gradients, errors = [], []
-        for start, end in self._parts():
+        for start, end in self._parts(self.iteration):
             change = self.weights.change.repeat(end - start, 1).requires_grad_()
             with self.accelerator.autocast():
                 numbers, checkpointing = self.weights(change), self.settings.checkpointing
@@ -289,18 +292,31 @@ class WeightTrainer:
             raise LossNotFinite(
                 f"iteration {self.iteration}: the gradient is not finite (errors {torch.cat(errors).tolist()} dB)"
             )
-        length = self.settings.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-        length *= min(1.0, (self.iteration + 1) / WARM_UP)
-        self.weights.change -= length * self.gradient.direction(rows)
+        direction, falling = self.gradient.direction(rows), 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        if self.iteration % SEARCHED == 0:
+            tried = [self.length * times for times in (LATER if self.iteration else FIRST)]
+            self.length = min(tried, key=lambda length: self._tried(self.weights.change - falling * length * direction))
+        self.weights.change -= falling * self.length * direction
         if self.ranks > 1:  # devices of different kinds round differently
             self.weights.change = broadcast(self.weights.change)
         return torch.cat(errors)
 
-    def _parts(self) -> list[tuple[int, int]]:
-        """Which starts this process runs in the iteration."""
+    @torch.no_grad()
+    def _tried(self, change: Tensor) -> float:
+        """Mean error, dB, of the runs that come next, of which the gradients know nothing."""
+        errors = []
+        for start, end in self._parts(self.iteration + 1):
+            with self.accelerator.autocast():
+                result = self.starts.result(self.weights.schedule, self.weights(change), start, end)
+            errors.append(decibels(self.starts.errors(result, start, end)))
+        error = mean(self.accelerator.gather(torch.cat(errors)))
+        return error if math.isfinite(error) else math.inf
+
+    def _parts(self, iteration: int) -> list[tuple[int, int]]:
+        """Which starts this process runs in an iteration."""
         settings = self.settings
         size = settings.batch // settings.accumulate // self.ranks
-        first = self.iteration % (len(self.starts) // settings.batch) * settings.batch
+        first = iteration % (len(self.starts) // settings.batch) * settings.batch
         parts = [first + (part * self.ranks + self.rank) * size for part in range(settings.accumulate)]
         return [(start, start + size) for start in parts]
 

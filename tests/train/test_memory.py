@@ -55,7 +55,7 @@ def test_what_is_predicted_is_what_is_held(name: str, level: str, kept: str) -> 
         with Live(parts) as live:
             iterate()
     assert memory.weights == nbytes(parts)
-    assert memory.working == pytest.approx(live.peak, rel=0.15)
+    assert memory.working == pytest.approx(live.peak, rel=0.2)
 
 
 class Line(nn.Module):
