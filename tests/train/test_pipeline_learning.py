@@ -27,7 +27,7 @@ from harmonica_rt.train.pipeline_task import MET, PipelineTask
 from harmonica_rt.train.reusing import CHECKPOINTS
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.starts import TaskStarts
-from harmonica_rt.train.task import Task, class_labels
+from harmonica_rt.train.task import Batch, Task
 from harmonica_rt.train.weights import VALIDATION_SEED
 
 from ..pipelines.folders import (
@@ -188,9 +188,10 @@ def test_contexts_of_equal_weights_are_as_shared_ones() -> None:
             run({"cond": schedule})
 
 
-def test_gradients_are_those_of_the_task() -> None:
-    """The loop in train/ and DiTPipeline's own, from the same noises and labels."""
-    generation = generation_of("dit")
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_gradients_are_those_of_the_task(name: str) -> None:
+    """The loop in train/ and the pipelines' own, from the same noises and labels or prompts."""
+    generation = generation_of(name)
     pipeline, sampled = generation.pipeline, Sampled(generation.pipeline)
     with sampled.ready():
         task = PipelineTask(sampled, generation, "branches", size=2)
@@ -199,18 +200,28 @@ def test_gradients_are_those_of_the_task() -> None:
         change = torch.zeros(2, len(weights.change), requires_grad=True)
         result = starts.result(schedule, weights(change), 0, 2)
         (through,) = torch.autograd.grad(starts.errors(result, 0, 2).sum(), change)
-    model = pipeline.transformer
-    own = Task(model, pipeline.scheduler, STEPS, 3.0, class_labels(model))
+    model, arguments = pipeline.transformer, starts.generation.arguments(range(2))
+    groups = conditions_of(pipeline, arguments)
+    own = Task(model, pipeline.scheduler, STEPS, 3.0, lambda count, generator: groups)
     by_hand = TaskStarts(own, "full", 2, 5)
-    arguments = starts.generation.arguments(range(2))
-    size = model.config.sample_size
+    size = arguments.get("height", model.config.sample_size)
     noise = [torch.randn(1, 4, size, size, generator=generator) for generator in arguments["generator"]]
-    labels = torch.tensor(arguments["class_labels"])
-    nulls = torch.full_like(labels, 1000)
-    by_hand.batch = type(by_hand.batch)(torch.cat(noise), (labels,), (nulls,), (0, 1))
+    by_hand.batch = Batch(torch.cat(noise), *groups, (0, 1))
     expected_result = by_hand.result(schedule, weights(change), 0, 2)
     (expected,) = torch.autograd.grad(by_hand.errors(expected_result, 0, 2).sum(), change)
-    assert relative(through, expected) < 1e-4
+    scale = pipeline.vae.config.scaling_factor if name == "dit" else 1.0  # its latents are what it decodes
+    assert relative(scale * result, expected_result) < 1e-5
+    assert relative(through, expected) < 1e-5
+
+
+def conditions_of(pipeline: Any, arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the pipeline's call gives its model, with and without guidance."""
+    if "class_labels" in arguments:
+        labels = torch.tensor(arguments["class_labels"])
+        return (labels,), (torch.full_like(labels, 1000),)
+    with torch.no_grad():
+        states, mask, null_states, null_mask = pipeline.encode_prompt(arguments["prompt"], negative_prompt="")
+    return (states, mask), (null_states, null_mask)
 
 
 @pytest.mark.usefixtures("short")
