@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .kernels.combine_torch import combine_eager
 from .models import UnsupportedModelError
+from .models.base import NoCarryError
 from .program import Addend, Combine
 
 Sum = Callable[[list[Tensor], list[float], list[int], Tensor | None, int], Tensor]
@@ -202,7 +203,7 @@ class Entry:
             return self.chain[leaf]
         if not alike:
             got = ", ".join(sorted({kind_of(t) for t in self.x if is_stream(t)})) or "none"
-            raise UnsupportedModelError(
+            raise NoCarryError(
                 f"carry: expected among the arguments of {self.name}'s first block a stream {kind_of(stream)} as it "
                 f"returns, got {got}; a carry of 0 needs none"
             )

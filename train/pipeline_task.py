@@ -13,6 +13,7 @@ from harmonica_rt.checks import may_carry
 from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
 from harmonica_rt.models import layout_of
+from harmonica_rt.models.base import NoCarryError
 from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.schedule import Schedule
 
@@ -39,6 +40,7 @@ class PipelineTask:
 
     Attributes:
         steps: T, of the pipeline's scheduler.
+        carry: whether carries are learned: at level blocks, where the streams after groups are those that go in.
         costs: MACs of a step; equal shares where they cannot be counted.
         width: channels of the streams; None at level output.
         contexts: that the calls of a step are of: their names, numbers where the pipeline names none.
@@ -237,7 +239,11 @@ class PipelineTask:
         """Of one image's step; learns what the groups are, which refuses a model that cannot be reused so."""
         probe = self.schedule([0], 0)
         with torch.no_grad():
-            self.sampled.run(self.generation, [0], probe, carries=self.carry)
+            try:
+                self.sampled.run(self.generation, [0], probe, carries=self.carry)
+            except NoCarryError:  # weights alone are learned
+                self.carry = False
+                self.sampled.run(self.generation, [0], probe)
         models = [getattr(self.sampled.pipeline, name) for name in self.sampled.denoisers]
         self.contexts = tuple(dict.fromkeys(context for model in models for context in model._runs))
         model = models[0]

@@ -328,6 +328,10 @@ class UnsupportedModelError(TypeError):
     """The model is of a class, or built in a way, that no adapter can express."""
 
 
+class NoCarryError(UnsupportedModelError):
+    """What a group returns is none of the streams that go into it: it can be reused, but not with a carry."""
+
+
 def join_rows(parameters: list[nn.Parameter]) -> Tensor:
     """One [sum of rows, ...] tensor over `parameters`, which become views of it unless they are neighbours already."""
     first = parameters[0]

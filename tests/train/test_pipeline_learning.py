@@ -301,6 +301,15 @@ def test_contexts_that_have_no_weights_of_their_own_are_refused() -> None:
     refused(text_flux(), r"contexts: expected one of \('shared', 'own'\), got 'both'", contexts="both", **small)
 
 
+@pytest.mark.usefixtures("short")
+def test_groups_that_cannot_carry_learn_weights_alone() -> None:
+    """Chroma's last blocks return text and image as one stream, which no block takes at first."""
+    pipeline = ChromaPipeline(**chroma().components | {"text_encoder": t5(), "tokenizer": t5_tokenizer()})
+    options = {"iterations": 2, "batch": 2, "validation": 2, "num_inference_steps": STEPS, **SMALL}
+    schedule = hrt.learn(pipeline, ["a cat"], target_speedup=1.5, **options)
+    assert schedule.level == "blocks" and not schedule.carry.any()
+
+
 def test_captions_of_our_own() -> None:
     captions = own_captions()
     assert len(captions) == len(set(captions)) == 200 and all(3 <= len(caption.split()) <= 16 for caption in captions)
