@@ -31,7 +31,7 @@ from .trainer import TRAIN_SEED, LossNotFinite
 TARGETS = ("full", "converged")
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
 SEARCHED = 10  # iterations after which the steps' length is looked for anew
-FIRST, LATER = (3.0, 1.0, 1 / 3, 1 / 9, 1 / 27, 1 / 81), (3.0, 1.0, 1 / 3)  # times the length of before: what is tried
+RUNG, MOST = 3.0, 5  # times shorter or longer than the length before: a step of the search, and how many of them
 
 
 @dataclass(frozen=True)
@@ -294,12 +294,24 @@ class WeightTrainer:
             )
         direction, falling = self.gradient.direction(rows), 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         if self.iteration % SEARCHED == 0:
-            tried = [self.length * times for times in (LATER if self.iteration else FIRST)]
-            self.length = min(tried, key=lambda length: self._tried(self.weights.change - falling * length * direction))
+            self.length = self._searched(falling * direction)
         self.weights.change -= falling * self.length * direction
         if self.ranks > 1:  # devices of different kinds round differently
             self.weights.change = broadcast(self.weights.change)
         return torch.cat(errors)
+
+    def _searched(self, direction: Tensor) -> float:
+        """The best length of a step, going shorter or longer as long as that is better."""
+        best, error = self.length, self._tried(self.weights.change - self.length * direction)
+        for times in (1 / RUNG, RUNG):
+            for rung in range(1, MOST + 1):
+                length = self.length * times**rung
+                if (own := self._tried(self.weights.change - length * direction)) >= error:
+                    break
+                best, error = length, own
+            if best != self.length:
+                break
+        return best
 
     @torch.no_grad()
     def _tried(self, change: Tensor) -> float:

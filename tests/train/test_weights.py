@@ -119,7 +119,7 @@ def test_checkpointing_changes_no_gradient(trunk: bool) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
-def test_steps_warm_up_and_fall_to_nothing() -> None:
+def test_steps_fall_to_nothing() -> None:
     task = make_task()
     trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT))
     lengths = []
@@ -127,14 +127,38 @@ def test_steps_warm_up_and_fall_to_nothing() -> None:
         before = trainer.weights.change.clone()
         trainer._iterate(share)
         trainer.iteration += 1
-        lengths.append((trainer.weights.change - before).square().mean().sqrt().item())
-    assert lengths == pytest.approx([0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.01, 0.0], abs=1e-6)
+        lengths.append((trainer.weights.change - before).square().mean().sqrt().item() / trainer.length)
+    assert lengths == pytest.approx([1, 1, 1, 1, 0.5, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("lr", [30.0, 1e-4])
+def test_the_length_of_steps_is_looked_for(lr: float) -> None:
+    """On the runs that come next, and again every 10 iterations."""
+    task = make_task()
+    trainer = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "lr": lr}))
+    errors: dict[float, float] = {}
+    tried = trainer._tried
+
+    def note(change: torch.Tensor) -> float:
+        length = (trainer.weights.change - change).square().mean().sqrt().item()
+        errors[round(length / lr, 4)] = tried(change)
+        return errors[round(length / lr, 4)]
+
+    trainer._tried = note
+    trainer._iterate(0.0)
+    best = min(errors, key=errors.get)
+    assert trainer.length == pytest.approx(lr * best, rel=0.02) and len(errors) > 3
+    assert best < 1 if lr > 1 else best > 1
+    trainer._tried, count = tried, len(errors)
+    learned = trainer.run()
+    assert len(errors) == count
+    assert judge(trainer.validation, learned) < judge(trainer.validation, uniform(task))
 
 
 def test_iterations_go_round_the_pool() -> None:
     task, seen = make_task(), []
     trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT, accumulate=2))
-    run = trainer.starts.run
+    run, trainer._searched = trainer.starts.run, lambda direction: trainer.length
     trainer.starts.run = lambda start, end: seen.append((start, end)) or run(start, end)
     trainer.run()
     assert seen == [(0, 2), (2, 4), (4, 6), (6, 8)] * 6
@@ -238,6 +262,7 @@ def test_the_best_weights_are_kept(lr: float) -> None:
     compute[-1] = False  # which hardly reaches the image: long steps do harm
     schedule = uniform(task).replace(compute=compute)
     trainer = WeightTrainer(task, schedule, WeightSettings(**{**SHORT, "lr": lr, "every": 1}))
+    trainer._searched = lambda direction: lr
     learned = trainer.run(seen.append)
     judged = [p.judged for p in seen]
     assert judged == sorted(judged, reverse=True)
