@@ -186,7 +186,10 @@ def learn(
     ] = 1,
     channels: Annotated[
         Channels,
-        typer.Option(help="Weights per channel; auto: where --out is .safetensors.", rich_help_panel=own.PANEL),
+        typer.Option(
+            help="Weights per channel; auto: where they help, in a .safetensors.",
+            rich_help_panel=own.PANEL,
+        ),
     ] = Channels.auto,
     contexts: Annotated[
         Contexts,

@@ -79,6 +79,7 @@ def learn(
     stopped: Callable[[], bool] = never,
     on_better: Callable[[Schedules], None] = lambda schedule: None,
     record: Record | None = None,
+    plain: bool = False,
 ) -> Learned:
     """Learn what to compute and with what weights to reuse the rest.
 
@@ -91,13 +92,15 @@ def learn(
         moves: most moves of what is computed to judge.
         on_better: told each schedule that is better than those before it, and than the forecast.
         record: where it is kept, to go on from with the same result; `starts` are then its own. Not with moves.
+        plain: try the first start without weights per channel, too; where that is better, nothing has them.
     """
     check_minutes(minutes)
     accelerator, record = accelerator or Accelerator(cpu=task.device.type == "cpu"), record or Record()
     if moves > 0 and record.path is not None:
         raise ValueError(f"checkpoint: expected moves of 0 to go on from one, got {moves}")
     kept, record.starts = record.kept, starts
-    course = kept.course if kept else Course(0, 0, 0, math.nan, math.inf, 0.0, 0.0)
+    course = kept.course if kept else Course(0, 0, settings.channels, 0, math.nan, math.inf, 0.0, 0.0)
+    tries = [starts[0], *starts] if plain else [*starts]
     began = time.perf_counter() - course.seconds
     iterations, forecast, reached, judging = course.iterations, course.forecast, course.reached, course.judging
 
@@ -134,19 +137,20 @@ def learn(
 
         def whole() -> Kept:
             spent = time.perf_counter() - began
-            now = Course(at, leader, iterations, forecast, reached, judging, spent)
+            now = Course(at, leader, channels, iterations, forecast, reached, judging, spent)
             return Kept(now, replace(best.state(), gradient={}), own.state())
 
         return lambda now: record.keep(now, whole) if accelerator.is_main_process else None
 
     if moves > 0 and any(trunk_beside(own.groups) for start in starts for own in every(start)):
         raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
-    race, searched = (RACE if len(starts) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
+    race, searched = (RACE if len(tries) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
     trial = min(TRIAL, settings.iterations)
     first = replace(settings, iterations=trial, every=trial)
     try:
-        leader, told = course.leader, {"on_target": targets, "on_better": better}
-        trainer = WeightTrainer(task, starts[leader], first, accelerator, **told, state=kept and kept.best)
+        leader, channels, told = course.leader, course.channels, {"on_target": targets, "on_better": better}
+        own = replace(first, channels=channels)
+        trainer = WeightTrainer(task, tries[leader], own, accelerator, **told, state=kept and kept.best)
     except EndedEarly:
         return _nothing(starts[0], settings, time.perf_counter() - began)
     if kept is None:
@@ -160,16 +164,19 @@ def learn(
 
     search = failure = None
     try:
-        for k in range(course.at, len(starts) if race else 0):
-            part, minutes_each = race / len(starts), left(race, len(starts) - k)
-            phase = f"start {k + 1} of {len(starts)}"
+        for k in range(course.at, len(tries) if race else 0):
+            part, minutes_each, per_channel = race / len(tries), left(race, len(tries) - k), channels
+            phase = f"start {k + 1} of {len(tries)}"
+            if plain and k == 1:
+                phase, per_channel = f"{phase}, no weights per channel", False
             show(k * part, phase, trainer.best.mean)
-            tried = going_on(k, starts[k], replace(trainer.settings, minutes=minutes_each))
+            tried = going_on(k, tries[k], replace(first, channels=per_channel, minutes=minutes_each))
             tried.run(weights(k * part, (k + 1) * part, phase), stopped, keeps(k, trainer, tried))
             iterations += tried.iteration
-            if k > 0 and tried.best.mean >= trainer.best.mean:
+            if k == 0 or tried.best.mean < trainer.best.mean:
+                trainer, leader, channels = tried, k, per_channel
+            elif not (plain and k == 1):
                 break
-            trainer, leader = tried, k
             if stopped():
                 break
         if moves > 0 and not stopped():
@@ -183,8 +190,8 @@ def learn(
             )
         if not stopped():
             show(race + searched, "weights", trainer.best.mean)
-            best, at = trainer, len(starts)
-            trainer = going_on(at, best.schedule(), replace(settings, minutes=left(1.0)))
+            best, at = trainer, len(tries)
+            trainer = going_on(at, best.schedule(), replace(settings, channels=channels, minutes=left(1.0)))
             trainer.run(weights(race + searched, 1.0, "weights"), stopped, keeps(at, best, trainer))
             iterations += trainer.iteration
     except LossNotFinite as error:

@@ -90,7 +90,7 @@ def learn(
         minutes: to learn for; 15 unless `iterations` are given.
         batch: images an iteration, in `accumulate` calls of the pipeline.
         validation: images that tell the best weights.
-        channels: weights per channel; unless given, wherever there are streams.
+        channels: weights per channel; unless given, where there are streams and they are better on what is held out.
         contexts: ``"shared"`` learns one set of weights, carries and channels for all contexts of a step; ``"own"`` one
             for each that the pipeline names (``"cond"``, ``"uncond"``), together. What is computed is the same.
         checkpointing: keep one step's activations at a time (``"steps"``), or of it one block's (``"blocks"``), which
@@ -162,7 +162,8 @@ def learn(
         else:
             starts, task.start = record.starts, tuple(record.chosen["start"])
         starts, told = [of_contexts(start) for start in starts], (on_progress, stopped, on_better)
-        learned = learning.learn(task, starts, settings, minutes, 0, accelerator, *told, record)
+        plain = channels is None and learns
+        learned = learning.learn(task, starts, settings, minutes, 0, accelerator, *told, record, plain)
     if learned.failure is not None:
         raise learned.failure
     if learned.psnr is None:

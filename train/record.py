@@ -28,8 +28,9 @@ class Course:
     """How far a learning is, besides its trainers.
 
     Attributes:
-        at: the start whose turn it is; how many starts there are once the best one's weights learn.
-        leader: which start was best of those before.
+        at: the try whose turn it is; how many tries of starts there are once the best one's weights learn.
+        leader: which try was best of those before.
+        channels: whether it has weights per channel.
         iterations: of all trainers before.
         forecast, reached: dB, of the forecast's weights and of the best schedule told.
         judging: seconds that the verdict takes.
@@ -38,6 +39,7 @@ class Course:
 
     at: int
     leader: int
+    channels: bool
     iterations: int
     forecast: float
     reached: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -28,7 +29,7 @@ from harmonica_rt.train.reusing import CHECKPOINTS
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.starts import TaskStarts
 from harmonica_rt.train.task import Batch, Task
-from harmonica_rt.train.weights import VALIDATION_SEED
+from harmonica_rt.train.weights import VALIDATION_SEED, WeightTrainer
 
 from ..pipelines.folders import (
     labelled_dit,
@@ -240,15 +241,38 @@ def test_learning_is_better_than_the_forecast_and_leaves_the_pipeline_alone(leve
     )  # fmt: skip
     reached, forecast = (float(text.split(" ")[-1]) for text in _verdict(schedule.note))
     assert reached > forecast + 0.5 and better and schedule.learned
-    assert (schedule.channels is not None) == (level == "auto") and schedule.level == ("blocks", "output")[
-        level != "auto"
-    ]
+    assert schedule.level == ("blocks", "output")[level != "auto"]
     assert {k: v for k, v in vars(pipeline).items() if k in before and v is not before[k]}.keys() <= {
         "_guidance_scale", "_num_timesteps", "_current_timestep", "_joint_attention_kwargs", "_interrupt",
     }  # fmt: skip
     assert [p.requires_grad for p in pipeline.transformer.parameters()] == wanted
     assert not any(p.grad is not None for p in pipeline.transformer.parameters())
     assert pipeline(["a cat"], num_inference_steps=2, output_type="latent", **call)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("help_", [True, False])
+def test_weights_per_channel_are_learned_where_they_help(help_: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is held out, after as many iterations of the first start with them as without."""
+    make, call = CALLS["flux"]
+    seen: list[tuple[str, bool]] = []
+    run = WeightTrainer.run
+
+    def spied(trainer: WeightTrainer, *args: Any) -> Any:
+        result = run(trainer, *args)
+        seen.append((trainer.weights.schedule.compute.tobytes(), trainer.settings.channels))
+        worse = 0.0 if trainer.settings.channels == help_ else 100.0
+        trainer.best = dataclasses.replace(trainer.best, errors=trainer.best.errors + worse)
+        return result
+
+    monkeypatch.setattr(WeightTrainer, "run", spied)
+    options = {"iterations": 2, "batch": 2, "validation": 2, "num_inference_steps": STEPS, **call}
+    hrt.learn(make(), ["a cat"], target_speedup=1.5, **options)
+    assert [channels for _, channels in seen[:2]] == [True, False] and seen[0][0] == seen[1][0]
+    assert all(channels == help_ for _, channels in seen[2:]) and len(seen) > 2
+    seen.clear()
+    hrt.learn(make(), ["a cat"], target_speedup=1.5, channels=True, **options)
+    assert all(channels for _, channels in seen)
 
 
 def _verdict(note: str) -> tuple[str, str]:
