@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harmonica_rt.report import Report
+from harmonica_rt.report import Report, theoretical_speedup
 
 
 def theoretical(report: Report) -> float:
@@ -15,7 +15,7 @@ def theoretical(report: Report) -> float:
         raise ValueError("theoretical speed-up: expected a report after a run, got one without a plan")
     if uncounted := next((plan.uncounted for plan in report.plans if not plan.macs), None):
         raise ValueError(f"theoretical speed-up: expected counted MACs, got none: {uncounted}")
-    return sum(plan.full_macs for plan in report.plans) / sum(plan.macs for plan in report.plans)
+    return theoretical_speedup([report])
 
 
 def slot_bytes(report: Report) -> int:

@@ -19,6 +19,7 @@ from .models import UnsupportedModelError
 from .peak_memory import PeakMemory
 from .pictures import Frames, middle, perceptual_distance, psnr_of, samples_of, ssim_of
 from .pipeline_copies import another, model_offload, without_model_offload
+from .report import theoretical_speedup
 from .schedule import Schedule
 from .schedule_specs import files_of, parse_schedule
 from .schedule_text import headline
@@ -159,8 +160,7 @@ class _Candidate:
         row.note = "; ".join(dict.fromkeys(f"fell back to eager: {r.fallback}" for r in reports if r.fallback))
         row.slots, row.slot_bytes = sum(plan.slots for plan in plans), sum(plan.slot_bytes for plan in plans)
         self.held = row.slot_bytes + sum(plan.modulation_bytes for plan in plans)
-        if plans and all(plan.macs for plan in plans):
-            row.theory = sum(plan.full_macs for plan in plans) / sum(plan.macs for plan in plans)
+        row.theory = theoretical_speedup(reports)
 
 
 def _candidate(name: str, pipe: Any, schedule: Any, steps: int, backend: str) -> _Candidate:

@@ -205,7 +205,7 @@ class CompiledTransformer(ModelFace):
 
     def report(self) -> Report:
         """Level, and what the plans made so far cost: slots, bytes, launches, MACs, compile time."""
-        plans = tuple(describe_plan(plan, context) for (context, *_), plan in self._plans.items())
+        plans = tuple(describe_plan(plan, context, start) for (context, _, start), plan in self._plans.items())
         level = self._sampling.schedules[0].level
         compiled = None if self._engine.compiled is None else self._engine.compiled.report()
         finer, fallback = no_finer(self.model, level), self._engine.fallback

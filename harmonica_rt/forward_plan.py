@@ -394,16 +394,18 @@ class ForwardPlan:
         return 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
 
     @property
-    def run_macs(self) -> tuple[int, int] | None:
-        """Multiply-accumulates of a run, with the schedule and without."""
+    def counted(self) -> tuple[tuple[int, ...], int] | None:
+        """Multiply-accumulates of each step of the program, and of one that computes everything."""
         if self.macs is None:
             return None
         full, entries = self.macs
-        run = 0
-        for step in self.program.steps:
-            if isinstance(step, ForwardStep):
-                run += full - sum(macs for k, macs in entries.items() if not isinstance(step.entries[k], Keep))
-        return run, full * len(self.program.steps)
+        reused = [
+            sum(macs for k, macs in entries.items() if not isinstance(step.entries[k], Keep))
+            if isinstance(step, ForwardStep)
+            else full
+            for step in self.program.steps
+        ]
+        return tuple(full - macs for macs in reused), full
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,16 @@ class PlanReport:
         backend: the one that runs it.
         level: of its schedule.
         context: which of the calls within a step it serves: a name, or a number in their order.
-        steps, computed, reused: denoiser calls of a run; entries computed and reused (at level output, outputs).
+        start: step of the sampler at which its runs are entered.
+        steps, computed, reused: denoiser calls of a run, to the sampler's last step; entries computed and reused (at
+            level output, outputs).
         slots, slot_bytes: values held between steps.
         modulation_bytes: modulation rows held for the steps ahead.
         model_bytes: the model's weights, for comparison.
         launches: dispatched non-view ops or compiled kernels of each step; modulation, once a run, is apart, and a
             branch that is a call of the model's own modules counts as one. None where the model's own forward runs.
-        macs, full_macs: multiply-accumulates of a run, with the schedule and without; None where they were not counted.
+        step_macs, full_step_macs: multiply-accumulates of each step, and of one that computes everything; None where
+            they were not counted.
         uncounted: why they were not.
         seconds: time it took to make the plan, compilation and capture included.
         graphs: captured graphs, or 0.
@@ -38,6 +41,7 @@ class PlanReport:
     backend: str
     level: str
     context: Hashable
+    start: int
     steps: int
     computed: int
     reused: int
@@ -46,13 +50,23 @@ class PlanReport:
     modulation_bytes: int
     model_bytes: int
     launches: tuple[int, ...] | None
-    macs: int | None
-    full_macs: int | None
+    step_macs: tuple[int, ...] | None
+    full_step_macs: int | None
     seconds: float
     graphs: int = 0
     graph_seconds: float | None = None
     launch_seconds: float | None = None
     uncounted: str | None = None
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of a run; None where they were not counted."""
+        return None if self.step_macs is None else sum(self.step_macs)
+
+    @property
+    def full_macs(self) -> int | None:
+        """The same of a run that computes everything."""
+        return None if self.full_step_macs is None else self.steps * self.full_step_macs
 
     def __str__(self) -> str:
         share = 100 * self.slot_bytes / self.model_bytes if self.model_bytes else 0.0
@@ -108,21 +122,41 @@ class Report:
         return "\n".join(lines + [str(plan) for plan in self.plans] if self.plans else [*lines, "no plan made yet"])
 
 
-def describe_plan(plan: Any, context: Hashable) -> PlanReport:
-    return _describe_forward(plan, context) if isinstance(plan, ForwardPlan) else _describe_branches(plan, context)
+def theoretical_speedup(reports: Sequence[Report]) -> float | None:
+    """By multiply-accumulates, of a pipeline's run; None where they were not counted.
+
+    Args:
+        reports: of its denoisers. One that another goes on from runs the steps until then.
+    """
+    plans = [(number, plan) for number, report in enumerate(reports) for plan in report.plans]
+    if not plans or any(not plan.macs for _, plan in plans):
+        return None
+    macs = full = 0
+    for number, plan in plans:
+        later = (other.start - plan.start for by, other in plans if by != number and other.start > plan.start)
+        own = plan.step_macs[: min(later, default=plan.steps)]
+        macs, full = macs + sum(own), full + len(own) * plan.full_step_macs
+    return full / macs
 
 
-def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
+def describe_plan(plan: Any, context: Hashable, start: int) -> PlanReport:
+    """Of a plan whose runs are of `context` and entered at step `start`."""
+    describe = _describe_forward if isinstance(plan, ForwardPlan) else _describe_branches
+    return describe(plan, context, start)
+
+
+def _describe_forward(plan: ForwardPlan, context: Hashable, start: int) -> PlanReport:
     program = plan.program
     calls = [step for step in program.steps if isinstance(step, ForwardStep)]
     total = len(program.steps) * len(program.slots) if program.slots else len(program.steps)
     computed = program.computed if program.slots else len(calls)
-    macs = plan.run_macs or (None, None)
+    step_macs, full_step_macs = plan.counted or (None, None)
     return PlanReport(
         shape=str(plan.shape),
         backend=plan.backend,
         level="blocks" if program.slots else "output",
         context=context,
+        start=start,
         steps=len(program.steps),
         computed=computed,
         reused=total - computed,
@@ -131,28 +165,32 @@ def _describe_forward(plan: ForwardPlan, context: Hashable) -> PlanReport:
         modulation_bytes=0,
         model_bytes=plan.model_bytes,
         launches=None,
-        macs=macs[0],
-        full_macs=macs[1],
+        step_macs=step_macs,
+        full_step_macs=full_step_macs,
         uncounted=plan.uncounted,
         seconds=plan.seconds,
         graphs=0 if plan.graphs is None else len(plan.graphs.graphs),
     )
 
 
-def _describe_branches(plan: Plan, context: Hashable) -> PlanReport:
+def _describe_branches(plan: Plan, context: Hashable, start: int) -> PlanReport:
     shape, program, adapter = plan.shape, plan.program, plan.adapter
     macs = adapter.macs_of(shape)
     entries = adapter.by_entry(macs.branches)
-    run = sum(macs.fixed for step in program.steps if isinstance(step, Step))
-    run -= adapter.layers * macs.around * len(program.trunks or ())
-    run += sum(int(entries[compute.entry]) for step in program.steps for _, compute in step.body)
-    full = len(program.steps) * (macs.fixed + int(entries.sum()))
+    around = adapter.layers * macs.around  # what is fixed of the trunk goes with it
+    step_macs = tuple(
+        macs.fixed - around * (number in (program.trunks or ())) + sum(int(entries[c.entry]) for _, c in step.body)
+        if isinstance(step, Step)
+        else 0
+        for number, step in enumerate(program.steps)
+    )
     total = len(program.steps) * (program.entries + (program.trunks is not None))
     return PlanReport(
         shape=str(shape),
         backend=plan.backend,
         level="branches",
         context=context,
+        start=start,
         steps=len(program.steps),
         computed=program.computed,
         reused=total - program.computed,
@@ -161,8 +199,8 @@ def _describe_branches(plan: Plan, context: Hashable) -> PlanReport:
         modulation_bytes=plan.modulation_bytes,
         model_bytes=sum(p.numel() * p.element_size() for p in adapter.model.parameters()),
         launches=tuple(launches(plan, step) for step in range(len(program.steps))),
-        macs=run,
-        full_macs=full,
+        step_macs=step_macs,
+        full_step_macs=macs.fixed + int(entries.sum()),
         seconds=plan.seconds,
         graphs=0 if plan.graphs is None else len(plan.graphs.graphs),
         graph_seconds=plan.measured and plan.measured[0],

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+import harmonica_rt as hrt
 from harmonica_rt import Schedule
+from harmonica_rt.generating import Generation
+from harmonica_rt.train.pipeline_task import PipelineTask
+from harmonica_rt.train.sampled import Sampled
 
 from ..pipelines.folders import labelled_dit, text_flux, text_pixart, text_qwen, text_sd3, text_wan
 from .commands import refused, run, succeeded
@@ -106,3 +110,17 @@ def test_refused(flux: Path, prompts: Path, tmp_path: Path, options: tuple[str, 
 def test_prompts_are_needed(flux: Path, tmp_path: Path) -> None:
     result = run("try", "--pipeline", flux, "--out", tmp_path / "out", *SPECS, *SMALL)
     refused(result, "prompts: expected at least one for FluxPipeline, got none")
+
+
+@pytest.mark.parametrize("level", ["blocks", "branches", "output"])
+def test_theory_is_what_learning_says_of_two_denoisers(level: str) -> None:
+    """Of each the steps that it runs: the first computes more of its own than the second."""
+    call = {"num_inference_steps": 8, "height": 16, "width": 16, "num_frames": 9, "guidance_scale": 3.0}
+    generation = Generation(text_wan(), ["a cat"], **call)
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        task = PipelineTask(sampled, generation, level)
+        assert task.entered == (4,)
+        schedule, expected = task.schedule([0, 1, 2, 4], 1), task.speedup(4)
+    compared = hrt.compare(generation.pipeline, {"mine": schedule}, ["a cat"], rounds=1, backend="eager", **call)
+    assert compared.rows[1].theory == pytest.approx(expected, rel=1e-6)
