@@ -165,10 +165,7 @@ class Generation:
         subjects = [self.subjects[number] for number in numbers]
         own: dict[str, Any] = {self._name: subjects}
         if subjects[0] is None:
-            given = {name: value for name, value in self.call.items() if "prompt" in name}
-            own = {
-                name: _repeated(v, len(subjects)) for name, v in given.items() if isinstance(v, (torch.Tensor, list))
-            }
+            own = {name: _repeated(value, len(subjects)) for name, value in _features(self.call).items()}
         if isinstance(negative := self.call.get("negative_prompt"), str):
             own["negative_prompt"] = [negative] * len(subjects)
         if self.images is not None:
@@ -228,11 +225,22 @@ class Generation:
         if self._name == "class_labels":
             return self._labels(prompts)
         if "prompt_embeds" in arguments and (prompts is None or set(prompts) == {None}):
+            for name, value in _features(arguments).items():
+                if len(value) != 1:
+                    got = list(value.shape) if isinstance(value, torch.Tensor) else f"a list of {len(value)}"
+                    raise ValueError(f"{name}: expected those of one prompt, [1, ...], got {got}")
             return [None] if prompts is None else list(prompts)
         if prompts is None or not len(prompts):
             raise ValueError(f"prompts: expected at least one for {self._kind}, got none")
         if other := [prompt for prompt in prompts if not isinstance(prompt, str)]:
             raise TypeError(f"prompts: expected texts for {self._kind}, got {other[0]!r}")
+        parts = vars(self.pipeline)
+        encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+        if encoders and all(part is None for part in encoders) and "encode_prompt" not in parts:
+            raise ValueError(
+                f"prompts: expected none, and prompt_embeds=..., of one prompt, for {self._kind} without a text "
+                f"encoder, got {prompts[0]!r}"
+            )
         return list(prompts)
 
     def _labels(self, prompts: Sequence[str | int] | None) -> list[int]:
@@ -262,6 +270,11 @@ class Generation:
             if needed and name not in arguments:
                 how = "a folder of pictures and captions (--inputs)" if name == "image" else "a value"
                 raise TypeError(f"{name}: {self._kind} needs it: expected {how}, got none")
+
+
+def _features(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a call that are features of prompts, or masks of them."""
+    return {n: value for n, value in arguments.items() if "prompt" in n and isinstance(value, (torch.Tensor, list))}
 
 
 def _repeated(features: Any, times: int) -> Any:

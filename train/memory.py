@@ -65,6 +65,10 @@ def _storages(tree: Any) -> list[Any]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+class NotCounted(Exception):
+    """A forward that cannot be followed by shapes alone; the message says why."""
+
+
 @dataclass(frozen=True)
 class StepCost:
     """One call of a denoiser with gradients of its sample: most bytes held beyond its weights, multiply-accumulates."""
@@ -80,12 +84,18 @@ def count_step(model: nn.Module, arguments: Arguments, blockwise: bool = False) 
     Args:
         arguments: args and kwargs of one call, the sample first among the forward's parameters.
         blockwise: keep one block's activations at a time.
+
+    Raises:
+        NotCounted: the model reads values of its tensors, has operations without shapes, or cannot be copied.
     """
     fake = FakeTensorMode()
-    with FakeCopyMode(fake):
-        model, (args, kwargs) = copy.deepcopy(model), copy.deepcopy(arguments)
-    with fake, torch.enable_grad():
-        return counted(model, (args, kwargs), blockwise)
+    try:
+        with FakeCopyMode(fake):
+            model, (args, kwargs) = copy.deepcopy(model), copy.deepcopy(arguments)
+        with fake, torch.enable_grad():
+            return counted(model, (args, kwargs), blockwise)
+    except Exception as error:  # a model's own code may raise anything where tensors have no data
+        raise NotCounted(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def counted(model: nn.Module, arguments: Arguments, blockwise: bool = False) -> StepCost:

@@ -19,10 +19,13 @@ from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
+from .checkpoint import check_path
 from .contexts import CONTEXTS, each, every
-from .memory import Memory
+from .errors import check_file
+from .memory import Memory, NotCounted
 from .pipeline_task import PipelineTask
 from .record import Record
+from .reusing import CHECKPOINTS
 from .sampled import Sampled
 from .starts import mean, starts_of
 from .stopping import never
@@ -99,7 +102,7 @@ def learn(
         seed: of prompts and noises.
         inputs: folder of pictures and captions, for pipelines that start from a picture.
         on_better: told each better schedule as soon as it is known.
-        on_memory: told what learning will take, before it begins.
+        on_memory: told what learning will take, before it begins; a warning says so where it cannot be counted.
         checkpoint: file to keep the learning in, at least every half minute; none unless given. It stays.
         resume: go on from `checkpoint`: to the same result as if nothing had come between, with what minutes are left.
         call: the pipeline's own arguments: ``num_inference_steps``, ``guidance_scale``, ``height``, ...
@@ -118,7 +121,22 @@ def learn(
         )
     if contexts not in CONTEXTS:
         raise ValueError(f"contexts: expected one of {CONTEXTS}, got {contexts!r}")
+    if checkpointing not in ("auto", *CHECKPOINTS):
+        raise ValueError(f"checkpointing: expected one of {('auto', *CHECKPOINTS)}, got {checkpointing!r}")
     learning.check_minutes(minutes)
+    settings = WeightSettings(
+        iterations=MOST if iterations is None else iterations,
+        batch=batch,
+        accumulate=accumulate,
+        pool=max(batch, 24 * batch),
+        validation=validation,
+        checkpointing="steps" if checkpointing == "auto" else checkpointing,
+        seed=seed,
+        **({} if lr is None else {"lr": lr}),
+    )
+    if checkpoint is not None:
+        check_file(checkpoint := Path(checkpoint))
+        check_path(checkpoint, resume)
     if prompts is None and inputs is None and "prompt" in _arguments(pipeline) and "prompt_embeds" not in call:
         prompts = own_captions()
     generation = Generation(pipeline, prompts, inputs=inputs, seed=seed, **call)
@@ -128,18 +146,7 @@ def learn(
         size = max(1, batch // accumulate // accelerator.num_processes)
         task = PipelineTask(sampled, generation, level, groups, size)
         learns = level != "output" and task.width is not None
-        settings = WeightSettings(
-            iterations=MOST if iterations is None else iterations,
-            batch=batch,
-            accumulate=accumulate,
-            pool=max(batch, 24 * batch),
-            validation=validation,
-            carry=task.carry,
-            channels=learns if channels is None else channels,
-            checkpointing="steps" if checkpointing == "auto" else checkpointing,
-            seed=seed,
-            **({} if lr is None else {"lr": lr}),
-        )
+        settings = replace(settings, carry=task.carry, channels=learns if channels is None else channels)
         if settings.channels and not learns:
             raise ValueError("channels: expected False at level output, got True")
         minutes = MINUTES if minutes is None and iterations is None else minutes
@@ -149,11 +156,19 @@ def learn(
             return dict.fromkeys(names, schedule) if names else schedule
 
         wanted = of_contexts(task.schedule(task.spread(target_speedup), order))
-        memory = task.memory(wanted, settings)
-        if checkpointing == "auto" and not memory.fits and task.layout.level != "output":
-            settings = replace(settings, checkpointing="blocks")
+        try:
             memory = task.memory(wanted, settings)
-        on_memory(memory)
+            if checkpointing == "auto" and not memory.fits and task.layout.level != "output":
+                settings = replace(settings, checkpointing="blocks")
+                memory = task.memory(wanted, settings)
+        except NotCounted as error:
+            warnings.warn(
+                f"what learning takes in memory was not counted: {error}; where it does not fit, make fewer images a "
+                "call (--accumulate) or smaller ones (--height, --width)",
+                stacklevel=2,
+            )
+        else:
+            on_memory(memory)
         asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
         record = Record(checkpoint, resume, task, asked | {"contexts": contexts})
         if record.starts is None:

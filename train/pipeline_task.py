@@ -207,7 +207,7 @@ class PipelineTask:
         """What learning takes at most, counted before anything runs.
 
         Raises:
-            Exception: whatever a denoiser's forward raises that cannot be followed by shapes alone.
+            NotCounted: a denoiser's forward cannot be followed by shapes alone.
         """
         models, own = list(self.sampled.denoisers.values()), self.generation
         some = own.at([i % own.count for i in range(self.size)], own.seed)

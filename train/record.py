@@ -121,7 +121,12 @@ class Record:
         if "course" not in state:
             raise ValueError(f"{self.path}: expected a checkpoint of the end error, got a router's")
         checkpoint.check_settings(self.path, self.settings, state["settings"])
+        try:
+            self._take(tensors, state)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: expected a whole checkpoint, got one that lacks {error}") from error
 
+    def _take(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 

@@ -74,6 +74,8 @@ class Sampled:
         self.denoisers, kind = denoisers_of(pipeline), type(pipeline)
         if not self.denoisers:
             raise TypeError(f"expected a pipeline with a scheduler and a denoiser, got {kind.__name__}")
+        for name, model in self.denoisers.items():
+            _check_stays(name, model)
         self.owner, self.pipeline = pipeline, another(pipeline)
         own = self.pipeline
         own._all_hooks = []  # of model offload, which is off while it runs
@@ -97,14 +99,14 @@ class Sampled:
         """Within, denoisers are on the device, their parameters get no gradient, text encoders and VAE are away."""
         frozen = [p for m in self.denoisers.values() for p in m.parameters() if p.requires_grad]
         with without_model_offload(self.owner) as device, _attention_with_gradients():
-            if device is not None:
-                for model in self.denoisers.values():
-                    model.to(device)
-            for parameter in frozen:
-                parameter.requires_grad_(False)
             resting = {name: part for name, part in self.owner.components.items() if _can_move(part, name)}
             was = {name: next(part.parameters()).device for name, part in resting.items()}
             try:
+                if device is not None:
+                    for model in self.denoisers.values():
+                        model.to(device)
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
                 if hasattr(self.pipeline, "encode_prompt"):
                     self.away = {name: part for name, part in resting.items() if name != "vae"}
                     self._rest()
@@ -116,8 +118,10 @@ class Sampled:
                 self._key = None
                 for parameter in frozen:
                     parameter.requires_grad_(True)
-                self._stay()
-                for name, part in resting.items():
+                for name, part in self.away.items():
+                    put(self.pipeline, name, part)
+                self.away = {}
+                for name, part in resting.items():  # at once: a device that is full could not take those of the CPU
                     part.to(was[name])
 
     def encode(self, generation: Generation, size: int) -> None:
@@ -284,6 +288,19 @@ def _attention_with_gradients() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(was)
+
+
+def _check_stays(name: str, model: nn.Module) -> None:
+    """Raise ValueError for a denoiser whose weights are brought for single calls of its parts."""
+    registries = (vars(module).get("_diffusers_hook") for module in model.modules())
+    hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
+    sequential = any(parameter.is_meta for parameter in model.parameters())
+    if sequential or any("GroupOffloading" in type(hook).__name__ for hook in hooks):
+        kind = "sequential" if sequential else "group"
+        raise ValueError(
+            f"pipeline: expected a {name} whose weights stay while it learns, got {kind} offloading, which takes them "
+            "away before the backward pass reads them: load the pipeline without it, or with enable_model_cpu_offload()"
+        )
 
 
 def _can_move(part: Any, name: str) -> bool:

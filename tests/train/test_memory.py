@@ -128,4 +128,6 @@ def test_text_encoders_are_there_for_prompts_alone() -> None:
         moved.clear()
         sampled.run(generation, range(2))
         assert not moved, "encoded already"
+    back = ["text_encoder cpu", "text_encoder_2 cpu", "vae cpu"]
+    assert sorted(moved) == back, "to where they were, not by the device"
     assert all(getattr(pipeline, name) is part for name, part in encoders.items())

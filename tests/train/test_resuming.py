@@ -169,6 +169,23 @@ def test_from_python_it_is_asked_for(tmp_path: Path) -> None:
         hrt.learn(
             text_flux(), ["a cat"], checkpoint=tmp_path / "c", resume=True, num_inference_steps=6, height=16, width=16
         )
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        hrt.learn(text_flux(), ["a cat"], checkpoint=tmp_path / "none" / "c")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_checkpoint_that_lacks_something_is_refused(flux: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "s.json", tmp_path / "s.json.checkpoint"
+    counted(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    pipeline_learns(flux, out, "--level", "output")
+    tensors, state = read_raw(kept)
+    resume = ("--level", "output", "--resume")
+    checkpoint_file.write(kept, {name: t for name, t in tensors.items() if name != "trainer.change"}, state)
+    refused(pipeline_learns(flux, out, *resume), "expected a whole checkpoint, got one that lacks 'change'")
+    checkpoint_file.write(kept, tensors, {name: own for name, own in state.items() if name != "trainer"})
+    refused(pipeline_learns(flux, out, *resume), "expected a whole checkpoint, got one that lacks 'trainer'")
+    kept.write_bytes(kept.read_bytes()[:-9])
+    refused(pipeline_learns(flux, out, *resume), f"{kept}: not a checkpoint")
 
 
 @pytest.mark.usefixtures("short")
