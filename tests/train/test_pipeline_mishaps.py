@@ -15,6 +15,8 @@ from harmonica_rt.train import learn as learning
 from harmonica_rt.train.pipeline_task import PipelineTask
 
 from ..pipelines.folders import text_flux, text_pixart
+from ..pipelines.images import z_image
+from ..pipelines.parts import TEXT, noise
 
 SMALL = {"num_inference_steps": 4, "height": 16, "width": 16, "max_sequence_length": 8}
 FEW = {"target_speedup": 1.5, "iterations": 1, "batch": 2, "validation": 2, "channels": False}
@@ -158,3 +160,11 @@ def test_features_of_several_prompts_and_texts_without_an_encoder_are_refused() 
             run(pipe, **embeds, **SMALL)
         with pytest.raises(ValueError, match=r"expected none, and prompt_embeds=.* without a text encoder, got 'a"):
             run(pipe, ["a cat"], **SMALL)
+
+
+def test_features_that_are_lists() -> None:
+    """Z-Image's, a tensor a prompt; its groups cannot carry."""
+    features = {"prompt_embeds": [noise(5, TEXT, seed=1)], "negative_prompt_embeds": [noise(3, TEXT, seed=2)]}
+    call = {name: value for name, value in SMALL.items() if name != "max_sequence_length"}
+    schedule = hrt.learn(z_image(), **features, **FEW | {"channels": None, "batch": 4}, **call)
+    assert schedule.level == "blocks" and not schedule.carry.any() and schedule.channels is not None
