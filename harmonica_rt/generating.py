@@ -236,7 +236,8 @@ class Generation:
             raise TypeError(f"prompts: expected texts for {self._kind}, got {other[0]!r}")
         parts = vars(self.pipeline)
         encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
-        if encoders and all(part is None for part in encoders) and "encode_prompt" not in parts:
+        absent = encoders and all(part is None for part in encoders) and "encode_prompt" not in parts
+        if absent and "prompt_embeds" in self._taken:
             raise ValueError(
                 f"prompts: expected none, and prompt_embeds=..., of one prompt, for {self._kind} without a text "
                 f"encoder, got {prompts[0]!r}"

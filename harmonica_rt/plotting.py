@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 OUTPUT, REUSE, COMPUTE = "#ffffff", "#dfe6ee", "#1f4e79"
+LETTERS = 12  # an inch, of a title
 
 
 def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -45,18 +47,18 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None
         for axes, panel in zip(grid[1], columns):
             values = np.ma.masked_where(~reused[:, panel.entries], change[:, panel.entries]).T
             mesh = _heatmap(axes, values, "RdBu_r", max(limit, 1e-6))
-            axes.set_title(f"{panel.title}: newest value's weight - forecast's", fontsize=10)
+            axes.set_title(f"{panel.title}:\nnewest value's weight - forecast's", fontsize=10)
         figure.colorbar(mesh, ax=grid[1], shrink=0.9)
     for axes in grid[-1]:
         axes.set_xlabel("step")
     for axes in grid[:, 0]:
         axes.set_ylabel("layer" if schedule.level == "branches" else "group")
     whole = " or ".join(name for name in ("output", "trunk") if getattr(schedule, name).any())
-    figure.suptitle(
+    title = (
         f"{schedule.model}, {schedule.steps} steps, order {schedule.order}: CUR {100 * schedule.cur:.0f} % "
-        f"(dark: computed, light: reused{f', white: {whole} reused' if whole else ''})",
-        fontsize=10,
+        f"(dark: computed, light: reused{f', white: {whole} reused' if whole else ''})"
     )
+    figure.suptitle(textwrap.fill(title, int(LETTERS * figure.get_figwidth())), fontsize=10)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure

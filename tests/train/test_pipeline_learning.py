@@ -397,9 +397,9 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     prompts.write_text("a cat\nred fox\n\nold house\n")
     common = ("learn", "--pipeline", folder, "--prompts", prompts, "--steps", STEPS, "--height", 16, "--width", 16)
     common += ("--target-speedup", 1.5, "--iterations", 2, "--batch", 2)
-    for name in ("s.json", "s.safetensors"):
+    for name, channels in (("s.json", "auto"), ("s.safetensors", "yes")):
         out = tmp_path / name
-        said = " ".join(succeeded(run(*common, "--out", out)).split())
+        said = " ".join(succeeded(run(*common, "--out", out, "--channels", channels)).split())
         assert f"dB SNR to the full run on {HELD_OUT} noises held out" in said
         assert re.search(r"[34] of 6 steps computed, 1\.\d\dx in theory; learned on the end error", said)
         schedule = Schedule.load(out)
@@ -430,7 +430,7 @@ def test_own_weights_of_contexts_from_the_command_line(tmp_path: Path) -> None:
     text = succeeded(
         run(
             "learn", *call, "--steps", STEPS, "--target-speedup", 1.5, "--iterations", 4, "--batch", 2,
-            "--contexts", "own", "--out", out,
+            "--contexts", "own", "--channels", "yes", "--out", out,
         )
     )  # fmt: skip
     files = {name: tmp_path / f"mine-{name}.safetensors" for name in ("cond", "uncond")}
