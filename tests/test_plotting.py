@@ -49,7 +49,7 @@ def test_learned_weights_have_a_row_of_their_own(order: int) -> None:
         np.testing.assert_array_equal(np.asarray(axes.collections[0].get_array()), schedule.compute[..., b].T)
     limits = set()
     for b, (axes, name) in enumerate(zip(panels[2:], schedule.branches)):
-        assert axes.get_title() == f"{name}: newest value's weight - forecast's"
+        assert axes.get_title() == f"{name}:\nnewest value's weight - forecast's"
         shown = axes.collections[0].get_array()
         np.testing.assert_array_equal(np.ma.getmaskarray(shown), schedule.compute[..., b].T)
         np.testing.assert_allclose(shown.compressed(), change[..., b].T[~schedule.compute[..., b].T])

@@ -15,6 +15,7 @@ from . import learn as learning
 from .checkpoint import check_path
 from .contexts import Schedules, every, files_of, learned, save
 from .errors import check_file
+from .memory import Memory
 from .pipeline import learn
 from .pipeline_options import PipelineDtype, torch_dtype
 from .progress import Display
@@ -60,6 +61,9 @@ def learn_for_pipeline(
         def show(progress: learning.Progress) -> None:
             display.show(progress.phase, str(progress), progress.share, progress.left)
 
+        def tell(memory: Memory) -> None:
+            display.show("memory", str(memory) if memory.fits else f"{memory}; it will not fit: {memory.advice}")
+
         schedule = learn(
             pipeline,
             own,
@@ -67,6 +71,7 @@ def learn_for_pipeline(
             accelerator=accelerator,
             on_progress=show,
             on_better=lambda better: save(better, out),
+            on_memory=tell,
             stopped=stopped,
             checkpoint=checkpoint,
             resume=resume,
