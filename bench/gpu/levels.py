@@ -53,7 +53,7 @@ def measure(machine: Machine, parts: Parts, rounds: int, log: Log) -> None:
     about: dict[str, dict[str, Any]] = {}
     compiled = another(pipeline)
 
-    def add(name: str, make: Callable[[], Any], **more: Any) -> None:
+    def add(name: str, make: Callable[[], Any], expected: Callable[[], Tensor] | None = None, **more: Any) -> None:
         def prepare() -> None:
             held, started = machine.memory()["allocated"], time.perf_counter()
             run = run_of(make(), call)
@@ -65,9 +65,8 @@ def measure(machine: Machine, parts: Parts, rounds: int, log: Log) -> None:
             finite = bool(torch.isfinite(result).all())
             about[name] = {**more, "compile_seconds": max(0.0, first - again), "peak_bytes": peak, "finite": finite}
             about[name] |= {"own_bytes": peak - held}
-            if expected := more.get("expected"):
+            if expected is not None:
                 about[name]["error"] = relative_error(result, expected())
-                del about[name]["expected"]
             runs[name] = run
 
         log.attempt(name, prepare)
