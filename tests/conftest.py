@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +32,15 @@ BRANCHES = {
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _libraries_speak_as_before() -> Iterator[None]:
+    """Some benches hush diffusers for the rest of their process, which here is that of other tests, too."""
+    before = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def make_dit(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -92,6 +93,18 @@ def getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
     return tensor
 
 
+class InTermsOfViews(TorchFunctionMode):
+    """Indexing and copies that need no device. (A method put into torch.Tensor and taken back would leave a trace:
+    `torch.tensor([t])` then takes t for a sequence.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            return getitem(*args)
+        if func is torch.Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
+        return func(*args, **(kwargs or {}))
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
     """One launch, laid out as flash attention does: without a device torch would fake the unfused form."""
     batch, heads, tokens, width = q.shape
@@ -103,9 +116,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torc
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
-    monkeypatch.setattr(torch.Tensor, "__getitem__", getitem)
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: torch.ops.aten.copy_(self, source))
-    with FakeTensorMode(allow_non_fake_inputs=True), Launches() as launches, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), Launches() as launches, torch.no_grad(), InTermsOfViews():
         yield launches
 
 
