@@ -2,7 +2,7 @@
 
     python bench/run_learn.py --model flux-emoji --target-speedup 2 --minutes 10 --out flux-emoji-2x.safetensors
 
-Prompts are all that the model has features of, a quarter of them held out; guidance is the model's own.
+Prompts are all that the model has features of, a quarter of them held out.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ import torch
 from accelerate import Accelerator
 
 import harmonica_rt as hrt
-from bench.reference import REFERENCES, TRAINED
+from bench.reference import TRAINED
 from bench.run_latency import positive
 from bench.sampling import Sampling
+from harmonica_rt.train import models
 from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display
 from harmonica_rt.train.stopping import stopping
+from harmonica_rt.train.weights import TARGETS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=TRAINED, default="flux-emoji")
-    parser.add_argument("--target-speedup", type=float, default=2.0)
+    parser.add_argument("--sampler", choices=models.SAMPLERS, help="the model's own unless given")
+    parser.add_argument("--guidance", type=float, help="the model's own unless given")
+    parser.add_argument("--target-speedup", type=float, help="3 unless given")
+    parser.add_argument("--target", choices=TARGETS, default="full")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="a schedule to go on from, in place of a speed-up")
     parser.add_argument("--level", choices=("auto", "blocks", "branches", "output"), default="auto")
     parser.add_argument("--groups", type=positive, default=1)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -38,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help=".safetensors")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    guidance, accelerator = REFERENCES[arguments.model].guidance, Accelerator(cpu=True)
-    pipeline = Sampling.of(arguments.model, guidance=guidance).pipeline
+    sampling, accelerator = Sampling.of(arguments.model, arguments.sampler, arguments.guidance), Accelerator(cpu=True)
+    pipeline = sampling.pipeline
     names = getattr(pipeline, "prompts", None)
 
     with Display(True) as display, stopping(accelerator) as stopped:
@@ -47,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
             pipeline,
             None if names is None else [name for name in names.names if name],
             target_speedup=arguments.target_speedup,
+            target=arguments.target,
+            init=arguments.init and hrt.Schedule.load(arguments.init),
             level=arguments.level,
             groups=arguments.groups,
             contexts=arguments.contexts,
@@ -58,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             on_better=lambda better: save(better, arguments.out),
             stopped=stopped,
             num_inference_steps=arguments.steps,
-            guidance_scale=guidance,
+            guidance_scale=sampling.guidance,
         )
     save(schedule, arguments.out)
     for path, own in files_of(schedule, arguments.out).items():

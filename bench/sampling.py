@@ -9,7 +9,6 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 import harmonica_rt as hrt
@@ -18,7 +17,7 @@ from harmonica_rt.train import models
 from .pipelines import PixelPipeline
 from .reference import REFERENCES, load_pipeline
 
-FLOW_CONVERGED_STEPS = 200  # of Euler's: FluxPipeline takes no sampler of a higher order
+CLOSER = 2  # times the steps that learning aims at
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,12 @@ class Sampling:
         return torch.cat(parts)
 
     def converged(self, start: Tensor) -> Tensor:
-        """The solution that this sampler's runs approximate: what learning aims at (train/starts.py)."""
-        from harmonica_rt.train.starts import CONVERGED_STEPS, converged_scheduler  # needs the extra `train`
+        """The solution that this sampler's runs approximate."""
+        from harmonica_rt.train.converged import converged  # needs the extra `train`
 
-        pipeline, steps = self.pipeline.around(self.pipeline.transformer), CONVERGED_STEPS
-        if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            steps = FLOW_CONVERGED_STEPS
-        else:
-            pipeline.scheduler = converged_scheduler(pipeline.scheduler)
+        pipeline = self.pipeline.around(self.pipeline.transformer)
+        pipeline.scheduler, steps = converged(pipeline.scheduler)
+        steps *= CLOSER
         return Sampling(pipeline, self.guidance, self.classes)(start, steps)
 
 

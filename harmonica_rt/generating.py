@@ -181,6 +181,12 @@ class Generation:
         other.images = None if self.images is None else [self.images[number] for number in numbers]
         return other
 
+    def with_call(self, **changes: Any) -> Generation:
+        """The same images of a call with other arguments."""
+        other = copy.copy(self)
+        other.call = {**self.call, **changes}
+        return other
+
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Within, what the pipeline's call says on bad input is followed by what it may lack, a picture."""

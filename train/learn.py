@@ -228,8 +228,7 @@ def _verdict(
 
     full = None
     if settings.target != "full":
-        everything = schedule.replace(compute=schedule.compute | True, output=schedule.output & False)
-        full = psnr(everything)
+        full = psnr(task.full(every(schedule)[0].order))
     reached, forecast = psnr(schedule), psnr(task.unlearned(schedule))
     moves = f"{search.taken} of {search.judged} moves, " if search is not None else ""
     aim = "the full run" if full is None else f"the converged run (full run {full:.1f})"

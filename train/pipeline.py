@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,12 @@ def learn(
     pipeline: Any,
     prompts: Sequence[str | int] | None = None,
     *,
-    target_speedup: float = 3.0,
+    target_speedup: float | None = None,
+    target: str = "full",
+    init: Schedules | None = None,
     level: str = "auto",
     groups: int = 1,
-    order: int = 2,
+    order: int | None = None,
     minutes: float | None = None,
     iterations: int | None = None,
     batch: int = 4,
@@ -86,10 +88,14 @@ def learn(
         pipeline: a diffusers pipeline, not compiled.
         prompts: texts, or class labels where its call takes these; 200 captions of our own unless given. Of 8 or more a
             quarter is held out, to judge by.
-        target_speedup: theoretical, of a run, met within a hundredth; whole steps are computed or reused.
+        target_speedup: theoretical, of a run, met within a hundredth; whole steps are computed or reused. 3 unless
+            given.
+        target: ``"full"``, the same run without reuse, or ``"converged"``, the solution that its sampler approximates.
+        init: a schedule to go on from, or one a context, in place of a target speed-up: what it computes stays, its
+            level, groups and order are taken.
         level: ``"blocks"``, ``"branches"``, ``"output"``, or ``"auto"``: one group of blocks where there are blocks.
         groups: at level blocks, how many groups each list of blocks is split into.
-        order: a reused value stands on the last `order` + 1 computed ones.
+        order: a reused value stands on the last `order` + 1 computed ones; 2 unless given.
         minutes: to learn for; 15 unless `iterations` are given.
         batch: images an iteration, in `accumulate` calls of the pipeline.
         validation: images that tell the best weights.
@@ -124,7 +130,11 @@ def learn(
     if checkpointing not in ("auto", *CHECKPOINTS):
         raise ValueError(f"checkpointing: expected one of {('auto', *CHECKPOINTS)}, got {checkpointing!r}")
     learning.check_minutes(minutes)
+    if init is not None:
+        level, groups, order, contexts = _as_in(init, level, groups, order, contexts, target_speedup)
+    target_speedup, order = 3.0 if target_speedup is None else target_speedup, 2 if order is None else order
     settings = WeightSettings(
+        target=target,
         iterations=MOST if iterations is None else iterations,
         batch=batch,
         accumulate=accumulate,
@@ -155,7 +165,9 @@ def learn(
         def of_contexts(schedule: Schedule) -> Schedules:
             return dict.fromkeys(names, schedule) if names else schedule
 
-        wanted = of_contexts(task.schedule(task.spread(target_speedup), order))
+        if init is not None:
+            _check_start(task, init, names)
+        wanted = init or of_contexts(task.schedule(task.spread(target_speedup), order))
         try:
             memory = task.memory(wanted, settings)
             if checkpointing == "auto" and not memory.fits and task.layout.level != "output":
@@ -170,36 +182,69 @@ def learn(
         else:
             on_memory(memory)
         asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
-        record = Record(checkpoint, resume, task, asked | {"contexts": contexts})
+        asked |= {"contexts": contexts, "init": init and [repr(schedule) for schedule in every(init)]}
+        record = Record(checkpoint, resume, task, asked)
         if record.starts is None:
-            starts = _starts(task, target_speedup, order, accelerator)
+            task.start = _best_start(task, every(wanted)[0], accelerator)
             record.chosen = {"start": task.start}
+            starts = [init] if init is not None else _starts(task, target_speedup, order, of_contexts)
         else:
             starts, task.start = record.starts, tuple(record.chosen["start"])
-        starts, told = [of_contexts(start) for start in starts], (on_progress, stopped, on_better)
-        plain = channels is None and learns
+        told = (on_progress, stopped, on_better)
+        plain = channels is None and learns and init is None
         learned = learning.learn(task, starts, settings, minutes, 0, accelerator, *told, record, plain)
     if learned.failure is not None:
         raise learned.failure
     if learned.psnr is None:
         return learned.schedule
-    computed = task.computed(every(learned.schedule)[0])
-    made = f"{len(computed)} of {task.steps} steps computed, {task.speedup(len(computed)):.2f}x in theory"
+    made = task.told(every(learned.schedule)[0])
     return each(learned.schedule, lambda own: own.replace(note=f"{made}; {own.note}"))
 
 
-def _starts(task: PipelineTask, speedup: float, order: int, accelerator: Accelerator) -> list[Schedule]:
-    """Steps spread evenly and towards the end, with the carry and the order of forecast that are best unlearned."""
-    spreads = [task.spread(speedup, power) for power in POWERS]
+def _as_in(
+    init: Schedules, level: str, groups: int, order: int | None, contexts: str, target_speedup: float | None
+) -> tuple[str, int, int, str]:
+    """Level, groups, order and contexts of `init`. Raises ValueError for others beside it."""
+    schedule = every(init)[0]
+    parts = max(group.layers for group in schedule.groups) if schedule.level == "blocks" else 1
+    own = "own" if isinstance(init, Mapping) else "shared"
+    for name, expected, got, free in (
+        ("target_speedup", None, target_speedup, None),
+        ("level", schedule.level, level, "auto"),
+        ("groups", parts, groups, 1),
+        ("order", schedule.order, order, None),
+        ("contexts", own, contexts, "shared"),
+    ):
+        if got not in (expected, free):
+            raise ValueError(f"{name}: expected {expected} beside init, got {got}")
+    return schedule.level, parts, schedule.order, own
+
+
+def _check_start(task: PipelineTask, init: Schedules, names: Sequence[str]) -> None:
+    if isinstance(init, Mapping) and set(init) != set(names):
+        raise ValueError(f"init: expected schedules of contexts {tuple(names)}, got {tuple(init)}")
+    for schedule in every(init):
+        task.check(schedule)
+
+
+def _starts(
+    task: PipelineTask, speedup: float, order: int, of_contexts: Callable[[Schedule], Schedules]
+) -> list[Schedules]:
+    """Steps spread evenly and towards the end."""
+    spreads = {tuple(task.spread(speedup, power)): None for power in POWERS}
+    return [of_contexts(task.schedule(spread, order, *task.start)) for spread in spreads]
+
+
+def _best_start(task: PipelineTask, schedule: Schedule, accelerator: Accelerator) -> tuple[float, int]:
+    """The carry and the order of forecast that are best unlearned, where what `schedule` does is computed."""
     carries = CARRIES if task.carry and task.layout.level == "blocks" else (0.0,)
     few = starts_of(task, "full", TRIED, TRIED_SEED)
 
     def error(start: tuple[float, int]) -> float:
-        return mean(few.judge(task.schedule(spreads[0], order, *start), accelerator))
+        task.start = start
+        return mean(few.judge(task.unlearned(schedule), accelerator))
 
-    task.start = min(itertools.product(carries, range(order + 1)), key=error)
-    distinct = {tuple(spread): spread for spread in spreads}
-    return [task.schedule(spread, order, *task.start) for spread in distinct.values()]
+    return min(itertools.product(carries, range(schedule.order + 1)), key=error)
 
 
 def _arguments(pipeline: Any) -> Any:

@@ -124,14 +124,24 @@ class PipelineTask:
         return self.contexts
 
     def unlearned(self, schedules: Schedules) -> Schedule:
-        """What `schedules` are compared with, and start from: the same computed, `start`."""
+        """What `schedules` are compared with: the same computed, `start`."""
         schedule = every(schedules)[0]
-        return self.schedule(self.computed(schedule), schedule.order, *self.start)
+        what = {"output": schedule.output} if schedule.level == "output" else {"compute": schedule.compute}
+        return self._from_start(schedule.order, *self.start, **what)
 
-    def computed(self, schedule: Schedule) -> list[int]:
-        """Its computed steps, which are whole."""
-        at = ~schedule.output if schedule.level == "output" else schedule.compute.reshape(self.steps, -1)[:, 0]
-        return np.flatnonzero(at).tolist()
+    def full(self, order: int) -> Schedule:
+        """The one that computes everything."""
+        return self.schedule(range(self.steps), order)
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise ValueError unless one can learn from `schedule` on."""
+        fields = self.fields()
+        own = {"model": self.layout.model, "level": self.layout.level, "groups": self.layout.groups}
+        own |= {"steps": self.steps, "sampler": fields["sampler"], "timesteps": tuple(self.timesteps)}
+        for name, expected in own.items():
+            got = getattr(schedule, name)
+            if got != expected and not (got is None and name in ("sampler", "timesteps")):
+                raise ValueError(f"init: expected a schedule whose {name} are {expected}, got {got}")
 
     def schedule(
         self, computed: Sequence[int], order: int, carry: float = 0.0, forecast: int | None = None
@@ -141,31 +151,34 @@ class PipelineTask:
         Args:
             forecast: its order, `order` at most, which it is unless given; values beyond it weigh 0 at first.
         """
+        at = np.zeros(self.steps, dtype=bool)
+        at[list(computed)] = True
+        for start in self.sampled.starts.values():  # a denoiser's first call computes everything
+            at[start] = True
+        if self.layout.level == "output":
+            return self._from_start(order, carry, forecast, output=~at)
+        entries = sum(group.layers * len(group.branches) for group in self.layout.groups)
+        compute = np.repeat(at[:, None], entries, axis=1)
+        if len(self.layout.groups) == 1:
+            group = self.layout.groups[0]
+            compute = compute.reshape(self.steps, group.layers, len(group.branches))
+        return self._from_start(order, carry, forecast, compute=compute)
+
+    def _from_start(self, order: int, carry: float, forecast: int | None, **what: np.ndarray) -> Schedule:
+        """`what` computed or reused, with that carry and the forecast's weights."""
         if forecast is not None and forecast < order:
-            low = self.schedule(computed, forecast, carry)
-            wide = self.schedule(computed, order, carry)
+            low, wide = (self._from_start(own, carry, None, **what) for own in (forecast, order))
             given = {}
             for name in ("weights", "output_weights"):
                 own, more = getattr(low, name), np.zeros_like(getattr(wide, name))
                 more[..., : own.shape[-1]] = own
                 given[name] = more
             return wide.replace(**given)
-        at = np.zeros(self.steps, dtype=bool)
-        at[list(computed)] = True
-        for start in self.sampled.starts.values():  # a denoiser's first call computes everything
-            at[start] = True
-        fields = self.fields()
-        if self.layout.level == "output":
-            return self._entered(Schedule(output=~at, order=order, **fields))
-        entries = sum(group.layers * len(group.branches) for group in self.layout.groups)
-        compute = np.repeat(at[:, None], entries, axis=1)
-        if len(self.layout.groups) == 1:
-            group = self.layout.groups[0]
-            compute = compute.reshape(self.steps, group.layers, len(group.branches))
-        allowed = may_carry(compute, self.layout.groups, self.layout.level) & ~compute
-        carries = {"carry": np.where(allowed, carry, 0.0)} if carry and allowed.any() else {}
-        whole = Schedule(compute, order=order, **carries, **fields)
-        return self._entered(whole)
+        if carry and (compute := what.get("compute")) is not None:
+            allowed = may_carry(compute, self.layout.groups, self.layout.level) & ~compute
+            if allowed.any():
+                what = {**what, "carry": np.where(allowed, carry, 0.0)}
+        return self._entered(Schedule(order=order, **what, **self.fields()))
 
     def _entered(self, schedule: Schedule) -> Schedule:
         """The same, nothing standing on what another denoiser made."""
@@ -180,6 +193,17 @@ class PipelineTask:
         """Theoretical, of a run with so many computed steps."""
         full = self.costs.fixed + self.costs.entries.sum()
         return self.steps * full / (computed * full + (self.steps - computed) * self.costs.fixed)
+
+    def told(self, schedule: Schedule) -> str:
+        """What `schedule` computes, and what that is in theory."""
+        own = schedule.compute.reshape(self.steps, -1)
+        if schedule.level == "output":
+            own = ~schedule.output[:, None]
+        full = self.costs.fixed + self.costs.entries.sum()
+        speedup = self.steps * full / (self.steps * self.costs.fixed + (own @ self.costs.entries).sum())
+        parts = int((own.any(1) & ~own.all(1)).sum())
+        partly = f", {parts} in parts" if parts else ""
+        return f"{int(own.all(1).sum())} of {self.steps} steps computed{partly}, {speedup:.2f}x in theory"
 
     def spread(self, speedup: float, power: float = 1.0) -> list[int]:
         """As many computed steps as `speedup` allows, within a hundredth; `power` below 1 moves them towards the end.
@@ -228,12 +252,10 @@ class PipelineTask:
 
     def starts(self, target: str, count: int, seed: int) -> PipelineStarts:
         """`count` of the prompts with noises of `seed`; those held out where they are to judge by."""
-        if target != "full":
-            raise ValueError(f"target: expected 'full' for a pipeline, got {target!r}")
         numbers = self.judged_on if seed >= VALIDATION_SEED else self.learned_on
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [numbers[i % len(numbers)] for i in order]
-        return PipelineStarts(self, self.generation.at(chosen, seed))
+        return PipelineStarts(self, self.generation.at(chosen, seed), target)
 
     def _costs(self) -> Costs:
         """Of one image's step; learns what the groups are, which refuses a model that cannot be reused so."""
@@ -267,16 +289,17 @@ class PipelineTask:
 class PipelineStarts(Starts):
     """Prompts and noises of a pipeline. Errors are relative to the spread of each target: their dB are a SNR's."""
 
-    def __init__(self, task: PipelineTask, generation: Generation) -> None:
+    def __init__(self, task: PipelineTask, generation: Generation, target: str) -> None:
         super().__init__()
         self.task, self.generation, self.device, self.size = task, generation, task.device, task.size
+        self.aim = task.sampled.converged if target == "converged" else task.sampled.run
         task.sampled.encode(generation, task.size)
 
     def __len__(self) -> int:
         return self.generation.count
 
     def target_of(self, start: int, end: int) -> Tensor:
-        return self.task.sampled.run(self.generation, range(start, end))
+        return self.aim(self.generation, range(start, end))
 
     def errors(self, result: Tensor, start: int, end: int) -> Tensor:
         """log of each run's mean squared error, of its target's variance, [end - start]."""

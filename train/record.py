@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from harmonica_rt import schedule_files
 from harmonica_rt.compiled import Schedules
 
 from . import checkpoint
-from .contexts import every
 from .pipeline_task import PipelineTask
 from .task import Task
 from .weights import TrainerState
@@ -69,7 +68,7 @@ class Record:
         task, settings: what it belongs to; a file of others is refused.
 
     Attributes:
-        starts: what the learning starts from, as kept; None where it begins.
+        starts: what the learning starts from, one schedule or one a context each, as kept; None where it begins.
         chosen: what else was found out before it began, JSON.
         kept: where it was, if it goes on.
 
@@ -106,11 +105,13 @@ class Record:
         own = kept()
         tensors = {f"best.{name}": t for name, t in own.best.tensors().items()}
         tensors |= {f"trainer.{name}": t for name, t in own.trainer.tensors().items()}
-        starts = []
+        starts: list[list[Any]] = []
         for number, start in enumerate(self.starts):
-            fields, arrays = schedule_files.parts(every(start)[0])  # contexts start alike
-            starts.append(fields)
-            tensors |= {f"start.{number}.{name}": torch.from_numpy(array) for name, array in arrays.items()}
+            starts.append([])
+            for context, schedule in start.items() if isinstance(start, Mapping) else [(None, start)]:
+                fields, arrays = schedule_files.parts(schedule)
+                starts[-1].append([context, fields])
+                tensors |= {f"start.{number}.{context}.{k}": torch.from_numpy(a) for k, a in arrays.items()}
         state = {"identity": self._identity, "settings": self.settings, "chosen": self.chosen, "starts": starts}
         state |= {"course": asdict(own.course), "best": own.best.numbers(), "trainer": own.trainer.numbers()}
         checkpoint.write(self.path, {name: t.clone() for name, t in tensors.items()}, state)
@@ -130,10 +131,12 @@ class Record:
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-        self.chosen = state["chosen"]
-        self.starts = [
-            schedule_files.of_parts(fields, {name: t.numpy() for name, t in under(f"start.{number}.").items()})
-            for number, fields in enumerate(state["starts"])
-        ]
+        self.chosen, self.starts = state["chosen"], []
+        for number, parts in enumerate(state["starts"]):
+            own = {}
+            for context, fields in parts:
+                arrays = {name: t.numpy() for name, t in under(f"start.{number}.{context}.").items()}
+                own[context] = schedule_files.of_parts(fields, arrays)
+            self.starts.append(own.get(None, own))
         best, trainer = (TrainerState.of(under(f"{part}."), state[part]) for part in ("best", "trainer"))
         self.kept = Kept(Course(**state["course"]), best, trainer)

@@ -17,6 +17,7 @@ from harmonica_rt.pipeline_copies import another, without_model_offload
 from harmonica_rt.schedule import Schedule
 
 from .contexts import NumbersOf
+from .converged import converged
 from .learning import LearningTransformer
 
 PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
@@ -186,6 +187,26 @@ class Sampled:
         if not tensors:
             raise TypeError(f"expected latents of {type(self.pipeline).__name__}, got {type(result).__name__}")
         return tensors[0] if len(tensors[0]) == len(numbers) else torch.stack(tensors[: len(numbers)])
+
+    def converged(self, generation: Generation, numbers: Sequence[int]) -> Tensor:
+        """Latents of the solution that the pipeline's sampler approximates.
+
+        Raises:
+            ValueError: the sampler draws noise, or the call's steps are not for it to choose.
+        """
+        for name in ("timesteps", "sigmas"):
+            if generation.call.get(name) is not None:
+                raise ValueError(f"target converged: expected a call without {name}, got {generation.call[name]}")
+        own = self.pipeline.scheduler
+        scheduler, steps = converged(own)
+        if not generation.takes("num_inference_steps"):
+            kind = type(self.pipeline).__name__
+            raise ValueError(f"target converged: expected a call that takes num_inference_steps, got {kind}'s")
+        put(self.pipeline, "scheduler", scheduler)
+        try:
+            return self.run(generation.with_call(num_inference_steps=steps), numbers)
+        finally:
+            put(self.pipeline, "scheduler", own)
 
     def timesteps(self) -> list[float]:
         """Of the run that was made last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import ChromaPipeline, FluxImg2ImgPipeline
+from diffusers import ChromaPipeline, DDPMScheduler, FluxImg2ImgPipeline
 from PIL import Image
 from torch import Tensor
 
 import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.train import converged
 from harmonica_rt.train import learn as learning
 from harmonica_rt.train.budget import Costs
 from harmonica_rt.train.contexts import ContextWeights, Schedules, every
@@ -370,9 +372,70 @@ def test_a_second_denoiser_s_first_step_is_within_the_target() -> None:
             for power in (1.0, 0.65):
                 chosen = task.spread(speedup, power)
                 assert len(chosen) <= count and {0, *task.entered} <= {*chosen}
-                assert task.computed(task.schedule(chosen, 1)) == chosen
+                assert np.flatnonzero(~task.schedule(chosen, 1).output).tolist() == chosen
         with pytest.raises(ValueError, match=r"target speed-up: expected 1\.00 to 3\.00 for 6 steps, got 6"):
             task.spread(6.0)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "dit"])
+def test_the_converged_run_has_more_steps_and_leaves_the_sampler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the limit the run itself comes there: its error falls as its steps grow."""
+    monkeypatch.setattr(converged, "STEPS", 24)
+    monkeypatch.setattr(converged, "FLOW_STEPS", 24)
+    generation = generation_of(name)
+    sampled = Sampled(generation.pipeline)
+    with sampled.ready():
+        scheduler = sampled.pipeline.scheduler
+        aim = sampled.converged(generation, [0])
+        assert sampled.pipeline.scheduler is scheduler and generation.steps == STEPS
+        errors = [relative(sampled.run(generation.with_call(num_inference_steps=n), [0]), aim) for n in (STEPS, 16)]
+        assert errors[1] < errors[0]
+        for own in ("timesteps", "sigmas"):
+            with pytest.raises(ValueError, match=f"target converged: expected a call without {own}, got"):
+                sampled.converged(generation.with_call(**{own: [1.0, 0.5]}), [0])
+        sampled.pipeline.scheduler = DDPMScheduler()
+        with pytest.raises(ValueError, match=r"a deterministic sampler of .*got DDPMSched"):
+            sampled.converged(generation, [0])
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("contexts", ["shared", "own"])
+def test_going_on_from_a_schedule(contexts: str) -> None:
+    """What it computes stays, in parts too; its weights are where the learning starts."""
+    make, call = CALLS["flux"]
+    common = {"iterations": 1, "batch": 2, "validation": 2, "num_inference_steps": STEPS, **call}
+    pipeline, prompts = make(), ["a cat", "red fox"]
+    first = hrt.learn(pipeline, prompts, level="branches", contexts=contexts, channels=False, **common)
+    own = every(first)[0]
+    compute = own.compute.copy()
+    compute[2, :1] = ~compute[2, :1]
+    spoilt = own.replace(compute=compute, weights=None).replace(note="before")
+    init = dict.fromkeys(first, spoilt) if contexts == "own" else spoilt
+    again = every(hrt.learn(pipeline, prompts, init=init, lr=1e-9, target="full", **common))[0]
+    assert (again.compute == compute).all() and np.allclose(again.weights, spoilt.weights, atol=1e-5)
+    assert ", 1 in parts, " in again.note and "before" not in again.note
+    for wrong, text in (
+        ({"init": init, "target_speedup": 2.0}, "target_speedup: expected None beside init, got 2.0"),
+        ({"init": init, "level": "output"}, "level: expected branches beside init, got output"),
+        ({"init": init, "order": 0}, "order: expected 2 beside init, got 0"),
+        ({"init": own.replace(sampler="DDIMScheduler")}, "schedule whose sampler are FlowMatchEuler.*, got DDIM"),
+        ({"init": {"cond": own}}, "init: expected schedules of contexts .*'cond', 'uncond'.*, got .'cond'"),
+        ({"target": "real"}, "target: expected one of .*, got 'real'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            hrt.learn(pipeline, prompts, **wrong, **common)
+
+
+@pytest.mark.usefixtures("short")
+def test_learning_towards_the_converged_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converged, "FLOW_STEPS", 12)
+    make, call = CALLS["flux"]
+    common = {"batch": 2, "validation": 2, "num_inference_steps": STEPS, **call}
+    schedule = hrt.learn(make(), ["a cat", "red fox"], target="converged", target_speedup=1.5, iterations=12, **common)
+    reached, full, forecast = re.search(
+        r"([\d.-]+) dB SNR to the converged run \(full run ([\d.-]+)\) on 4 .* forecast ([\d.-]+)", schedule.note
+    ).groups()
+    assert float(reached) > float(forecast) and math.isfinite(float(full))
 
 
 @pytest.mark.usefixtures("short")
