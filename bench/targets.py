@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 import harmonica_rt as hrt
-from bench import breakdown, run_latency, run_quality
+from bench import breakdown, run_latency, run_learn, run_quality
 from bench.measure import interleave
 from bench.pipelines import PixelPipeline
 from bench.reference import REFERENCES, load_pipeline, noise
@@ -162,15 +162,10 @@ def shipped() -> Iterator[Target]:
 
 
 def learning(minutes: float = 15) -> Iterator[Target]:
-    """What README.md promises of `harmonica learn`."""
+    """What README.md promises of learning."""
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "learned.json")
-        command = f"learn --model dit-fashion --target-speedup 2.9 --minutes {minutes:g} --threads 2 --out {out}"
-        subprocess.run(
-            [sys.executable, "-m", "harmonica_rt.train", *command.split()],
-            cwd=Path(__file__).parent.parent,
-            check=True,
-        )
+        out = str(Path(folder) / "learned.safetensors")
+        run_learn.main(["--model", "dit-fashion", "--target-speedup", "2.8", "--minutes", f"{minutes:g}", "--out", out])
         result = run_quality.measure(("uniform:3:1", out), steps=20, count=64, seed=0, fewer=())
     uniform, learned = result["rows"]
     yield Target(

@@ -35,10 +35,10 @@ def files_of(text: str) -> dict[str, Path]:
         return {}
     files = {name: Path(file) for name, _, file in parts}
     if len(files) < len(parts):
-        raise ValueError(f"--schedule: expected each name once, got {text!r}")
+        raise ValueError(f"schedule: expected each name once, got {text!r}")
     for name, file in files.items():
         if not file.is_file():
-            raise ValueError(f"--schedule: expected a schedule file for {name}, got {str(file)!r}")
+            raise ValueError(f"schedule: expected a schedule file for {name}, got {str(file)!r}")
     return files
 
 
@@ -81,4 +81,4 @@ def _options(text: str, options: dict[str, str], kinds: dict[str, type], specs: 
 
 
 def _unknown(text: str, specs: str) -> ValueError:
-    return ValueError(f"--schedule: expected {specs} or a schedule file, got {text!r}")
+    return ValueError(f"schedule: expected {specs} or a schedule file, got {text!r}")

@@ -30,7 +30,7 @@ def macs(adapter: Adapter, context: int | None = None) -> Costs:
 
 
 class Budget:
-    """A target speed-up, theoretical unless `costs` are measured, or a target CUR.
+    """A target speed-up, theoretical, or a target CUR.
 
     Args:
         pinned: steps that compute everything.
@@ -65,12 +65,12 @@ class Budget:
     def target(self) -> float:
         return self.speedup if self.cur is None else self.cur
 
-    def value(self, compute: np.ndarray, outputs: int = 0) -> float:
-        """Speed-up or CUR, whichever the target is, of bool or gates [T, L B]; `outputs` steps reuse the output."""
+    def value(self, compute: np.ndarray) -> float:
+        """Speed-up or CUR, whichever the target is, of bool or gates [T, L B]."""
         if self.cur is not None:
             return float(1.0 - compute.mean())
         full = self.steps * (self.fixed + self.costs.sum())
-        return float(full / ((self.steps - outputs) * self.fixed + (compute @ self.costs).sum()))
+        return float(full / (self.steps * self.fixed + (compute @ self.costs).sum()))
 
     def miss(self, compute: np.ndarray) -> float:
         """Relative distance above (positive) or below the target."""
@@ -83,34 +83,6 @@ class Budget:
         else:
             entry = self.costs.max() * self.value(compute) / (self.steps * (self.fixed + self.costs.sum()))
         return abs(self.miss(compute)) <= max(TOLERANCE, entry)
-
-    def spread(self, power: float = 1.0, first: bool = False) -> np.ndarray:
-        """Where to start, bool [T, L, B]: the fewest whole steps that do not fall short of the budget, spread evenly.
-
-        What is too much is taken from the last layers of every second one of them, then of the others, so that the
-        target is reached.
-
-        Args:
-            power: below 1 moves steps to the end of the run: the k-th of n is at T (k / n)^power.
-            first: take it from the first layers instead.
-        """
-        steps, entries = self.steps, len(self.costs)
-        for count in range(1, steps + 1):
-            chosen = np.unique(np.round(steps * (np.arange(count) / count) ** power - 1e-6).astype(int))
-            chosen = chosen[chosen < steps]
-            compute = np.zeros((steps, entries), dtype=bool)
-            compute[chosen] = True
-            if self.value(compute) <= self.target + 1e-9:
-                break
-        else:
-            return self.spread(first=first)  # so many steps cannot be moved to the end
-        groups, order = (chosen[1::2], chosen[2::2]), list(range(entries))[:: 1 if first else -1]
-        places = [(step, entry) for group in groups for entry in order for step in group]
-        for step, entry in places:
-            if self.value(compute) >= self.target - 1e-9:
-                break
-            compute[step, entry] = False
-        return compute.reshape(steps, self.adapter.layers, -1)
 
     def tau(self, router: Router) -> float:
         """The threshold of r at which the router's hard schedule meets the target most closely."""

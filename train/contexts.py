@@ -29,11 +29,6 @@ def each(schedules: Schedules, make: Callable[[Schedule], Any]) -> Any:
     return make(schedules)
 
 
-def learned(schedules: Schedules) -> bool:
-    """Whether any has other weights than the forecast's."""
-    return any(schedule.learned for schedule in every(schedules))
-
-
 def numbers_of(made: Any) -> NumbersOf:
     """By context: one schedule's `Numbers`, or those of each.
 

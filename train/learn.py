@@ -1,4 +1,4 @@
-"""Learning on the end error, whole: the best of some starts, moves of what is computed, weights, a verdict."""
+"""Learning on the end error, whole: the best of some starts, weights, a verdict."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from dataclasses import dataclass, replace
 from accelerate import Accelerator
 
 from harmonica_rt.compiled import Schedules
-from harmonica_rt.layout import trunk_beside
 
-from .contexts import every, learned, noted
+from .contexts import every, noted
+from .pipeline_task import PipelineTask
 from .record import Course, Kept, Record
-from .search import Search
-from .starts import mean, starts_of
+from .starts import mean
 from .stopping import EndedEarly, never
-from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
 from .weights import HELD_OUT_SEED, WeightProgress, WeightSettings, WeightTrainer
 
-RACE, SEARCH = 0.35, 0.3  # shares of the time: several starts, moves; the rest: weights of the result
+RACE = 0.35  # share of the time for several starts; the rest: weights of the best
 TRIAL = 16  # iterations of each of several starts, if so many are asked for
 
 
@@ -33,7 +31,7 @@ class Progress:
         share: of the whole budget spent.
         gained: dB below the error of the first start with the forecast's weights, on the validation's runs.
         phase: what is being done.
-        iterations: steps of the weights so far, those that follow a move not counted.
+        iterations: steps of the weights so far.
         detail: how far the phase is.
         left: seconds to the end, the verdict's included once a run's cost is known; None where nothing tells.
     """
@@ -52,28 +50,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Learned:
-    """A learned schedule and its verdict: mean PSNR (samples in [-1, 1]) or SNR in dB to the target, held-out noises.
+    """A learned schedule and its verdict: mean SNR in dB to the target on noises held out.
 
     Attributes:
-        psnr, forecast: of the schedule, and of the same one with the forecast's weights; None, both, where it was
+        snr, forecast: of the schedule, and of the same one with the forecast's weights; None, both, where it was
             stopped before anything better than the forecast was found: there is nothing to judge.
         full: of the run without reuse; None where that is the target.
         failure: why it ended early with the best schedule until then, if it did.
     """
 
     schedule: Schedules
-    psnr: float | None
+    snr: float | None
     forecast: float | None
     full: float | None
     failure: LossNotFinite | None = None
 
 
 def learn(
-    task: Task,
+    task: PipelineTask,
     starts: Sequence[Schedules],
     settings: WeightSettings,
     minutes: float | None = None,
-    moves: int = 0,
     accelerator: Accelerator | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stopped: Callable[[], bool] = never,
@@ -84,23 +81,20 @@ def learn(
     """Learn what to compute and with what weights to reuse the rest.
 
     Args:
-        starts: what may be computed at first, and its weights, of all contexts or of each. If there are several, or
-            moves to come, each learns for `TRIAL` iterations, or those of `settings`, until one is worse than the one
-            before it, which then goes on. What it costs stays.
+        starts: what may be computed, and its weights, of all contexts or of each. If there are several, each learns for
+            `TRIAL` iterations, or those of `settings`, until one is worse than the one before it, which then goes on.
         settings: of the weights that go on.
         minutes: for all but the verdict, if they end before the iterations.
-        moves: most moves of what is computed to judge.
         on_better: told each schedule that is better than those before it, and than the forecast.
-        record: where it is kept, to go on from with the same result; `starts` are then its own. Not with moves.
+        record: where it is kept, to go on from with the same result; `starts` are then its own.
         plain: try the first start without weights per channel, too; where that is better, nothing has them.
     """
     check_minutes(minutes)
     accelerator, record = accelerator or Accelerator(cpu=task.device.type == "cpu"), record or Record()
-    if moves > 0 and record.path is not None:
-        raise ValueError(f"checkpoint: expected moves of 0 to go on from one, got {moves}")
     kept, record.starts = record.kept, starts
     course = kept.course if kept else Course(0, 0, settings.channels, 0, math.nan, math.inf, 0.0, 0.0)
     tries = [starts[0], *starts] if plain else [*starts]
+    unlearned = every(starts[0])[0] == task.unlearned(starts[0])
     began = time.perf_counter() - course.seconds
     iterations, forecast, reached, judging = course.iterations, course.forecast, course.reached, course.judging
 
@@ -120,7 +114,7 @@ def learn(
 
     def targets(done: int) -> None:
         show(0.0, "targets", detail=f"{done} of {settings.validation} noises")
-        if stopped() and kept is None and not learned(starts[0]):
+        if stopped() and kept is None and unlearned:
             raise EndedEarly
 
     def weights(low: float, high: float, phase: str) -> Callable[[WeightProgress], None]:
@@ -142,9 +136,7 @@ def learn(
 
         return lambda now: record.keep(now, whole) if accelerator.is_main_process else None
 
-    if moves > 0 and any(trunk_beside(own.groups) for start in starts for own in every(start)):
-        raise ValueError(f"moves: expected 0 for a schedule with the trunk beside branches, got {moves}")
-    race, searched = (RACE if len(tries) > 1 or moves > 0 else 0.0), (SEARCH if moves > 0 else 0.0)
+    race = RACE if len(tries) > 1 else 0.0
     trial = min(TRIAL, settings.iterations)
     first = replace(settings, iterations=trial, every=trial)
     try:
@@ -162,7 +154,7 @@ def learn(
         state = kept.trainer if kept and at == course.at else None
         return trainer.succeeded_by(schedule, own if state is None else replace(own, minutes=state.minutes), state)
 
-    search = failure = None
+    failure = None
     try:
         for k in range(course.at, len(tries) if race else 0):
             part, minutes_each, per_channel = race / len(tries), left(race, len(tries) - k), channels
@@ -179,28 +171,19 @@ def learn(
                 break
             if stopped():
                 break
-        if moves > 0 and not stopped():
-            show(race, "moves", trainer.best.mean)
-            search = Search(trainer, left(race + searched), moves, seed=settings.seed)
-            trainer = search.run(
-                lambda p: show(
-                    race + searched * p.share, "moves", p.error, detail=f"{p.taken} of {p.judged} moves taken"
-                ),
-                stopped,
-            )
         if not stopped():
-            show(race + searched, "weights", trainer.best.mean)
+            show(race, "weights", trainer.best.mean)
             best, at = trainer, len(tries)
             trainer = going_on(at, best.schedule(), replace(settings, channels=channels, minutes=left(1.0)))
-            trainer.run(weights(race + searched, 1.0, "weights"), stopped, keeps(at, best, trainer))
+            trainer.run(weights(race, 1.0, "weights"), stopped, keeps(at, best, trainer))
             iterations += trainer.iteration
     except LossNotFinite as error:
         failure = error
     seconds = time.perf_counter() - began
-    if failure is None and stopped() and not learned(trainer.schedule()):
+    if failure is None and stopped() and unlearned and reached >= forecast:
         return _nothing(trainer.schedule(), settings, seconds)
     show(1.0, "verdict", trainer.best.mean, detail=f"on {task.held_out} noises held out")
-    return _verdict(task, trainer, search, seconds, failure)
+    return _verdict(task, trainer, seconds, failure)
 
 
 def check_minutes(minutes: float | None) -> None:
@@ -217,24 +200,21 @@ def _nothing(schedule: Schedules, settings: WeightSettings, seconds: float) -> L
     return Learned(noted(schedule, note), None, None, None)
 
 
-def _verdict(
-    task: Task, trainer: WeightTrainer, search: Search | None, seconds: float, failure: LossNotFinite | None
-) -> Learned:
+def _verdict(task: PipelineTask, trainer: WeightTrainer, seconds: float, failure: LossNotFinite | None) -> Learned:
     settings, accelerator, schedule = trainer.settings, trainer.accelerator, trainer.schedule()
-    held_out = starts_of(task, settings.target, task.held_out, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
+    held_out = task.starts(settings.target, task.held_out, TRAIN_SEED + settings.seed * 1_000_003 + HELD_OUT_SEED)
 
-    def psnr(judged: Schedules) -> float:
-        return task.peak - mean(held_out.judge(judged, accelerator))
+    def snr(judged: Schedules) -> float:
+        return -mean(held_out.judge(judged, accelerator))
 
     full = None
     if settings.target != "full":
-        full = psnr(task.full(every(schedule)[0].order))
-    reached, forecast = psnr(schedule), psnr(task.unlearned(schedule))
-    moves = f"{search.taken} of {search.judged} moves, " if search is not None else ""
+        full = snr(task.full(every(schedule)[0].order))
+    reached, forecast = snr(schedule), snr(task.unlearned(schedule))
     aim = "the full run" if full is None else f"the converged run (full run {full:.1f})"
     note = (
-        f"learned on the end error, target {settings.target}: {moves}{settings.batch} noises an iteration of "
-        f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB {task.measure} to {aim} on "
+        f"learned on the end error, target {settings.target}: {settings.batch} noises an iteration of "
+        f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB SNR to {aim} on "
         f"{task.held_out} noises held out, the forecast {forecast:.1f}"
     )
     return Learned(noted(schedule, note), reached, forecast, full, failure)

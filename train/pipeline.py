@@ -27,7 +27,7 @@ from .pipeline_task import PipelineTask
 from .record import Record
 from .reusing import CHECKPOINTS
 from .sampled import Sampled
-from .starts import mean, starts_of
+from .starts import mean
 from .stopping import never
 from .weights import WeightSettings
 
@@ -192,10 +192,10 @@ def learn(
             starts, task.start = record.starts, tuple(record.chosen["start"])
         told = (on_progress, stopped, on_better)
         plain = channels is None and learns and init is None
-        learned = learning.learn(task, starts, settings, minutes, 0, accelerator, *told, record, plain)
+        learned = learning.learn(task, starts, settings, minutes, accelerator, *told, record, plain)
     if learned.failure is not None:
         raise learned.failure
-    if learned.psnr is None:
+    if learned.snr is None:
         return learned.schedule
     made = task.told(every(learned.schedule)[0])
     return each(learned.schedule, lambda own: own.replace(note=f"{made}; {own.note}"))
@@ -238,7 +238,7 @@ def _starts(
 def _best_start(task: PipelineTask, schedule: Schedule, accelerator: Accelerator) -> tuple[float, int]:
     """The carry and the order of forecast that are best unlearned, where what `schedule` does is computed."""
     carries = CARRIES if task.carry and task.layout.level == "blocks" else (0.0,)
-    few = starts_of(task, "full", TRIED, TRIED_SEED)
+    few = task.starts("full", TRIED, TRIED_SEED)
 
     def error(start: tuple[float, int]) -> float:
         task.start = start

@@ -10,16 +10,19 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from harmonica_rt.generating import load_pipeline, read_prompts
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.schedule_specs import files_of as starts_of
 
 from . import learn as learning
 from .checkpoint import check_path
-from .contexts import Schedules, every, files_of, learned, save
+from .contexts import Schedules, every, files_of, save
 from .errors import check_file
 from .memory import Memory
 from .pipeline import learn
 from .pipeline_options import PipelineDtype, torch_dtype
 from .progress import Display
 from .stopping import EndedEarly, stopping
+from .trainer import LossNotFinite
 
 
 def learn_for_pipeline(
@@ -31,6 +34,7 @@ def learn_for_pipeline(
     inputs: Path | None,
     call: dict[str, Any],
     settings: dict[str, Any],
+    init: str | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> Schedules:
@@ -39,6 +43,7 @@ def learn_for_pipeline(
     Args:
         name: folder or hub name of the pipeline.
         call, settings: arguments of its call, and of `learn`. Weights per channel need a .safetensors file.
+        init: file to go on from, or cond=FILE,uncond=FILE.
         checkpoint: where the learning is kept until it ends whole; beside `out` unless given.
         resume: go on from there.
 
@@ -52,6 +57,7 @@ def learn_for_pipeline(
     if settings.setdefault("channels", None if out.suffix == ".safetensors" else False) and out.suffix == ".json":
         raise ValueError(f"--channels yes: expected a .safetensors file as --out, got {out}")
     own = None if prompts is None else read_prompts(prompts)
+    start = None if init is None else _start(init)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with Display(accelerator.is_main_process) as display, stopping(accelerator) as stopped:
         display.show("pipeline", name)
@@ -64,20 +70,32 @@ def learn_for_pipeline(
         def tell(memory: Memory) -> None:
             display.show("memory", str(memory) if memory.fits else f"{memory}; it will not fit: {memory.advice}")
 
-        schedule = learn(
-            pipeline,
-            own,
-            inputs=inputs,
-            accelerator=accelerator,
-            on_progress=show,
-            on_better=lambda better: save(better, out),
-            on_memory=tell,
-            stopped=stopped,
-            checkpoint=checkpoint,
-            resume=resume,
-            **settings,
-            **call,
-        )
+        written = False
+
+        def write(better: Schedules) -> None:
+            nonlocal written
+            save(better, out)
+            written = True
+
+        try:
+            schedule = learn(
+                pipeline,
+                own,
+                inputs=inputs,
+                accelerator=accelerator,
+                on_progress=show,
+                on_better=write,
+                on_memory=tell,
+                stopped=stopped,
+                checkpoint=checkpoint,
+                resume=resume,
+                init=start,
+                **settings,
+                **call,
+            )
+        except LossNotFinite as error:
+            left = f"; {out} is the best schedule until then" if written else ""
+            raise LossNotFinite(f"{error}{left}") from None
         whole = not stopped()
     if accelerator.is_main_process:
         save(schedule, out)
@@ -87,7 +105,15 @@ def learn_for_pipeline(
             display.console.print(f"--resume goes on from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
         for path, own in files_of(schedule, out).items():
             console.print(f"wrote {path}: {own!r}\n{own.note}", highlight=False, markup=False, soft_wrap=True)
-    if not learned(schedule) and every(schedule)[0].note.startswith("ended early"):
+    if every(schedule)[0].note.startswith("ended early"):
         names = " and ".join(str(path) for path in files_of(schedule, out))
         raise EndedEarly(f"ended early, nothing better than the forecast yet: {names} has the forecast's weights")
     return schedule
+
+
+def _start(init: str) -> Schedules:
+    """The schedules that ``--init`` names."""
+    if not (files := starts_of(init)):
+        raise FileNotFoundError(f"--init: expected a schedule file, or cond=FILE,uncond=FILE, got {init!r}")
+    schedules = {context: Schedule.load(path) for context, path in files.items()}
+    return schedules.get("", schedules)

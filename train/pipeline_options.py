@@ -24,7 +24,7 @@ def _option(text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=PANEL, **more)
 
 
-Pipeline = Annotated[str | None, _option("Folder or hub name of a diffusers pipeline.")]
+Pipeline = Annotated[str, _option("Folder or hub name of a diffusers pipeline.")]
 Prompts = Annotated[Path | None, _option("File of prompts, one a line; of classes where it takes labels.")]
 Inputs = Annotated[Path | None, _option("Folder of pictures with a caption each, NAME.txt; in place of prompts.")]
 NegativePrompt = Annotated[str | None, _option("For all prompts.")]

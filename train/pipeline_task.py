@@ -12,13 +12,14 @@ from torch import Tensor
 from harmonica_rt.checks import may_carry
 from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
+from harmonica_rt.layout import WHOLE
 from harmonica_rt.models import layout_of
 from harmonica_rt.models.base import NoCarryError
 from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
-from .contexts import ContextWeights, NumbersOf, every, own_numbers
+from .contexts import ContextWeights, every
 from .memory import Memory, available, count_step, nbytes, predict, samples_of, workspaces
 from .sampled import Sampled
 from .starts import Starts
@@ -45,11 +46,10 @@ class PipelineTask:
         width: channels of the streams; None at level output.
         contexts: that the calls of a step are of: their names, numbers where the pipeline names none.
         start: carry, and order of the forecast, that schedules have before anything is learned.
-        held_out, measure, peak: as in `Task`; latents have no peak.
+        held_out: starts of a verdict.
     """
 
     held_out = 64
-    measure, peak = "SNR", 0.0
 
     def __init__(
         self, sampled: Sampled, generation: Generation, level: str = "auto", groups: int = 1, size: int = 4
@@ -126,7 +126,9 @@ class PipelineTask:
     def unlearned(self, schedules: Schedules) -> Schedule:
         """What `schedules` are compared with: the same computed, `start`."""
         schedule = every(schedules)[0]
-        what = {"output": schedule.output} if schedule.level == "output" else {"compute": schedule.compute}
+        what = {"output": schedule.output} if schedule.output.any() else {}
+        if schedule.level != "output":
+            what |= {"compute": schedule.compute, "groups": schedule.groups}
         return self._from_start(schedule.order, *self.start, **what)
 
     def full(self, order: int) -> Schedule:
@@ -136,7 +138,9 @@ class PipelineTask:
     def check(self, schedule: Schedule) -> None:
         """Raise ValueError unless one can learn from `schedule` on."""
         fields = self.fields()
-        own = {"model": self.layout.model, "level": self.layout.level, "groups": self.layout.groups}
+        own = {"model": self.layout.model, "level": self.layout.level}
+        if schedule.groups != (*self.layout.groups, WHOLE) or self.layout.level != "branches":  # the trunk beside them
+            own["groups"] = self.layout.groups
         own |= {"steps": self.steps, "sampler": fields["sampler"], "timesteps": tuple(self.timesteps)}
         for name, expected in own.items():
             got = getattr(schedule, name)
@@ -164,7 +168,7 @@ class PipelineTask:
             compute = compute.reshape(self.steps, group.layers, len(group.branches))
         return self._from_start(order, carry, forecast, compute=compute)
 
-    def _from_start(self, order: int, carry: float, forecast: int | None, **what: np.ndarray) -> Schedule:
+    def _from_start(self, order: int, carry: float, forecast: int | None, **what: Any) -> Schedule:
         """`what` computed or reused, with that carry and the forecast's weights."""
         if forecast is not None and forecast < order:
             low, wide = (self._from_start(own, carry, None, **what) for own in (forecast, order))
@@ -178,7 +182,7 @@ class PipelineTask:
             allowed = may_carry(compute, self.layout.groups, self.layout.level) & ~compute
             if allowed.any():
                 what = {**what, "carry": np.where(allowed, carry, 0.0)}
-        return self._entered(Schedule(order=order, **what, **self.fields()))
+        return self._entered(Schedule(order=order, **{**self.fields(), **what}))
 
     def _entered(self, schedule: Schedule) -> Schedule:
         """The same, nothing standing on what another denoiser made."""
@@ -196,7 +200,8 @@ class PipelineTask:
 
     def told(self, schedule: Schedule) -> str:
         """What `schedule` computes, and what that is in theory."""
-        own = schedule.compute.reshape(self.steps, -1)
+        entries = len(self.costs.entries)
+        own = schedule.compute.reshape(self.steps, -1)[:, :entries]  # the trunk beside branches costs nothing
         if schedule.level == "output":
             own = ~schedule.output[:, None]
         full = self.costs.fixed + self.costs.entries.sum()
@@ -239,7 +244,7 @@ class PipelineTask:
         width = self.width if settings.channels else None
         return predict(
             count_step(models[0], call, blockwise=settings.checkpointing == "blocks"),
-            ContextWeights(schedules, settings.tie, "cpu", settings.carry, width, self.entered),
+            ContextWeights(schedules, "cpu", settings.carry, width, self.entered),
             settings,
             weights=nbytes(t for model in models for t in (*model.parameters(), *model.buffers())),
             values=self.size * self._values,
@@ -250,12 +255,12 @@ class PipelineTask:
             available=available(self.device),
         )
 
-    def starts(self, target: str, count: int, seed: int) -> PipelineStarts:
+    def starts(self, target: str, count: int, seed: int) -> Starts:
         """`count` of the prompts with noises of `seed`; those held out where they are to judge by."""
         numbers = self.judged_on if seed >= VALIDATION_SEED else self.learned_on
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [numbers[i % len(numbers)] for i in order]
-        return PipelineStarts(self, self.generation.at(chosen, seed), target)
+        return Starts(self, self.generation.at(chosen, seed), target)
 
     def _costs(self) -> Costs:
         """Of one image's step; learns what the groups are, which refuses a model that cannot be reused so."""
@@ -284,40 +289,3 @@ class PipelineTask:
             return Costs(np.full(entries, 1.0 / entries), 0.0)
         full, own = plan.macs
         return Costs(np.array([own.get(e, 0) for e in range(entries)], dtype=float), float(full - sum(own.values())))
-
-
-class PipelineStarts(Starts):
-    """Prompts and noises of a pipeline. Errors are relative to the spread of each target: their dB are a SNR's."""
-
-    def __init__(self, task: PipelineTask, generation: Generation, target: str) -> None:
-        super().__init__()
-        self.task, self.generation, self.device, self.size = task, generation, task.device, task.size
-        self.aim = task.sampled.converged if target == "converged" else task.sampled.run
-        task.sampled.encode(generation, task.size)
-
-    def __len__(self) -> int:
-        return self.generation.count
-
-    def target_of(self, start: int, end: int) -> Tensor:
-        return self.aim(self.generation, range(start, end))
-
-    def errors(self, result: Tensor, start: int, end: int) -> Tensor:
-        """log of each run's mean squared error, of its target's variance, [end - start]."""
-        spread = self.end(start, end).flatten(1).var(1).clamp(min=1e-12)
-        return super().errors(result, start, end) - spread.log()
-
-    def result(
-        self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: str = "none"
-    ) -> Tensor:
-        schedule = every(schedules)[0]  # all compute the same, and stand on what `own` says
-        own = own_numbers(schedules, self.device) if numbers is None else numbers
-        result = self.task.sampled.run(
-            self.generation, range(start, end), schedule, own, checkpointing, self.task.carry
-        )
-        if numbers is not None and torch.is_grad_enabled() and not result.requires_grad:
-            kind = type(self.task.sampled.pipeline).__name__
-            raise ValueError(
-                f"expected latents of {kind} that depend on what is reused, got none: its call, or "
-                "its scheduler, turns gradients off"
-            )
-        return result

@@ -16,7 +16,6 @@ from harmonica_rt.compiled import Schedules
 
 from . import checkpoint
 from .pipeline_task import PipelineTask
-from .task import Task
 from .weights import TrainerState
 
 EVERY = 30.0  # seconds between files, where nothing better was found
@@ -81,7 +80,7 @@ class Record:
         self,
         path: Path | None = None,
         resume: bool = False,
-        task: Task | PipelineTask | None = None,
+        task: PipelineTask | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         if resume and path is None:
@@ -117,7 +116,7 @@ class Record:
         checkpoint.write(self.path, {name: t.clone() for name, t in tensors.items()}, state)
         self._at = time.monotonic()
 
-    def _read(self, task: Task | PipelineTask) -> None:
+    def _read(self, task: PipelineTask) -> None:
         tensors, state = checkpoint.read(self.path, task)
         if "course" not in state:
             raise ValueError(f"{self.path}: expected a checkpoint of the end error, got a router's")

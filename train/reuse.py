@@ -13,7 +13,6 @@ from harmonica_rt.checks import may_carry
 from harmonica_rt.forecast import forecast, history
 from harmonica_rt.schedule import Schedule
 
-TIES = ("none", "branch", "step")
 OF_CHANNELS = 0.1  # how far a channel's own deviation goes where a weight goes 1
 
 
@@ -69,8 +68,6 @@ class ReuseWeights:
 
     Args:
         schedule: which values exist at each entry; its weights are the start.
-        tie: "none": a change of its own for each step, layer and branch; "branch": layers share; "step": all share.
-            Outputs and the trunk have their own, one for each step and value.
         carry: whether carries are learned, of groups of blocks and the trunk. They stay as they are otherwise.
         width: channels of the streams, to have weights per channel learned too; None for none but the schedule's own.
         entered: steps at which another denoiser goes on, for which no values exist then.
@@ -85,14 +82,11 @@ class ReuseWeights:
     def __init__(
         self,
         schedule: Schedule,
-        tie: str = "none",
         device: torch.device | str = "cpu",
         carry: bool = False,
         width: int | None = None,
         entered: Sequence[int] = (),
     ) -> None:
-        if tie not in TIES:
-            raise ValueError(f"tie: expected one of {TIES}, got {tie!r}")
         self.schedule = schedule
         steps, order = schedule.steps, schedule.order
         computed = schedule.compute.reshape(steps, -1)
@@ -104,7 +98,7 @@ class ReuseWeights:
         self.carries = reused & may & exists[..., 0]
         output_exists = history(~schedule.output, order) >= begun[:, None]
         output_free = output_exists & schedule.output[:, None]
-        parts = [_Part(schedule.weights.reshape(self.free.shape), self.free, self._tied(tie))]
+        parts = [_Part(schedule.weights.reshape(self.free.shape), self.free)]
         parts.append(_Part(schedule.output_weights, output_free))
         parts.append(_Part(schedule.carry.reshape(computed.shape), self.carries & carry))
         if not any(part.free.any() for part in parts):
@@ -120,12 +114,11 @@ class ReuseWeights:
             parts.append(_Part(schedule.output_channels, np.zeros(schedule.output_channels.shape, dtype=bool)))
         self.parts, places, scales, count = parts, [], [], 0
         for part in parts:
-            names, index = np.unique(part.number[part.free], return_inverse=True)
             own = np.full(part.free.size, -1)
-            own[part.free.reshape(-1)] = index + count
+            own[part.free.reshape(-1)] = count + np.arange(free := int(part.free.sum()))
             places.append(own)
-            scales += [OF_CHANNELS if part.start.dtype == np.float32 else 1.0] * len(names)
-            count += len(names)
+            scales += [OF_CHANNELS if part.start.dtype == np.float32 else 1.0] * free
+            count += free
         at = np.concatenate(places)
         self.places = torch.tensor(np.where(at < 0, count, at), device=device)  # the last one is a change of 0
         start = np.concatenate([part.start.reshape(-1) for part in parts], dtype=np.float64)
@@ -134,16 +127,6 @@ class ReuseWeights:
         self.change = torch.zeros(count, device=device)
         unlearned = forecast(computed, order, schedule.positions)
         self.unlearned = torch.tensor(unlearned, dtype=torch.float32, device=device)
-
-    def _tied(self, tie: str) -> np.ndarray:
-        """Where each weight's change stands: weights that share one have the same number."""
-        number = np.arange(self.free.size).reshape(self.free.shape)
-        if tie != "none" and self.schedule.groups:
-            _, layers, kinds = self.schedule.groups[0]
-            own = number[:, : layers * len(kinds)].reshape(len(number), layers, len(kinds), -1)
-            tied = np.broadcast_to(own[:, :1, : 1 if tie == "step" else None], own.shape)
-            number[:, : layers * len(kinds)] = tied.reshape(len(number), layers * len(kinds), -1)
-        return number
 
     def _channels(self, width: int | None, carry: bool) -> _Part:
         schedule, (steps, entries, values) = self.schedule, self.free.shape
@@ -190,15 +173,10 @@ class ReuseWeights:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some of a schedule's numbers: where they start, which may change, and by what number each change is known."""
+    """Some of a schedule's numbers: where they start, and which may change."""
 
     start: np.ndarray
     free: np.ndarray
-    tied: np.ndarray | None = None
-
-    @property
-    def number(self) -> np.ndarray:
-        return np.arange(self.free.size).reshape(self.free.shape) if self.tied is None else self.tied
 
 
 def fixed(schedule: Schedule, device: torch.device | str = "cpu") -> Numbers:

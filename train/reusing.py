@@ -1,20 +1,17 @@
-"""One run of a hard schedule as a function of its weights: differentiable, the runtime's results."""
+"""What stands in for branches and streams that are reused, as a function of weights: differentiable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.layout import trunk_beside
 from harmonica_rt.schedule import Schedule
 
-from .denoiser import Evaluate, StandIn, TrunkStandIn
-from .reuse import Numbers, anything, combined, fixed, over
-from .task import Trajectory
+from .denoiser import Evaluate, TrunkStandIn
+from .reuse import Numbers, anything, combined, over
 
 CHECKPOINTS = ("none", "steps", "blocks")  # what is kept of a run's activations: all, one step's, one block's of a step
 
@@ -91,47 +88,3 @@ def carried(
     unlearned = numbers.unlearned[step, entry].to(now.device)
     fresh = now - combined(befores, [w[None] for w in unlearned], axis)
     return (after + over(carry, now, axis) * fresh).to(after.dtype)
-
-
-class Reusing:
-    """One run of a hard schedule, differentiable in its weights and in the sample.
-
-    Args:
-        numbers: as `ReuseWeights` gives them.
-        checkpointing: one of `CHECKPOINTS`: what is not kept is recomputed in the backward pass. Here blocks is steps.
-    """
-
-    def __init__(self, schedule: Schedule, numbers: Numbers, checkpointing: str = "none") -> None:
-        self.schedule, self.numbers, self.checkpointing = schedule, numbers, checkpointing
-        self.kept = Kept(((),) * schedule.compute.reshape(schedule.steps, -1).shape[1])
-        self.outputs: tuple[Tensor, ...] = ()
-
-    def run(self, run: Trajectory) -> Tensor:
-        """The sampler's result."""
-        while not run.done:
-            run.advance(self.denoise(run))
-        return run.x
-
-    def denoise(self, run: Trajectory) -> Tensor:
-        """The guided output of the run's next step."""
-        step, order = run.step, self.schedule.order
-        if self.schedule.output[step]:
-            return combined(self.outputs, self.numbers.output_rows(step), axis=1)
-        branches = Branches(self.schedule, step, self.numbers, self.kept)
-
-        def forward(x: Tensor, stand_in: StandIn) -> list[Tensor]:
-            branches.fresh = []
-            return [run.output(step, x, stand_in, branches.trunk), *branches.fresh]
-
-        if self.checkpointing != "none" and torch.is_grad_enabled():
-            output, *fresh = checkpoint(forward, run.model_input(), branches, use_reentrant=False)
-        else:
-            output, *fresh = forward(run.model_input(), branches)
-        self.kept, self.outputs = branches.keep(fresh, order), (output, *self.outputs)[: order + 1]
-        return output
-
-
-@torch.no_grad()
-def reusing_run(schedule: Schedule, run: Trajectory) -> Tensor:
-    """The sampler's result with the schedule's own weights."""
-    return Reusing(schedule, fixed(schedule, run.x.device)).run(run)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from harmonica_rt.loop import guide, learns_variance
-from harmonica_rt.schedule import Schedule
 
-from .denoiser import Denoiser, StandIn, TrunkStandIn
+from .denoiser import Denoiser, StandIn
 
 # (count, generator) -> conditional and unconditional tensors, [count, ...] each, as `Inputs.conditioning` has them
 Conditions = Callable[[int, torch.Generator], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
@@ -56,14 +55,7 @@ class Task:
 
     Attributes:
         context: tokens of a prompt; None for a model that reads none.
-        entered: steps at which another denoiser goes on: there is but one.
-        held_out: starts of a verdict.
-        measure, peak: what an error is told as, and that of 0 dB.
     """
-
-    held_out = 64
-    entered = ()
-    measure, peak = "PSNR", 20 * math.log10(2)  # samples in [-1, 1]
 
     def __init__(
         self,
@@ -99,15 +91,6 @@ class Task:
                 f"{2 * self.adapter.in_channels} output channels, got {self.adapter.out_channels}"
             )
 
-    def with_sampler(self, scheduler: Any, steps: int) -> Task:
-        """The same model, guidance and conditions with another sampler."""
-        return Task(self.model, scheduler, steps, self.guidance_scale, self.conditions, self.denoiser.checkpointing)
-
-    @property
-    def width(self) -> int:
-        """Channels of the stream."""
-        return self.adapter.width
-
     def parameters(self) -> dict[str, Tensor]:
         """Of what is learned for, by name."""
         return dict(self.model.named_parameters())
@@ -139,10 +122,6 @@ class Task:
         if not self.guided:
             return batch.conditional
         return tuple(map(torch.cat, zip(batch.conditional, batch.unconditional)))
-
-    def unlearned(self, schedule: Schedule) -> Schedule:
-        """What `schedule` is compared with: the same computed, all weights the forecast's."""
-        return schedule.replace(weights=None, output_weights=None, channels=None)
 
     def fields(self) -> dict[str, Any]:
         """What a `Schedule` for this task says of it."""
@@ -235,19 +214,16 @@ class Trajectory:
 
     def denoise(self, stand_in: StandIn) -> Tensor:
         """The model's output after guidance, [count, channels, height, width]."""
-        return self.output(self.step, self.model_input(), stand_in)
+        sample = self.model_input()
+        sample = torch.cat([sample, sample]) if self.task.guided else sample
+        output = self.task.denoiser(sample, self.rows[self.step], stand_in, self.held)
+        return guide(output, self.task.guidance_scale, self.x.shape[1], self.task.learned_variance)
 
     def model_input(self) -> Tensor:
         """x as the sampler scales it for the model."""
         if not hasattr(self.scheduler, "scale_model_input"):  # flow matching's does not
             return self.x
         return self.scheduler.scale_model_input(self.x, self.scheduler.timesteps[self.step])
-
-    def output(self, step: int, x: Tensor, stand_in: StandIn, trunk: TrunkStandIn | None = None) -> Tensor:
-        """`denoise` of a step as a function of its arguments alone, so that it can be run again."""
-        sample = torch.cat([x, x]) if self.task.guided else x
-        output = self.task.denoiser(sample, self.rows[step], stand_in, self.held, trunk)
-        return guide(output, self.task.guidance_scale, x.shape[1], self.task.learned_variance)
 
     def advance(self, output: Tensor) -> None:
         """The sampler's update with the guided output."""

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -21,12 +21,13 @@ from harmonica_rt.compiled import Schedules
 
 from .contexts import ContextWeights
 from .natural_gradient import NaturalGradient
-from .reuse import TIES
 from .reusing import CHECKPOINTS
-from .starts import Starts, decibels, mean, starts_of
+from .starts import Starts, decibels, mean
 from .stopping import never
-from .task import Task
 from .trainer import TRAIN_SEED, LossNotFinite
+
+if TYPE_CHECKING:  # which imports this
+    from .pipeline_task import PipelineTask
 
 TARGETS = ("full", "converged")
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
@@ -39,7 +40,7 @@ class WeightSettings:
     """How to learn reuse weights.
 
     Attributes:
-        target: "full": the same sampler's run without reuse; "converged": DPM-Solver++ with 100 steps.
+        target: "full": the same run without reuse; "converged": the solution that its sampler approximates.
         iterations: steps of the optimiser; their length falls to 0 over them (cosine).
         minutes: time to stop after, if that comes first; the length then follows the time.
         batch: runs an iteration, over all processes.
@@ -47,9 +48,8 @@ class WeightSettings:
         pool: starts that are drawn once; their targets are computed once each.
         validation: further starts, on which the best weights so far are told; `every` iterations.
         lr: root mean square of the weights' changes in a step, from which the steps' length is looked for.
-        tie: as in `ReuseWeights`.
         carry, channels: whether carries, and weights per channel, are learned too.
-        checkpointing: one of `CHECKPOINTS`, as in `Reusing`.
+        checkpointing: one of `CHECKPOINTS`.
         seed: of the starts.
     """
 
@@ -62,14 +62,13 @@ class WeightSettings:
     validation: int = 48
     every: int = 20
     lr: float = 0.03
-    tie: str = "none"
     carry: bool = False
     channels: bool = False
     checkpointing: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("tie", TIES), ("checkpointing", CHECKPOINTS)):
+        for name, allowed in (("target", TARGETS), ("checkpointing", CHECKPOINTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         for name in ("iterations", "batch", "accumulate", "pool", "validation", "every"):
@@ -164,7 +163,7 @@ class WeightTrainer:
 
     def __init__(
         self,
-        task: Task,
+        task: PipelineTask,
         schedule: Schedules,
         settings: WeightSettings,
         accelerator: Accelerator | None = None,
@@ -175,7 +174,6 @@ class WeightTrainer:
         state: TrainerState | None = None,
     ) -> None:
         self.task, self.settings, self.on_better = task, settings, on_better
-        check_schedule(task, schedule)
         self.accelerator = accelerator or Accelerator(cpu=task.device.type == "cpu")
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         if settings.batch % (self.ranks * settings.accumulate):
@@ -184,11 +182,11 @@ class WeightTrainer:
                 f"got {settings.batch}"
             )
         width = task.width if settings.channels else None
-        self.weights = ContextWeights(schedule, settings.tie, task.device, settings.carry, width, task.entered)
+        self.weights = ContextWeights(schedule, task.device, settings.carry, width, task.entered)
         self.gradient = NaturalGradient()
         seed = TRAIN_SEED + settings.seed * 1_000_003
-        self.starts = starts or starts_of(task, settings.target, settings.pool, seed)
-        self.validation = validation or starts_of(task, settings.target, settings.validation, seed + VALIDATION_SEED)
+        self.starts = starts or task.starts(settings.target, settings.pool, seed)
+        self.validation = validation or task.starts(settings.target, settings.validation, seed + VALIDATION_SEED)
         self.length, self.iteration, self.seconds = settings.lr, 0, 0.0
         for done in self.validation.prepare(self.accelerator):
             on_target(done)
@@ -281,10 +279,9 @@ class WeightTrainer:
         gradients, errors = [], []
         for start, end in self._parts(self.iteration):
             change = self.weights.change.repeat(end - start, 1).requires_grad_()
-            with self.accelerator.autocast():
-                numbers, checkpointing = self.weights(change), self.settings.checkpointing
-                result = self.starts.result(self.weights.schedule, numbers, start, end, checkpointing)
-                logs = self.starts.errors(result, start, end)
+            numbers, checkpointing = self.weights(change), self.settings.checkpointing
+            result = self.starts.result(self.weights.schedule, numbers, start, end, checkpointing)
+            logs = self.starts.errors(result, start, end)
             gradients += torch.autograd.grad(logs.sum(), change)
             errors.append(decibels(logs.detach()))
         rows = self.accelerator.gather(torch.cat(gradients))
@@ -318,8 +315,7 @@ class WeightTrainer:
         """Mean error, dB, of the runs that come next, of which the gradients know nothing."""
         errors = []
         for start, end in self._parts(self.iteration + 1):
-            with self.accelerator.autocast():
-                result = self.starts.result(self.weights.schedule, self.weights(change), start, end)
+            result = self.starts.result(self.weights.schedule, self.weights(change), start, end)
             errors.append(decibels(self.starts.errors(result, start, end)))
         error = mean(self.accelerator.gather(torch.cat(errors)))
         return error if math.isfinite(error) else math.inf
@@ -331,18 +327,3 @@ class WeightTrainer:
         first = iteration % (len(self.starts) // settings.batch) * settings.batch
         parts = [first + (part * self.ranks + self.rank) * size for part in range(settings.accumulate)]
         return [(start, start + size) for start in parts]
-
-
-def check_schedule(task: Task, schedule: Schedules) -> None:
-    """Raise ValueError unless `schedule` is for the task's model and sampler."""
-    if not isinstance(task, Task):
-        return  # a pipeline's: as it is compiled, it checks
-    task.adapter.check_schedule(schedule)
-    fields = task.fields()
-    for what, expected, got in [
-        ("steps", task.steps, schedule.steps),
-        ("sampler", fields["sampler"], schedule.sampler),
-        ("timesteps", tuple(map(float, fields["timesteps"])), schedule.timesteps),
-    ]:
-        if got is not None and expected != got:
-            raise ValueError(f"schedule does not fit the task: {what} expected {expected}, got {got}")

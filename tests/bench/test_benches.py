@@ -16,10 +16,10 @@ from bench.measure import CountLaunches, interleave
 from bench.module_reuse import ModuleReuse
 from bench.reference import load_pipeline, noise
 from bench.schedule_specs import parse_schedule
+from harmonica_rt.generating import Generation
 from harmonica_rt.measuring import Timing, psnr, ratio
-from harmonica_rt.train import models
-from harmonica_rt.train.starts import converged, full_run
-from harmonica_rt.train.task import Batch, Task
+from harmonica_rt.train import converged
+from harmonica_rt.train.sampled import Sampled
 
 from ..conftest import Calls, make_dit, needs_compiler, random_schedule
 
@@ -195,13 +195,19 @@ def test_run_quality_to_the_converged_solution(capsys: pytest.CaptureFixture, tm
     assert first["mean"] > max(reused["mean"], fewer["mean"])
 
 
-def test_run_quality_aims_where_learning_does() -> None:
-    """The converged solution is that of train/starts.py for the same starts, whatever the sampler."""
-    task = Task(*models.load("dit-fashion", "ddim"), 4, 3.0)
-    start = noise(load_pipeline("dit-fashion"), 2)
-    wanted = full_run(converged(task), Batch(start, (torch.tensor([8, 3]),), (torch.tensor([10, 10]),)))
-    got = run_quality.Sampling.of("dit-fashion", "dpmsolver++", 3.0, (8, 3)).converged(start)
-    assert torch.allclose(got, wanted, atol=1e-4)
+@pytest.mark.parametrize("model", ["dit-fashion", "flux-emoji"])
+def test_run_quality_aims_where_learning_does(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converged solution, in more steps."""
+    monkeypatch.setattr(converged, "STEPS", 10)
+    monkeypatch.setattr(converged, "FLOW_STEPS", 10)
+    sampling = run_quality.Sampling.of(model, guidance=1.5)
+    start = noise(sampling.pipeline, 1)
+    call = {"latents": start, "num_inference_steps": 4, "guidance_scale": 1.5}
+    generation = Generation(sampling.pipeline, sampling.labels(1), **call)
+    wanted = Sampled(sampling.pipeline).converged(generation, [0])
+    assert wanted.shape == start.shape
+    errors = [(made - wanted).norm() for made in (sampling.converged(start), sampling(start, 4))]
+    assert errors[0] < errors[1] / 2
 
 
 @pytest.mark.usefixtures("eager")

@@ -7,10 +7,8 @@ from typer.testing import CliRunner
 
 from harmonica_rt.train.cli import app
 
-LEARN = ("--objective", "sdt", "--steps", "6", "--iterations", "2", "--batch", "2", "--refresh", "1")
+ROUTER = ("--objective", "sdt", "--steps", "6", "--iterations", "2", "--batch", "2", "--refresh", "1")
 TARGET = ("--target-cur", "0.4")
-END = ("--steps", "6", "--iterations", "2", "--batch", "2", "--pool", "2")
-SPEEDUP = ("--target-speedup", "1.5")
 
 
 def run(*arguments: object) -> Result:
@@ -32,11 +30,6 @@ def refused(result: Result, *texts: str) -> None:
         assert text in errors[0], errors[0]
 
 
-def learn(model: object, out: object, *more: object, target: tuple[str, ...] = TARGET) -> Result:
+def route(model: object, out: object, *more: object, target: tuple[str, ...] = TARGET) -> Result:
     """A router."""
-    return run("learn", "--model", model, "--out", out, *LEARN, *target, *more)
-
-
-def learn_end(model: object, out: object, *more: object, target: tuple[str, ...] = SPEEDUP) -> Result:
-    """On the end error."""
-    return run("learn", "--model", model, "--out", out, *END, *target, *more)
+    return run("router", "--model", model, "--out", out, *ROUTER, *target, *more)

@@ -13,10 +13,14 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
+from bench.pipelines import PixelDiTPipeline
+from harmonica_rt.generating import Generation
 from harmonica_rt.train import denoiser as denoiser_module
 from harmonica_rt.train.denoiser import compute
+from harmonica_rt.train.pipeline_task import PipelineTask
 from harmonica_rt.train.router import Router
-from harmonica_rt.train.task import Batch, Task, prompts
+from harmonica_rt.train.sampled import Sampled
+from harmonica_rt.train.task import Batch, Task, Trajectory, prompts
 
 from ..conftest import make_dit, make_pixart
 
@@ -31,6 +35,17 @@ def make_task(steps: int = STEPS, guidance: float = 1.5, double: bool = False, *
     checkpointing = config.pop("checkpointing", False)
     model = make_dit(**config)
     return Task(model.double() if double else model, ddim(), steps, guidance, checkpointing=checkpointing)
+
+
+def make_pipeline_task(
+    level: str = "branches", steps: int = STEPS, guidance: float = 1.5, size: int = 4, **config: object
+) -> PipelineTask:
+    """What is learned on a pipeline around a small DiT, whose latents are pixels; it starts from order 1's forecast."""
+    pipeline = PixelDiTPipeline(make_dit(**config).requires_grad_(False), ddim())
+    generation = Generation(pipeline, num_inference_steps=steps, guidance_scale=guidance)
+    task = PipelineTask(Sampled(pipeline), generation, level, size=size)
+    task.start = (0.0, 1)
+    return task
 
 
 def make_text_task(steps: int = STEPS, guidance: float = 4.5, double: bool = False, **config: object) -> Task:
@@ -52,6 +67,15 @@ def make_router(
     logits[0] = 5.0
     router.load(logits)
     return router
+
+
+@torch.no_grad()
+def full_run(task: Task, batch: Batch) -> Tensor:
+    """The sampler's result without reuse."""
+    run = Trajectory(task, batch)
+    while not run.done:
+        run.advance(run.denoise(compute))
+    return run.x
 
 
 @dataclass

@@ -71,7 +71,7 @@ def test_the_threshold_meets_the_target(objective: str, target: dict[str, float]
     assert budget.value(schedule.compute.reshape(STEPS, -1)) == pytest.approx(budget.target, rel=0.02, abs=1e-9)
 
 
-# ---- costs of another kind, and where to start
+# ---- costs of another kind
 
 
 def test_macs_are_the_adapters() -> None:
@@ -88,47 +88,6 @@ def test_costs_can_be_measured_ones(seed: int) -> None:
     assert Budget(ADAPTER, STEPS, speedup=1.5, costs=costs).value(compute) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match=r"expected 1.00 to 2.33 for 20 steps, got 3"):
         Budget(ADAPTER, STEPS, speedup=3.0, costs=costs)
-
-
-TARGETS = [{"speedup": s} for s in (1.05, 1.3, 1.5, 2.0, 2.5)] + [{"cur": c} for c in (0.11, 0.4, 0.7)]
-
-
-@pytest.mark.parametrize("steps", [6, 20, 50])
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("costs", [None, Costs(np.tile([2.0, 1.0], 3), 3.0)], ids=["macs", "measured"])
-def test_a_start_just_reaches_the_target(steps: int, target: dict[str, float], costs: Costs | None) -> None:
-    budget = Budget(ADAPTER, steps, **target, costs=costs)
-    compute = budget.spread()
-    assert compute.shape == (steps, 3, 2) and compute.dtype == bool and compute[0].all()
-    flat = compute.reshape(steps, -1)
-    assert budget.value(flat) >= budget.target - 1e-9 and budget.met(flat)
-
-
-@pytest.mark.parametrize("every", [1, 2, 4, 5])
-def test_a_start_is_every_nth_step_where_that_is_the_target(every: int) -> None:
-    uniform = hrt.Schedule.uniform(MODEL, STEPS, every)
-    budget = Budget(ADAPTER, STEPS, speedup=uniform.speedup(MODEL))
-    assert np.array_equal(budget.spread(), uniform.compute)
-
-
-def test_what_is_too_much_comes_from_the_last_layers_of_every_second_step() -> None:
-    budget = Budget(ADAPTER, STEPS, cur=0.5 + 3 / (6 * STEPS))
-    left = np.argwhere(~budget.spread()[::2]).tolist()
-    assert left == [[1, 2, 1], [3, 2, 1], [5, 2, 1]]
-    left = np.argwhere(~budget.spread(first=True)[::2]).tolist()
-    assert left == [[1, 0, 0], [3, 0, 0], [5, 0, 0]]
-
-
-@pytest.mark.parametrize("target", [{"speedup": s} for s in (1.3, 1.5, 2.0, 2.5)], ids=str)
-def test_a_start_can_lean_towards_the_end(target: dict[str, float]) -> None:
-    budget = Budget(ADAPTER, STEPS, **target)
-    centres = []
-    for power in (1.0, 0.85, 0.75):
-        compute = budget.spread(power)
-        assert compute[0].all() and budget.value(compute.reshape(STEPS, -1)) >= budget.target
-        assert budget.met(compute.reshape(STEPS, -1))
-        centres.append(np.average(np.arange(STEPS), weights=compute.any((1, 2))))
-    assert centres[0] < centres[1] < centres[2]
 
 
 def test_description() -> None:

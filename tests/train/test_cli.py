@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ from harmonica_rt import Schedule
 from harmonica_rt.train.cli import app
 
 from ..conftest import make_dit
-from .commands import LEARN, TARGET, learn, refused, run, succeeded
+from .commands import ROUTER, TARGET, refused, route, run, succeeded
 
 
 @pytest.mark.parametrize(
@@ -28,9 +29,9 @@ from .commands import LEARN, TARGET, learn, refused, run, succeeded
     ],
     ids=str,
 )
-def test_learn(model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_router(model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     out = tmp_path / "s.json"
-    text = succeeded(learn(model, out, *options))
+    text = succeeded(route(model, out, *options))
     schedule = Schedule.load(out)
     assert text == f"wrote {out}: {schedule!r}\n{schedule.note}\n"
     assert schedule.steps == 6 and schedule.cur == pytest.approx(0.4, abs=0.02)
@@ -38,32 +39,32 @@ def test_learn(model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     assert schedule.order == (1 if "--order" in options else 0)
 
 
-def test_learn_writes_all_it_is_asked_for(model: Path, tmp_path: Path) -> None:
+def test_router_writes_all_it_is_asked_for(model: Path, tmp_path: Path) -> None:
     out, router, checkpoint, log = (tmp_path / n for n in ("s.json", "r.pt", "c", "log"))
-    succeeded(learn(model, out, "--router", router, "--checkpoint", checkpoint, "--log", log))
+    succeeded(route(model, out, "--published", router, "--checkpoint", checkpoint, "--log", log))
     assert any(log.rglob("events.out.tfevents.*"))
     again = tmp_path / "again.json"
     succeeded(run("convert", router, "--model", model, "--out", again))
     assert (Schedule.load(again).compute == Schedule.load(out).compute).all()
     first = Schedule.load(out)
-    succeeded(learn(model, out, "--checkpoint", checkpoint, "--resume"))
+    succeeded(route(model, out, "--checkpoint", checkpoint, "--resume"))
     assert (Schedule.load(out).compute == first.compute).all()
     assert "2 iterations" in Schedule.load(out).note
 
 
-def test_learn_from_a_schedule_file(model: Path, tmp_path: Path) -> None:
+def test_router_from_a_schedule_file(model: Path, tmp_path: Path) -> None:
     start = tmp_path / "start.json"
     Schedule.uniform(make_dit(), 6, every=3).save(start)
     out = tmp_path / "s.json"
-    succeeded(learn(model, out, "--init", start, "--lr", "1e-6", target=("--target-cur", str(4 / 6))))
+    succeeded(route(model, out, "--init", start, "--lr", "1e-6", target=("--target-cur", str(4 / 6))))
     assert (Schedule.load(out).compute == Schedule.load(start).compute).all()
 
 
-def test_learn_l2c(model: Path, tmp_path: Path) -> None:
+def test_router_l2c(model: Path, tmp_path: Path) -> None:
     images = tmp_path / "images.safetensors"
     save_file({"images": torch.randn(4, 2, 8, 8), "labels": torch.tensor([0, 1, 2, 3])}, images)
     out = tmp_path / "s.json"
-    succeeded(learn(model, out, "--objective", "l2c", "--images", images))
+    succeeded(route(model, out, "--objective", "l2c", "--images", images))
     assert Schedule.load(out).compute[[0, 2, 4]].all()
 
 
@@ -77,7 +78,7 @@ def test_inspect_and_plot(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", ["learn", "try", "inspect", "plot", "convert"])
+@pytest.mark.parametrize("command", ["learn", "router", "try", "inspect", "plot", "convert"])
 def test_help(command: str) -> None:
     assert "Usage" in succeeded(run(command, "--help"))
     missing = [parameter.name for parameter in get_command(app).commands[command].params if not parameter.help]
@@ -95,7 +96,7 @@ def test_help(command: str) -> None:
         (("--resume",), "--resume: expected --checkpoint FILE, got none"),
         (("--resume", "--checkpoint", "nowhere"), "nowhere: no such checkpoint"),
         (("--init", "uniform:0"), "every: expected a positive integer, got 0"),
-        (("--init", "uniform:x"), "init: expected normal, uniform:N, output:N or a schedule file, got 'uniform:x'"),
+        (("--init", "uniform:x"), "init: expected normal, uniform:N or a schedule file, got 'uniform:x'"),
         (("--init", "nowhere.json"), "nowhere.json"),
         (("--iterations", "0"), "iterations: expected at least 1, got 0"),
         (("--batch", "0"), "batch: expected at least 1, got 0"),
@@ -110,70 +111,70 @@ def test_help(command: str) -> None:
     ],
     ids=str,
 )
-def test_learn_refuses(model: Path, tmp_path: Path, options: tuple[str, ...], text: str) -> None:
-    refused(learn(model, tmp_path / "s.json", *options), text)
+def test_router_refuses(model: Path, tmp_path: Path, options: tuple[str, ...], text: str) -> None:
+    refused(route(model, tmp_path / "s.json", *options), text)
     assert not (tmp_path / "s.json").exists()
 
 
 @pytest.mark.parametrize(("option", "value"), [("--steps", "1"), ("--order", "3"), ("--estimator", "x"), ("--lr", "x")])
-def test_learn_refuses_what_typer_checks(model: Path, tmp_path: Path, option: str, value: str) -> None:
-    result = learn(model, tmp_path / "s.json", option, value)
+def test_router_refuses_what_typer_checks(model: Path, tmp_path: Path, option: str, value: str) -> None:
+    result = route(model, tmp_path / "s.json", option, value)
     assert result.exit_code == 2 and f"Invalid value for '{option}'" in click.unstyle(result.stderr)
 
 
-def test_learn_needs_a_goal(model: Path, tmp_path: Path) -> None:
-    result = learn(model, tmp_path / "s.json", target=())
+def test_router_needs_a_goal(model: Path, tmp_path: Path) -> None:
+    result = route(model, tmp_path / "s.json", target=())
     refused(result, "expected beta, a target speed-up or a target CUR, got none")
 
 
 @pytest.mark.parametrize("name", ["dit-fashoin", "./nowhere", "/nowhere/model"])
-def test_learn_refuses_unknown_models(tmp_path: Path, name: str) -> None:
-    refused(learn(name, tmp_path / "s.json"), "model: expected a reference model", repr(name))
+def test_router_refuses_unknown_models(tmp_path: Path, name: str) -> None:
+    refused(route(name, tmp_path / "s.json"), "model: expected a reference model", repr(name))
 
 
-def test_learn_refuses_folders_without_a_model(tmp_path: Path) -> None:
-    refused(learn(tmp_path, tmp_path / "s.json"), str(tmp_path))
+def test_router_refuses_folders_without_a_model(tmp_path: Path) -> None:
+    refused(route(tmp_path, tmp_path / "s.json"), str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 3}))
-    refused(learn(tmp_path, tmp_path / "s.json"), str(tmp_path))
+    refused(route(tmp_path, tmp_path / "s.json"), str(tmp_path))
 
 
-def test_learn_refuses_another_model_class(unet: Path, tmp_path: Path) -> None:
-    refused(learn(unet, tmp_path / "s.json"), "UNet2DModel", "DiTTransformer2DModel")
+def test_router_refuses_another_model_class(unet: Path, tmp_path: Path) -> None:
+    refused(route(unet, tmp_path / "s.json"), "UNet2DModel", "DiTTransformer2DModel")
 
 
-@pytest.mark.parametrize("option", ["--out", "--checkpoint", "--router"])
-def test_learn_refuses_missing_folders_before_it_trains(model: Path, tmp_path: Path, option: str) -> None:
+@pytest.mark.parametrize("option", ["--out", "--checkpoint", "--published"])
+def test_router_refuses_missing_folders_before_it_trains(model: Path, tmp_path: Path, option: str) -> None:
     target = tmp_path / "missing" / "file"
     arguments = {"--model": model, "--out": tmp_path / "s.json", option: target}
-    result = run("learn", *LEARN, *TARGET, *(x for pair in arguments.items() for x in pair))
+    result = run("router", *ROUTER, *TARGET, *(x for pair in arguments.items() for x in pair))
     refused(result, f"{target}: there is no folder {target.parent}")
     assert not any(tmp_path.iterdir())
 
 
-def test_learn_refuses_a_folder_as_output_before_it_trains(model: Path, tmp_path: Path) -> None:
-    result = learn(model, tmp_path, "--checkpoint", tmp_path / "c")
+def test_router_refuses_a_folder_as_output_before_it_trains(model: Path, tmp_path: Path) -> None:
+    result = route(model, tmp_path, "--checkpoint", tmp_path / "c")
     refused(result, str(tmp_path))
     assert not any(tmp_path.iterdir())
 
 
-def test_learn_refuses_other_checkpoints(model: Path, tmp_path: Path) -> None:
+def test_router_refuses_other_checkpoints(model: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "c"
     resume = ("--checkpoint", checkpoint, "--resume")
-    succeeded(learn(model, tmp_path / "s.json", "--checkpoint", checkpoint))
-    refused(learn(model, tmp_path / "t.json", *resume, "--guidance", "4"), "guidance_scale expected 4.0, got 1.5")
-    refused(learn(model, tmp_path / "t.json", *resume, "--lr", "0.5"), "lr expected 0.5, got 0.05")
+    succeeded(route(model, tmp_path / "s.json", "--checkpoint", checkpoint))
+    refused(route(model, tmp_path / "t.json", *resume, "--guidance", "4"), "guidance_scale expected 4.0, got 1.5")
+    refused(route(model, tmp_path / "t.json", *resume, "--lr", "0.5"), "lr expected 0.5, got 0.05")
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    refused(learn(model, tmp_path / "t.json", *resume), f"{checkpoint}: not a checkpoint of harmonica_rt.train")
+    refused(route(model, tmp_path / "t.json", *resume), f"{checkpoint}: not a checkpoint of harmonica_rt.train")
 
 
-def test_learn_refuses_wrong_starts(model: Path, tmp_path: Path) -> None:
+def test_router_refuses_wrong_starts(model: Path, tmp_path: Path) -> None:
     start = tmp_path / "start.json"
     Schedule.uniform(make_dit(), 5).save(start)
-    refused(learn(model, tmp_path / "s.json", "--init", start), "init: expected a schedule of 6 steps, got 5")
+    refused(route(model, tmp_path / "s.json", "--init", start), "init: expected a schedule of 6 steps, got 5")
     Schedule.uniform(make_dit(layers=2), 6).save(start)
-    refused(learn(model, tmp_path / "s.json", "--init", start), "layers expected 3, got 2")
+    refused(route(model, tmp_path / "s.json", "--init", start), "layers expected 3, got 2")
     start.write_text("{")
-    refused(learn(model, tmp_path / "s.json", "--init", start), str(start))
+    refused(route(model, tmp_path / "s.json", "--init", start), str(start))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_learn_refuses_wrong_starts(model: Path, tmp_path: Path) -> None:
     ],
     ids=["names", "counts", "channels", "labels", "none", "text"],
 )
-def test_learn_refuses_wrong_images(
+def test_router_refuses_wrong_images(
     model: Path, tmp_path: Path, tensors: dict[str, torch.Tensor] | None, text: str
 ) -> None:
     images = tmp_path / "images.safetensors"
@@ -196,7 +197,7 @@ def test_learn_refuses_wrong_images(
         images.write_text("no images here")
     else:
         save_file(tensors, images)
-    refused(learn(model, tmp_path / "s.json", "--objective", "l2c", "--images", images), text)
+    refused(route(model, tmp_path / "s.json", "--objective", "l2c", "--images", images), text)
 
 
 @pytest.mark.parametrize("command", ["inspect", "plot"])
@@ -240,3 +241,10 @@ def test_convert_takes_other_methods_plans(model: Path, tmp_path: Path) -> None:
     assert Schedule.load(out) == Schedule.from_smoothcache(lists, make_dit())
     refused(run("convert", lists, "--method", "ecad", "--model", model, "--out", out), "lists.json: expected steps")
     refused(run("convert", "0101", "--method", "mask", "--model", model, "--out", out), "mask: expected 1 at step 0")
+
+
+def test_progress_of_a_router_is_a_line_a_phase(model: Path, tmp_path: Path) -> None:
+    lines = route(model, tmp_path / "s.json").stderr.splitlines()
+    unknown = "time left not known yet"
+    assert lines[:2] == [f"model: {model}, {unknown}", f"first iteration: 0 of 2 iterations, {unknown}"]
+    assert re.fullmatch(r"router: 1 of 2 iterations, loss .*, \d+:\d\d left", lines[2]) and len(lines) == 3

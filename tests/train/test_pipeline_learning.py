@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -29,8 +30,6 @@ from harmonica_rt.train.pipeline import own_captions
 from harmonica_rt.train.pipeline_task import MET, PipelineTask
 from harmonica_rt.train.reusing import CHECKPOINTS
 from harmonica_rt.train.sampled import Sampled
-from harmonica_rt.train.starts import TaskStarts
-from harmonica_rt.train.task import Batch, Task
 from harmonica_rt.train.weights import VALIDATION_SEED, WeightTrainer
 
 from ..pipelines.folders import (
@@ -189,42 +188,6 @@ def test_contexts_of_equal_weights_are_as_shared_ones() -> None:
         assert relative(cond + uncond, whole) < 1e-4 and relative(cond, uncond) > 0.1
         with pytest.raises(ValueError, match=r"context: expected one of \('cond',\), which have weights, got 'uncond'"):
             run({"cond": schedule})
-
-
-@pytest.mark.parametrize("name", ["dit", "pixart"])
-def test_gradients_are_those_of_the_task(name: str) -> None:
-    """The loop in train/ and the pipelines' own, from the same noises and labels or prompts."""
-    generation = generation_of(name)
-    pipeline, sampled = generation.pipeline, Sampled(generation.pipeline)
-    with sampled.ready():
-        task = PipelineTask(sampled, generation, "branches", size=2)
-        schedule = spoilt(task, channels=False)
-        weights, starts = ContextWeights(schedule), task.starts("full", 2, 5)
-        change = torch.zeros(2, len(weights.change), requires_grad=True)
-        result = starts.result(schedule, weights(change), 0, 2)
-        (through,) = torch.autograd.grad(starts.errors(result, 0, 2).sum(), change)
-    model, arguments = pipeline.transformer, starts.generation.arguments(range(2))
-    groups = conditions_of(pipeline, arguments)
-    own = Task(model, pipeline.scheduler, STEPS, 3.0, lambda count, generator: groups)
-    by_hand = TaskStarts(own, "full", 2, 5)
-    size = arguments.get("height", model.config.sample_size)
-    noise = [torch.randn(1, 4, size, size, generator=generator) for generator in arguments["generator"]]
-    by_hand.batch = Batch(torch.cat(noise), *groups, (0, 1))
-    expected_result = by_hand.result(schedule, weights(change), 0, 2)
-    (expected,) = torch.autograd.grad(by_hand.errors(expected_result, 0, 2).sum(), change)
-    scale = pipeline.vae.config.scaling_factor if name == "dit" else 1.0  # its latents are what it decodes
-    assert relative(scale * result, expected_result) < 1e-5
-    assert relative(through, expected) < 1e-5
-
-
-def conditions_of(pipeline: Any, arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What the pipeline's call gives its model, with and without guidance."""
-    if "class_labels" in arguments:
-        labels = torch.tensor(arguments["class_labels"])
-        return (labels,), (torch.full_like(labels, 1000),)
-    with torch.no_grad():
-        states, mask, null_states, null_mask = pipeline.encode_prompt(arguments["prompt"], negative_prompt="")
-    return (states, mask), (null_states, null_mask)
 
 
 @pytest.mark.usefixtures("short")
@@ -468,17 +431,20 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         schedule = Schedule.load(out)
         assert schedule.level == "blocks" and schedule.steps == STEPS and np.isfinite(schedule.weights).all()
         assert (schedule.channels is not None) == (name == "s.safetensors")
-    refused(run(*common, "--out", out, "--sampler", "unipc"), "--sampler: goes with --model")
     plain = tmp_path / "plain.safetensors"
     succeeded(run(*common, "--out", plain, "--channels", "no"))
     assert Schedule.load(plain).channels is None
     refused(
         run(*common, "--out", tmp_path / "s.json", "--channels", "yes"), "--channels yes: expected a .safetensors file"
     )
+    going_on = common[: common.index("--target-speedup")]
+    going_on += ("--iterations", 1, "--batch", 2, "--out", tmp_path / "more.json")
+    succeeded(run(*going_on, "--init", tmp_path / "s.json", "--target", "full"))
+    assert Schedule.load(tmp_path / "more.json").compute.tolist() == Schedule.load(tmp_path / "s.json").compute.tolist()
+    refused(run(*going_on, "--init", "nowhere.json"), "--init: expected a schedule file, or cond=FILE,uncond=FILE, got")
     own = ("--contexts", "own")
     refused(run(*common, "--out", out, *own), "contexts: expected 'shared' where FluxPipeline calls its denoiser once")
-    refused(run("learn", "--model", "m", "--out", out, *own), "--contexts own: goes with --pipeline, got --model m")
-    refused(run("learn", "--out", out), "expected --pipeline", "or --model", "got none")
+    assert "Missing option '--pipeline'" in click.unstyle(run("learn", "--out", out).stderr)
     refused(run(*common, "--out", out, "--call", "nonsense=1"), "nonsense: FluxPipeline takes no such argument")
     refused(run("learn", "--pipeline", tmp_path / "none", "--out", out), "expected a folder or a hub name")
 

@@ -20,7 +20,8 @@ import harmonica_rt as hrt
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train import learn as learning
 from harmonica_rt.train.natural_gradient import NaturalGradient
-from harmonica_rt.train.pipeline_task import PipelineStarts, PipelineTask
+from harmonica_rt.train.pipeline_task import PipelineTask
+from harmonica_rt.train.starts import Starts
 from harmonica_rt.train.stopping import stopping
 
 from ..pipelines.folders import text_flux
@@ -44,9 +45,9 @@ def distributed(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     shorten()
     steps, sizes = [], set()
-    direction, result = NaturalGradient.direction, PipelineStarts.result
+    direction, result = NaturalGradient.direction, Starts.result
 
-    def slow(starts: PipelineStarts, schedule: Schedule, numbers: Any, start: int, end: int, *more: Any) -> Any:
+    def slow(starts: Starts, schedule: Schedule, numbers: Any, start: int, end: int, *more: Any) -> Any:
         if numbers is not None:
             sizes.add((end - start, starts.size))
         time.sleep(SLOWER * rank)
@@ -58,7 +59,7 @@ def distributed(rank: int, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)  # to one of them
         return direction(gradient, rows)
 
-    PipelineStarts.result, NaturalGradient.direction, signalled = slow, count, False
+    Starts.result, NaturalGradient.direction, signalled = slow, count, False
     learned(iterations=3).save(folder / f"{rank}.safetensors")
     assert sizes == {(1, 1)}, "4 images in 2 parts over 2 processes"
     steps.clear()

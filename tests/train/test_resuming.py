@@ -24,10 +24,9 @@ from harmonica_rt.train import learn as learning
 from harmonica_rt.train import record
 from harmonica_rt.train.natural_gradient import NaturalGradient
 from harmonica_rt.train.pipeline_task import PipelineTask
-from harmonica_rt.train.task import Task
 
 from ..pipelines.folders import text_flux
-from .commands import learn, learn_end, refused, run, succeeded
+from .commands import refused, run, succeeded
 
 TRIAL, HELD_OUT, ITERATIONS = 2, 2, 4
 ROOT = Path(__file__).parents[2]
@@ -117,7 +116,6 @@ def ended(flux: Path) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "TRIAL", TRIAL)
     monkeypatch.setattr(PipelineTask, "held_out", HELD_OUT)
-    monkeypatch.setattr(Task, "held_out", HELD_OUT)
     monkeypatch.setitem(hrt.learn.__kwdefaults__, "validation", 2)
     monkeypatch.setattr(NaturalGradient, "direction", NaturalGradient.direction)  # put back afterwards
 
@@ -206,23 +204,6 @@ def test_minutes_go_on_with_those_left(flux: Path, tmp_path: Path, monkeypatch: 
 def read_raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[checkpoint_file.KEY])  # noqa: SIM118
-
-
-@pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("options", [(), ("--init", "uniform:2", "--accumulate", "2")], ids=str)
-def test_a_task_goes_on_too(model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    out, kept, whole = tmp_path / "s.json", tmp_path / "c", tmp_path / "whole.json"
-    options = ("--iterations", "7", "--checkpoint", kept, *options)
-    succeeded(learn_end(model, whole, *options))
-    counted(TRIAL + 1, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert learn_end(model, out, *options).exit_code in (0, 3)  # 3: nothing better than the forecast yet
-    assert Schedule.load(whole).learned and bytes_of(Schedule.load(out)) != bytes_of(Schedule.load(whole))
-    refused(learn_end(model, out, *options, "--resume", "--lr", "0.5"), "lr expected 0.5, got 0.03")
-    refused(learn_end(model, out, *options, "--resume", "--classes", "0"), "another task: conditions expected")
-    refused(learn(model, out, "--checkpoint", kept, "--resume"), "made with other settings")
-    refused(learn_end(model, out, *options, "--resume", "--moves", "2"), "checkpoint: expected moves of 0", "got 2")
-    succeeded(learn_end(model, out, *options, "--resume"))
-    assert bytes_of(Schedule.load(out)) == bytes_of(Schedule.load(whole)) and not kept.exists()
 
 
 if __name__ == "__main__":

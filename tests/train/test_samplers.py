@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import harmonica_rt as hrt
 from bench.pipelines import PixelDiTPipeline
 from harmonica_rt.train.denoiser import compute
 from harmonica_rt.train.models import LINEAR, SAMPLERS, scheduler
-from harmonica_rt.train.reusing import reusing_run
-from harmonica_rt.train.starts import full_run
 from harmonica_rt.train.task import Batch, Task, Trajectory
 
-from ..conftest import make_dit, random_schedule, relative_error
+from ..conftest import make_dit, relative_error
+from .conftest import full_run
 
 STEPS = 5
 STOCHASTIC = {"ddpm", "iddpm", "sa-solver"}
@@ -26,11 +24,9 @@ def make(name: str) -> Task:
     return Task(make_dit(), scheduler(name, LINEAR), STEPS)
 
 
-def pipeline_run(task: Task, batch: Batch, schedule: hrt.Schedule | None = None) -> Tensor:
+def pipeline_run(task: Task, batch: Batch) -> Tensor:
     pipeline = PixelDiTPipeline(task.model, copy.deepcopy(task.scheduler))
     pipeline.set_progress_bar_config(disable=True)
-    if schedule is not None:
-        hrt.compile(pipeline, schedule, backend="eager")
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     arguments = {"generator": generators, "num_inference_steps": STEPS, "latents": batch.noise, "output_type": "latent"}
     return pipeline(batch.conditional[0].tolist(), task.guidance_scale, **arguments).images
@@ -41,9 +37,6 @@ def test_a_run_is_the_pipelines(name: str) -> None:
     task = make(name)
     batch = task.draw(3, 7)
     assert relative_error(full_run(task, batch), pipeline_run(task, batch)) < 1e-5
-    fields = {k: v for k, v in task.fields().items() if k not in ("model", "branches")}
-    schedule = random_schedule(2, STEPS).replace(**fields)
-    assert relative_error(reusing_run(schedule, Trajectory(task, batch)), pipeline_run(task, batch, schedule)) < 1e-5
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

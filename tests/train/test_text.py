@@ -1,4 +1,4 @@
-"""Training for models that read text: its run is diffusers' and the runtime's; prompts; all objectives."""
+"""Training for models that read text: its run is diffusers'; prompts; routers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import harmonica_rt as hrt
 from harmonica_rt.train import models
 from harmonica_rt.train.denoiser import compute
-from harmonica_rt.train.reuse import ReuseWeights
-from harmonica_rt.train.reusing import Reusing
 from harmonica_rt.train.sdt import Gating, sdt
 from harmonica_rt.train.task import Task, Trajectory, prompts
-from harmonica_rt.train.weights import WeightSettings, WeightTrainer
 
-from ..conftest import make_dit, make_pixart, random_schedule, relative_error
+from ..conftest import make_dit, make_pixart, relative_error
 from .conftest import ddim, make_router, make_text_task
 
 
@@ -35,30 +31,8 @@ def test_computing_everything_is_the_diffusers_model(sized: bool, guidance: floa
         assert relative_error(got, expected) <= 1e-10
 
 
-@pytest.mark.parametrize("order", [0, 2])
-def test_a_run_is_the_runtimes(order: int) -> None:
+def test_a_router_learns() -> None:
     task = make_text_task()
-    schedule = random_schedule(1, task.steps, order=order, model="PixArtTransformer2DModel")
-    weights = ReuseWeights(schedule)
-    weights.change.normal_(std=0.2)
-    batch = task.draw(2, 5)
-    with torch.no_grad():
-        got = Reusing(schedule, weights()).run(Trajectory(task, batch))
-    model = hrt.compile(task.model, weights.to_schedule(), backend="eager")
-    arguments = task.adapter.arguments(task.conditioning(batch))
-    expected = model.trajectory(batch.noise, task.scheduler, task.guidance_scale, **arguments)
-    assert relative_error(got, expected) < 1e-5
-
-
-def test_every_objective_learns() -> None:
-    task = make_text_task()
-    fields = {k: v for k, v in task.fields().items() if k not in ("model", "branches")}
-    schedule = hrt.Schedule.uniform(task.model, task.steps, every=3).replace(**fields)
-    settings = WeightSettings(iterations=6, batch=4, pool=8, validation=4, every=3, lr=0.02)
-    trainer = WeightTrainer(task, schedule, settings)
-    before = trainer.best.errors.mean()
-    learned = trainer.run()
-    assert learned.learned and trainer.best.errors.mean() < before
     router = make_router(torch.zeros(task.steps, 9), branches=3)
     for step in sdt(task, router, Gating(), task.draw(2, 1)):
         (gradient,) = torch.autograd.grad(step.mse, router.logits[step.step])

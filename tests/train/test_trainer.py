@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harmonica_rt import Schedule
 from harmonica_rt.train.router import Router
-from harmonica_rt.train.run import _start
+from harmonica_rt.train.router_command import _start
 from harmonica_rt.train.trainer import LossNotFinite, Progress, Settings, Trainer
 
 from ..conftest import make_dit
@@ -126,7 +126,7 @@ def test_targets_are_met(target: dict[str, float], options: dict[str, Any]) -> N
 
 
 def test_a_warm_start_of_uniform_2() -> None:
-    start = _start("uniform:2", make_dit(), STEPS, 0)
+    start = _start("uniform:2", make_dit(), STEPS)
     trained = trainer(start=start, init="uniform:2", beta=1e-3, target_cur=None)
     fields = trained.task.fields()
     assert np.array_equal(trained.router.to_schedule(0.5, **fields).compute, start.compute)
@@ -142,7 +142,7 @@ def test_a_warm_start_needs_its_schedule() -> None:
 
 def test_a_start_of_other_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="init: expected a schedule of 6 steps, got 5"):
-        trainer(start=_start("uniform:2", make_dit(), 5, 0), init="uniform:2")
+        trainer(start=_start("uniform:2", make_dit(), 5), init="uniform:2")
 
 
 # ---- settings

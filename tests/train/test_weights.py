@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from torch import Tensor
 
 import harmonica_rt as hrt
 from harmonica_rt.layout import WHOLE
+from harmonica_rt.models import adapt
 from harmonica_rt.schedule import Schedule
-from harmonica_rt.train.learn import learn
+from harmonica_rt.train.contexts import ContextWeights
+from harmonica_rt.train.pipeline_task import PipelineTask
 from harmonica_rt.train.reuse import ReuseWeights
-from harmonica_rt.train.reusing import Reusing, reusing_run
-from harmonica_rt.train.starts import TaskStarts as Starts
-from harmonica_rt.train.starts import converged, full_run
-from harmonica_rt.train.task import Task, Trajectory
+from harmonica_rt.train.reusing import CHECKPOINTS
+from harmonica_rt.train.starts import Starts
 from harmonica_rt.train.trainer import LossNotFinite
-from harmonica_rt.train.weights import WeightProgress, WeightSettings, WeightTrainer, check_schedule
+from harmonica_rt.train.weights import WeightProgress, WeightSettings, WeightTrainer
 
-from ..conftest import make_dit, random_schedule, relative_error
-from .conftest import STEPS, ddim, make_task
+from ..conftest import random_schedule, relative_error
+from .conftest import make_pipeline_task
 from .test_sdt import Peak
 
 SHORT = {"iterations": 12, "batch": 4, "pool": 8, "validation": 4, "every": 4, "lr": 0.02}
 
 
-def schedule_for(task: Task, seed: int = 0, order: int = 1, outputs: bool = False) -> Schedule:
+def schedule_for(task: PipelineTask, seed: int = 0, order: int = 1, outputs: bool = False) -> Schedule:
     schedule = random_schedule(seed, task.steps, order=order)
     if outputs:
         output = np.zeros(task.steps, dtype=bool)
@@ -35,7 +35,9 @@ def schedule_for(task: Task, seed: int = 0, order: int = 1, outputs: bool = Fals
         compute = schedule.compute.copy()
         compute[output] = False
         schedule = schedule.replace(compute=compute, output=output)
-    return schedule.replace(**{k: v for k, v in task.fields().items() if k not in ("model", "branches")})
+    return schedule.replace(
+        **{k: v for k, v in task.fields().items() if k in ("sampler", "timesteps", "guidance_scale")}
+    )
 
 
 def with_trunk(schedule: Schedule) -> Schedule:
@@ -56,71 +58,57 @@ def with_trunk(schedule: Schedule) -> Schedule:
 @pytest.mark.parametrize("outputs", [False, True])
 @pytest.mark.parametrize("trunk", [False, True])
 def test_a_run_is_the_runtimes(order: int, outputs: bool, trunk: bool) -> None:
-    task = make_task()
+    task = make_pipeline_task()
     schedule = schedule_for(task, order=order, outputs=outputs)
     schedule = with_trunk(schedule) if trunk else schedule
-    weights = ReuseWeights(schedule)
+    task.check(schedule)
+    weights = ContextWeights(schedule)
     weights.change.normal_(std=0.2)
-    learned = weights.to_schedule()
+    learned, starts = weights.to_schedule(), task.starts("full", 2, 5)
     assert learned.learned
-    batch = task.draw(2, 5)
     with torch.no_grad():
-        got = Reusing(schedule, weights()).run(Trajectory(task, batch))
-    model = hrt.compile(make_dit(), learned, backend="eager")
-    labels = torch.cat([*batch.conditional, *batch.unconditional])
-    expected = model.trajectory(batch.noise, task.scheduler, task.guidance_scale, class_labels=labels)
-    assert relative_error(got, expected) < 1e-5
-    assert relative_error(reusing_run(learned, Trajectory(task, batch)), expected) < 1e-5
+        results = [starts.result(schedule, weights(), 0, 2), starts.result(learned, None, 0, 2)]
+    expected = run_compiled(task, learned, starts)
+    for result in results:
+        assert relative_error(result, expected) < 1e-5
+    assert relative_error(run_compiled(task, task.unlearned(learned), starts), expected) > 1e-3
 
 
-@pytest.mark.parametrize("outputs", [False, True])
-def test_gradients_go_through_the_whole_run(outputs: bool) -> None:
-    task = make_task(double=True)
-    schedule = schedule_for(task, outputs=outputs)
-    weights, batch, h = ReuseWeights(schedule), task.draw(2, 5), 1e-5
-    end, change = full_run(task, batch), weights.change.double().requires_grad_()
-
-    def loss() -> torch.Tensor:
-        result = Reusing(schedule, weights(change)).run(Trajectory(task, batch))
-        return (result - end).square().mean().log()
-
-    (gradient,) = torch.autograd.grad(loss(), change)
-    assert (gradient != 0).all(), "what does not exist has no weight"
-    for place in range(0, len(change), max(1, len(change) // 8)):
-        values = []
-        for difference in (h, -h):
-            with torch.no_grad():
-                change[place] += difference
-                values.append(loss().item())
-                change[place] -= difference
-        assert gradient[place].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-3, abs=1e-7)
+def run_compiled(task: PipelineTask, schedule: Schedule, starts: Starts) -> Tensor:
+    """By the runtime, from the first two of `starts`."""
+    pipeline = hrt.compile(task.sampled.owner, schedule, backend="eager")
+    try:
+        return pipeline(**starts.generation.arguments([0, 1]), output_type="latent").images
+    finally:
+        hrt.uncompile(pipeline)
 
 
+@torch.no_grad()
 def test_each_image_can_have_its_own_weights() -> None:
-    task = make_task()
-    weights, batch = ReuseWeights(schedule_for(task, outputs=True)), task.draw(3, 5)
+    task = make_pipeline_task()
+    weights, starts = ContextWeights(schedule_for(task, outputs=True)), task.starts("full", 3, 5)
     change = 0.1 * torch.randn(3, len(weights.change), generator=torch.Generator().manual_seed(0))
-    together = Reusing(weights.schedule, weights(change)).run(Trajectory(task, batch))
+    together = starts.result(weights.schedule, weights(change), 0, 3)
     for i, own in enumerate(change):
-        alone = Reusing(weights.schedule, weights(own)).run(Trajectory(task, batch.part(i, i + 1)))
-        assert relative_error(together[i : i + 1], alone) < 1e-5
+        assert relative_error(together[i : i + 1], starts.result(weights.schedule, weights(own), i, i + 1)) < 1e-5
 
 
 @pytest.mark.parametrize("trunk", [False, True])
 def test_checkpointing_changes_no_gradient(trunk: bool) -> None:
-    task, gradients = make_task(), []
+    task, gradients = make_pipeline_task(), []
     schedule = schedule_for(task, outputs=True)
-    schedule = with_trunk(schedule) if trunk else schedule
-    for checkpointing in ("none", "steps"):
-        weights = ReuseWeights(schedule)
-        change = weights.change.requires_grad_()
-        result = Reusing(schedule, weights(change), checkpointing).run(Trajectory(task, task.draw(2, 5)))
+    weights, starts = ContextWeights(with_trunk(schedule) if trunk else schedule), task.starts("full", 2, 5)
+    change = weights.change.requires_grad_()
+    for checkpointing in CHECKPOINTS:
+        result = starts.result(weights.schedule, weights(change), 0, 2, checkpointing)
         gradients += torch.autograd.grad(result.square().mean(), change)
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert (gradients[0] != 0).all(), "what does not exist has no weight"
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, rtol=1e-5, atol=1e-8)
 
 
 def test_steps_fall_to_nothing() -> None:
-    task = make_task()
+    task = make_pipeline_task()
     trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT))
     lengths = []
     for share in (0.0, 0.0, 0.0, 0.0, 0.5, 1.0):
@@ -134,7 +122,7 @@ def test_steps_fall_to_nothing() -> None:
 @pytest.mark.parametrize("lr", [30.0, 1e-4])
 def test_the_length_of_steps_is_looked_for(lr: float) -> None:
     """On the runs that come next, and again every 10 iterations."""
-    task = make_task()
+    task = make_pipeline_task()
     trainer = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "lr": lr}))
     errors: dict[float, float] = {}
     tried = trainer._tried
@@ -156,49 +144,36 @@ def test_the_length_of_steps_is_looked_for(lr: float) -> None:
 
 
 def test_iterations_go_round_the_pool() -> None:
-    task, seen = make_task(), []
+    task, seen = make_pipeline_task(), []
     trainer = WeightTrainer(task, schedule_for(task), WeightSettings(**SHORT, accumulate=2))
-    run, trainer._searched = trainer.starts.run, lambda direction: trainer.length
-    trainer.starts.run = lambda start, end: seen.append((start, end)) or run(start, end)
+    run, trainer._searched = trainer.starts.result, lambda direction: trainer.length
+    trainer.starts.result = lambda *own: seen.append(own[2:4]) or run(*own)
     trainer.run()
     assert seen == [(0, 2), (2, 4), (4, 6), (6, 8)] * 6
 
 
-@pytest.mark.parametrize(("tie", "axes"), [("none", ()), ("branch", (1,)), ("step", (1, 2))])
-def test_ties(tie: str, axes: tuple[int, ...]) -> None:
-    schedule = schedule_for(make_task(), outputs=True)
-    weights = ReuseWeights(schedule, tie)
-    free = schedule.weights != 0
-    assert len(weights.change) == free.any(axes).sum() + np.count_nonzero(schedule.output_weights)
+def test_what_exists_may_change() -> None:
+    schedule = schedule_for(make_pipeline_task(), outputs=True)
+    weights = ReuseWeights(schedule)
+    assert len(weights.change) == np.count_nonzero(schedule.weights) + np.count_nonzero(schedule.output_weights)
     assert weights.to_schedule() == schedule
     weights.change[:] = 1 + torch.arange(len(weights.change))
     learned = weights.to_schedule()
-    changed = learned.weights - schedule.weights
-    assert np.array_equal(changed != 0, free), "all that exist, and no others"
-    highest = changed.max(axes, keepdims=True) * np.ones_like(changed)
-    assert np.allclose(changed[free], highest[free])
+    assert np.array_equal(learned.weights != schedule.weights, schedule.weights != 0), "all that exist, and no others"
     assert np.array_equal(learned.output_weights != 0, schedule.output_weights != 0)
 
 
-@pytest.mark.parametrize("tie", ["none", "branch", "step"])
-def test_the_trunk_has_weights_of_its_own(tie: str) -> None:
-    schedule = with_trunk(schedule_for(make_task(), outputs=True))
-    weights = ReuseWeights(schedule, tie)
+def test_the_trunk_has_weights_of_its_own() -> None:
+    schedule = with_trunk(schedule_for(make_pipeline_task(), outputs=True))
+    weights = ReuseWeights(schedule)
     weights.change[:] = 1 + torch.arange(len(weights.change))
     changed = (weights.to_schedule().weights - schedule.weights)[:, -1]
     assert np.array_equal(changed != 0, schedule.weights[:, -1] != 0)
     assert len(np.unique(changed[changed != 0])) == np.count_nonzero(changed)
 
 
-def test_moves_are_for_branches_alone() -> None:
-    task = make_task()
-    schedule = with_trunk(schedule_for(task))
-    with pytest.raises(ValueError, match="moves: expected 0 for a schedule with the trunk beside branches, got 3"):
-        learn(task, [schedule], WeightSettings(**SHORT), moves=3)
-
-
 def test_weights_of_the_trunk_are_learned() -> None:
-    task = make_task()
+    task = make_pipeline_task()
     schedule = with_trunk(schedule_for(task))
     trainer = WeightTrainer(task, schedule, WeightSettings(**SHORT))
     before = trainer.best.errors.mean()
@@ -207,11 +182,8 @@ def test_weights_of_the_trunk_are_learned() -> None:
     assert (learned.weights != schedule.weights)[:, -1].any()
 
 
-def uniform(task: Task, every: int = 2, order: int = 1) -> Schedule:
-    fields = task.fields()
-    return Schedule.uniform(
-        task.model, task.steps, every, order, sampler=fields["sampler"], timesteps=fields["timesteps"]
-    )
+def uniform(task: PipelineTask, every: int = 2, order: int = 1) -> Schedule:
+    return task.schedule(range(0, task.steps, every), order)
 
 
 def judge(starts: Starts, schedule: Schedule) -> float:
@@ -220,14 +192,14 @@ def judge(starts: Starts, schedule: Schedule) -> float:
 
 @pytest.mark.parametrize("target", ["full", "converged"])
 def test_learning_lowers_the_error(target: str) -> None:
-    task = make_task()
+    task = make_pipeline_task()
     schedule = uniform(task)
     trainer = WeightTrainer(task, schedule, WeightSettings(target=target, accumulate=2, **SHORT))
     seen = []
     learned = trainer.run(seen.append)
     assert np.array_equal(learned.compute, schedule.compute) and learned.learned
     assert [p.iteration for p in seen] == list(range(1, 13)) and seen[-1].share == 1
-    held_out = Starts(task, target, 8, 99)
+    held_out = task.starts(target, 8, 99)
     assert judge(held_out, learned) < judge(held_out, schedule)
     assert seen[0].judged == pytest.approx(judge(trainer.validation, schedule))
     assert seen[-1].judged == pytest.approx(judge(trainer.validation, learned)) and seen[-1].judged < seen[0].judged
@@ -235,32 +207,29 @@ def test_learning_lowers_the_error(target: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_errors_are_decibels_of_each_run(size: int) -> None:
-    task = make_task()
-    schedule, starts = uniform(task), Starts(task, "full", 4, 9)
-    starts.size = size
+    """Of the target's variance."""
+    task = make_pipeline_task(size=size)
+    schedule, starts = uniform(task), task.starts("full", 2, 9)
     errors = starts.judge(schedule, Accelerator(cpu=True))
-    ends = [reusing_run(schedule, Trajectory(task, starts.batch)), full_run(task, starts.batch)]
-    expected = 10 * (ends[0] - ends[1]).square().mean((1, 2, 3)).log10()
-    torch.testing.assert_close(errors, expected, rtol=1e-4, atol=1e-4)
+    whole = run_compiled(task, task.full(1), starts)
+    error = (run_compiled(task, schedule, starts) - whole).square().mean((1, 2, 3)) / whole.flatten(1).var(1)
+    torch.testing.assert_close(errors, 10 * error.log10(), rtol=1e-4, atol=1e-4)
     assert errors.std() > 0.01
 
 
 def test_the_reported_error_is_of_the_weights_as_they_were() -> None:
-    task, seen = make_task(), []
+    task, seen = make_pipeline_task(), []
     schedule = uniform(task)
     trainer = WeightTrainer(task, schedule, WeightSettings(**{**SHORT, "iterations": 1}))
+    errors = trainer.starts.judge(schedule, Accelerator(cpu=True))[:4]
     trainer.run(seen.append)
-    batch = trainer.starts.batch.part(0, 4)
-    error = (reusing_run(schedule, Trajectory(task, batch)) - full_run(task, batch)).square().mean((1, 2, 3))
-    assert seen[0].error == pytest.approx(10 * error.log10().mean().item(), abs=1e-3)
+    assert seen[0].error == pytest.approx(errors.mean().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("lr", [0.02, 30.0])
 def test_the_best_weights_are_kept(lr: float) -> None:
-    task, seen = make_task(), []
-    compute = np.ones((STEPS, 3, 2), bool)
-    compute[-1] = False  # which hardly reaches the image: long steps do harm
-    schedule = uniform(task).replace(compute=compute)
+    task, seen = make_pipeline_task(), []
+    schedule = task.schedule(range(task.steps - 1), 1)  # the last hardly reaches the image: long steps do harm
     trainer = WeightTrainer(task, schedule, WeightSettings(**{**SHORT, "lr": lr, "every": 1}))
     trainer._searched = lambda direction: lr
     learned = trainer.run(seen.append)
@@ -272,30 +241,21 @@ def test_the_best_weights_are_kept(lr: float) -> None:
 
 
 def test_the_last_weights_are_judged_whatever_every_is() -> None:
-    task = make_task()
+    task = make_pipeline_task()
     trainer = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "every": 100}))
     assert trainer.run() == trainer.weights.to_schedule() != uniform(task)
 
 
 def test_the_same_seed_learns_the_same() -> None:
-    task, settings = make_task(), {**SHORT, "iterations": 3, "every": 1}
+    task, settings = make_pipeline_task(), {**SHORT, "iterations": 3, "every": 1}
     first, same, other = (
         WeightTrainer(task, uniform(task), WeightSettings(**settings, seed=seed)).run() for seed in (0, 0, 1)
     )
     assert first == same != other
 
 
-@pytest.mark.parametrize("tie", ["branch", "step"])
-def test_ties_are_learned_as_ties(tie: str) -> None:
-    task = make_task()
-    learned = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "iterations": 4, "tie": tie})).run()
-    change = (learned.weights - uniform(task).weights)[1::2]
-    assert np.ptp(change, 1).max() < 1e-6 < abs(change).max()
-    assert (np.ptp(change, 2).max() < 1e-6) == (tie == "step")
-
-
 def test_a_successor_shares_the_starts() -> None:
-    task = make_task()
+    task = make_pipeline_task()
     trainer = WeightTrainer(task, uniform(task), WeightSettings(**SHORT))
     trainer.run()
     ends = dict(trainer.starts.ends)
@@ -314,14 +274,14 @@ def test_a_successor_shares_the_starts() -> None:
 
 
 def test_it_stops_when_asked_to() -> None:
-    task, seen = make_task(), []
+    task, seen = make_pipeline_task(), []
     trainer = WeightTrainer(task, uniform(task), WeightSettings(**SHORT))
     trainer.run(seen.append, lambda: len(seen) == 2)
     assert [p.iteration for p in seen] == [1, 2] and seen[-1].share == pytest.approx(2 / 12)
 
 
 def test_minutes_end_it() -> None:
-    task, seen = make_task(), []
+    task, seen = make_pipeline_task(), []
     settings = WeightSettings(**{**SHORT, "iterations": 10**6, "minutes": 0.2 / 60})
     trainer = WeightTrainer(task, uniform(task), settings)
     trainer.run(seen.append)
@@ -330,7 +290,7 @@ def test_minutes_end_it() -> None:
 
 
 def test_weights_that_diverge_stop_it() -> None:
-    task = make_task()
+    task = make_pipeline_task()
     trainer = WeightTrainer(task, schedule_for(task), WeightSettings(iterations=3, batch=2, pool=2, validation=2))
     before = trainer.schedule()
     trainer.starts.ends[0, 2] = torch.full((2, 2, 8, 8), torch.nan)
@@ -340,7 +300,7 @@ def test_weights_that_diverge_stop_it() -> None:
 
 
 def test_weights_that_diverge_late_leave_the_best_until_then() -> None:
-    task = make_task()
+    task = make_pipeline_task()
     trainer = WeightTrainer(task, uniform(task), WeightSettings(**{**SHORT, "pool": 4}))
 
     def spoil(progress: WeightProgress) -> None:
@@ -356,19 +316,21 @@ def test_weights_that_diverge_late_leave_the_best_until_then() -> None:
 
 def peak(steps: int, checkpointing: str, layers: int = 3) -> int:
     """Bytes a run and its gradient take at most, without the rows of modulation."""
-    task = make_task(steps=steps, layers=layers, sample_size=16)
-    weights, batch = ReuseWeights(uniform(task)), task.draw(2, 7)
+    task = make_pipeline_task(steps=steps, layers=layers, sample_size=16)
+    weights, starts = ContextWeights(uniform(task)), task.starts("full", 2, 7)
     change = weights.change.repeat(2, 1).requires_grad_()
+    starts.result(weights.schedule, weights(change), 0, 2, checkpointing)  # binds the model
     with Peak() as measured:
-        result = Reusing(weights.schedule, weights(change), checkpointing).run(Trajectory(task, batch))
+        result = starts.result(weights.schedule, weights(change), 0, 2, checkpointing)
         torch.autograd.grad(result.square().sum(), change)
-    return measured.peak - steps * 4 * task.adapter.rows * task.adapter.width * 4
+    adapter = adapt(task.sampled.owner.transformer)
+    return measured.peak - steps * 4 * adapter.rows * adapter.width * 4
 
 
 @pytest.mark.parametrize("layers", [3, 6])
-def test_checkpointing_keeps_slots_and_latents_alone(layers: int) -> None:
-    """8 steps more: what 4 of them compute, [4, 64 tokens, width 16], and a latent each, [2, 2, 16, 16]."""
-    expected = 4 * 2 * layers * (4 * 64 * 16 * 4) + 8 * (2 * 2 * 16 * 16 * 4)
+def test_checkpointing_keeps_slots_and_samples_alone(layers: int) -> None:
+    """8 steps more: what 4 of them compute, [4, 64 tokens, width 16], and the model's sample each, [4, 2, 16, 16]."""
+    expected = 4 * 2 * layers * (4 * 64 * 16 * 4) + 8 * (4 * 2 * 16 * 16 * 4)
     grown, all_grown = (peak(16, kept, layers) - peak(8, kept, layers) for kept in ("steps", "none"))
     assert grown == pytest.approx(expected, rel=0.05)
     assert all_grown > 5 * grown
@@ -382,7 +344,6 @@ def test_checkpointing_keeps_slots_and_latents_alone(layers: int) -> None:
         ({"batch": 8, "pool": 4}, "pool: expected at least a batch of 8, got 4"),
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"minutes": float("nan")}, "minutes: expected a number above 0, got nan"),
-        ({"tie": "layer"}, "tie: expected one of .*, got 'layer'"),
         ({"minutes": -1.0}, "minutes: expected a number above 0, got -1.0"),
         ({"validation": 0}, "validation: expected at least 1, got 0"),
         ({"batch": 8, "accumulate": 3}, "batch: expected a multiple of 3 parts, got 8"),
@@ -393,26 +354,6 @@ def test_settings_are_checked(change: dict, match: str) -> None:
         WeightSettings(**change)
 
 
-def test_schedules_of_another_task_are_refused() -> None:
-    task = make_task()
-    fitting = schedule_for(task)
-    check_schedule(task, fitting)
-    for change, match in [
-        ({"sampler": "DPMSolverMultistepScheduler"}, "sampler expected DDIMScheduler, got DPMSolver"),
-        ({"timesteps": tuple(range(STEPS))}, "timesteps expected"),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            check_schedule(task, fitting.replace(**change))
-    with pytest.raises(ValueError, match="steps expected 6, got 5"):
-        WeightTrainer(task, random_schedule(0, 5), WeightSettings())
+def test_what_reuses_nothing_has_nothing_to_learn() -> None:
     with pytest.raises(ValueError, match="expected a schedule that reuses something"):
-        ReuseWeights(Schedule.full(task.model, STEPS))
-    with pytest.raises(ValueError, match="tie: expected one of"):
-        ReuseWeights(fitting, "layer")
-
-
-def test_a_sampler_that_draws_noise_has_no_converged_run() -> None:
-    config = {k: ddim().config[k] for k in ("beta_start", "beta_end", "beta_schedule")}
-    task = Task(make_dit(), DDPMScheduler(**config), STEPS)
-    with pytest.raises(ValueError, match="expected a deterministic sampler of"):
-        converged(task)
+        ReuseWeights(make_pipeline_task().full(1))
