@@ -123,8 +123,9 @@ def learn(
     def better(schedule: Schedules, error: float) -> None:
         nonlocal reached
         if error < reached:
-            reached = error
-            on_better(schedule)
+            reached = error  # in every process, since they decide by it
+            if accelerator.is_main_process:
+                on_better(schedule)
 
     def keeps(at: int, best: WeightTrainer, own: WeightTrainer) -> Callable[[bool], None]:
         """For what learns at `at` (`Course`), beside the best of those before."""

@@ -152,7 +152,7 @@ class WeightTrainer:
     Args:
         schedule: for the task's model and sampler, or one a context; their weights are the start.
         starts, validation: to share with other trainers of the task; drawn as the settings say unless given.
-        on_better: told each schedule that is better than all before it, and its error in dB.
+        on_better: told each schedule that is better than all before it, and its error in dB; in every process.
         on_target: told how many of the validation's targets there are, before each part; what it raises ends it.
         state: to go on from, of a trainer of the same schedule.
 
@@ -259,8 +259,7 @@ class WeightTrainer:
         judged = Judged(self.weights.change.clone(), self._errors(self.weights.to_schedule()))
         if better := judged.mean < self.best.mean:
             self.best = judged
-            if self.accelerator.is_main_process:
-                self.on_better(self.schedule(), judged.mean)
+            self.on_better(self.schedule(), judged.mean)
         return better
 
     def _errors(self, schedule: Schedules) -> Tensor:
