@@ -20,6 +20,7 @@ from .trainer import TRAIN_SEED, LossNotFinite
 from .weights import HELD_OUT_SEED, WeightProgress, WeightSettings, WeightTrainer
 
 RACE = 0.35  # share of the time for several starts; the rest: weights of the best
+PATIENCE = 2  # starts that are no better
 TRIAL = 16  # iterations of each of several starts, if so many are asked for
 
 
@@ -81,8 +82,8 @@ def learn(
     """Learn what to compute and with what weights to reuse the rest.
 
     Args:
-        starts: what may be computed, and its weights, of all contexts or of each. If there are several, each learns for
-            `TRIAL` iterations, or those of `settings`, until one is worse than the one before it, which then goes on.
+        starts: what may be computed, and its weights, of all contexts or of each. If there are several, each learns
+            for `TRIAL` iterations, or those of `settings`, until `PATIENCE` are no better; the best goes on.
         settings: of the weights that go on.
         minutes: for all but the verdict, if they end before the iterations.
         on_better: told each schedule that is better than those before it, and than the forecast.
@@ -168,7 +169,7 @@ def learn(
             iterations += tried.iteration
             if k == 0 or tried.best.mean < trainer.best.mean:
                 trainer, leader, channels = tried, k, per_channel
-            elif not (plain and k == 1):
+            elif k - leader == (PATIENCE + 1 if plain and leader == 0 else PATIENCE):
                 break
             if stopped():
                 break

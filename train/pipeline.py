@@ -27,11 +27,10 @@ from .pipeline_task import PipelineTask
 from .record import Record
 from .reusing import CHECKPOINTS
 from .sampled import Sampled
-from .starts import mean
+from .starts import Starts, mean
 from .stopping import never
 from .weights import WeightSettings
 
-POWERS = (1.0, 0.8, 0.65)  # of the spreads that start; a flow's late steps matter less
 CARRIES = (0.0, 0.5, 1.0)
 TRIED = 2  # prompts that tell the carry and the forecast to start from
 TRIED_SEED = 1 << 46
@@ -185,9 +184,14 @@ def learn(
         asked |= {"contexts": contexts, "init": init and [repr(schedule) for schedule in every(init)]}
         record = Record(checkpoint, resume, task, asked)
         if record.starts is None:
-            task.start = _best_start(task, every(wanted)[0], accelerator)
+            few = task.starts("full", TRIED, TRIED_SEED)
+            task.start = _best_start(task, every(wanted)[0], few, accelerator)
             record.chosen = {"start": task.start}
-            starts = [init] if init is not None else _starts(task, target_speedup, order, of_contexts)
+            if init is None:
+                spreads = [task.schedule(own, order, *task.start) for own in task.spreads(target_speedup)]
+                starts = [of_contexts(own) for own in sorted(spreads, key=lambda s: mean(few.judge(s, accelerator)))]
+            else:
+                starts = [init]
         else:
             starts, task.start = record.starts, tuple(record.chosen["start"])
         told = (on_progress, stopped, on_better)
@@ -227,18 +231,9 @@ def _check_start(task: PipelineTask, init: Schedules, names: Sequence[str]) -> N
         task.check(schedule)
 
 
-def _starts(
-    task: PipelineTask, speedup: float, order: int, of_contexts: Callable[[Schedule], Schedules]
-) -> list[Schedules]:
-    """Steps spread evenly and towards the end."""
-    spreads = {tuple(task.spread(speedup, power)): None for power in POWERS}
-    return [of_contexts(task.schedule(spread, order, *task.start)) for spread in spreads]
-
-
-def _best_start(task: PipelineTask, schedule: Schedule, accelerator: Accelerator) -> tuple[float, int]:
+def _best_start(task: PipelineTask, schedule: Schedule, few: Starts, accelerator: Accelerator) -> tuple[float, int]:
     """The carry and the order of forecast that are best unlearned, where what `schedule` does is computed."""
     carries = CARRIES if task.carry and task.layout.level == "blocks" else (0.0,)
-    few = task.starts("full", TRIED, TRIED_SEED)
 
     def error(start: tuple[float, int]) -> float:
         task.start = start

@@ -321,6 +321,7 @@ def test_whole_steps_meet_the_target() -> None:
             plan = sampled.pipeline.transformer.report().plans[0]
             assert plan.full_macs / plan.macs == pytest.approx(task.speedup(len(chosen)))
             hrt.uncompile(sampled.pipeline)
+        assert task.spreads(1.5) == [(0, 2, 4), (0, 3, 5)], "even, and with falling gaps"
         task.costs = Costs(np.array([0.995]), 0.005)
         assert task.spread(2.0) == [0, 2, 4], "half of the steps, though a model's ends take 2x to 1.99x"
 

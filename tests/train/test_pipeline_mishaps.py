@@ -26,7 +26,7 @@ FEW = {"target_speedup": 1.5, "iterations": 1, "batch": 2, "validation": 2, "cha
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "TRIAL", 1)
     monkeypatch.setattr(PipelineTask, "held_out", 2)
-    monkeypatch.setattr("harmonica_rt.train.pipeline.POWERS", (1.0,))
+    monkeypatch.setattr("harmonica_rt.train.pipeline_task.POWERS", ())
 
 
 def state_of(pipe: DiffusionPipeline) -> dict[str, Any]:
