@@ -18,30 +18,15 @@ from .checks import (
     check_timesteps,
     check_weights,
     finite,
-    may_carry,
-    positive,
 )
 from .forecast import ORDERS, unlearned
-from .layout import (
-    TRUNK,
-    WHOLE,
-    Group,
-    check_branches,
-    check_groups,
-    left_alone,
-    panels,
-    shape_of_entries,
-    trunk_beside,
-)
+from .layout import Group, check_branches, check_groups, left_alone, panels, trunk_beside
 
 if TYPE_CHECKING:
     import os
 
     from matplotlib.figure import Figure
     from torch import nn
-
-
-STRONG_GUIDANCE = 3.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -250,31 +235,9 @@ class Schedule:
                 `guidance_scale` is at least 3 and the order not 0 (`bench/README.md`, which level for whom).
             fields: further arguments of the constructor (sampler, timesteps, note, ...).
         """
-        from .models import layout_of
+        from .builders import uniform
 
-        steps, every = positive("steps", steps), positive("every", every)
-        layout = layout_of(model, level, positive("groups", groups))
-        if trunk:
-            if layout.level != "branches":
-                raise ValueError(
-                    f"trunk: expected False at level {layout.level}, got True: level='branches' has a trunk beside its "
-                    "branches, level='blocks' with groups=1 is the trunk alone"
-                )
-            layout = layout._replace(groups=(*layout.groups, WHOLE))
-        compute = np.zeros((steps, *shape_of_entries(layout.groups)), dtype=bool)
-        compute[::every] = True
-        if layout.level == "output":
-            fields["output"] = np.arange(steps) % every != 0
-        if layout.level == "blocks" or trunk:
-            if carry is None:
-                strong = order > 0 and (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
-                carry = (0.5 if strong else 0.0) if TRUNK in [group.name for group in layout.groups] else 1.0
-            carries = may_carry(compute, layout.groups, layout.level) & ~compute
-            fields["carry"] = np.where(carries, finite("carry", carry), 0.0)
-        elif carry is not None:
-            raise ValueError(f"carry: expected none at level {layout.level}, got {carry!r}")
-        fields.setdefault("note", f"uniform, every {every}" if every > 1 else "full")
-        return cls(compute, order=order, **layout._asdict(), **fields)
+        return uniform(model, steps, every, order, level, groups, trunk, carry, fields)
 
     @classmethod
     def from_router(

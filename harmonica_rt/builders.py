@@ -1,0 +1,54 @@
+"""Schedules that compute whole steps by a rule: every so many, or so many of all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .checks import finite, may_carry, positive
+from .layout import TRUNK, WHOLE, shape_of_entries
+from .models import layout_of
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STRONG_GUIDANCE = 3.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
+
+
+def uniform(
+    model: nn.Module,
+    steps: int,
+    every: int,
+    order: int,
+    level: str,
+    groups: int,
+    trunk: bool,
+    carry: float | None,
+    fields: dict[str, Any],
+) -> Schedule:
+    """`Schedule.uniform`."""
+    steps, every = positive("steps", steps), positive("every", every)
+    layout = layout_of(model, level, positive("groups", groups))
+    if trunk:
+        if layout.level != "branches":
+            raise ValueError(
+                f"trunk: expected False at level {layout.level}, got True: level='branches' has a trunk beside its "
+                "branches, level='blocks' with groups=1 is the trunk alone"
+            )
+        layout = layout._replace(groups=(*layout.groups, WHOLE))
+    compute = np.zeros((steps, *shape_of_entries(layout.groups)), dtype=bool)
+    compute[::every] = True
+    if layout.level == "output":
+        fields["output"] = np.arange(steps) % every != 0
+    if layout.level == "blocks" or trunk:
+        if carry is None:
+            strong = order > 0 and (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
+            carry = (0.5 if strong else 0.0) if TRUNK in [group.name for group in layout.groups] else 1.0
+        carries = may_carry(compute, layout.groups, layout.level) & ~compute
+        fields["carry"] = np.where(carries, finite("carry", carry), 0.0)
+    elif carry is not None:
+        raise ValueError(f"carry: expected none at level {layout.level}, got {carry!r}")
+    fields.setdefault("note", f"uniform, every {every}" if every > 1 else "full")
+    return Schedule(compute, order=order, **layout._asdict(), **fields)
