@@ -20,7 +20,8 @@ STRONG_GUIDANCE = 3.0  # from here on a trunk that carries half of what is new i
 def uniform(
     model: nn.Module,
     steps: int,
-    every: int,
+    every: int | None,
+    computed: int | None,
     order: int,
     level: str,
     groups: int,
@@ -29,7 +30,7 @@ def uniform(
     fields: dict[str, Any],
 ) -> Schedule:
     """`Schedule.uniform`."""
-    steps, every = positive("steps", steps), positive("every", every)
+    at, note = _computed(positive("steps", steps), every, computed)
     layout = layout_of(model, level, positive("groups", groups))
     if trunk:
         if layout.level != "branches":
@@ -39,9 +40,9 @@ def uniform(
             )
         layout = layout._replace(groups=(*layout.groups, WHOLE))
     compute = np.zeros((steps, *shape_of_entries(layout.groups)), dtype=bool)
-    compute[::every] = True
+    compute[at] = True
     if layout.level == "output":
-        fields["output"] = np.arange(steps) % every != 0
+        fields["output"] = ~at
     if layout.level == "blocks" or trunk:
         if carry is None:
             strong = order > 0 and (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
@@ -50,5 +51,28 @@ def uniform(
         fields["carry"] = np.where(carries, finite("carry", carry), 0.0)
     elif carry is not None:
         raise ValueError(f"carry: expected none at level {layout.level}, got {carry!r}")
-    fields.setdefault("note", f"uniform, every {every}" if every > 1 else "full")
+    fields.setdefault("note", note)
     return Schedule(compute, order=order, **layout._asdict(), **fields)
+
+
+def _computed(steps: int, every: int | None, computed: int | None) -> tuple[np.ndarray, str]:
+    """Which of `steps` are computed, bool [T], and how that is called."""
+    if computed is None:
+        every = positive("every", 2 if every is None else every)
+        return np.arange(steps) % every == 0, f"uniform, every {every}" if every > 1 else "full"
+    if every is not None:
+        raise ValueError(f"every: expected none beside computed, {computed!r}, got {every!r}")
+    if positive("computed", computed) > steps:
+        raise ValueError(f"computed: expected at most {steps}, as many as there are steps, got {computed}")
+    return spread(steps, computed), f"uniform, {computed} of {steps}" if computed < steps else "full"
+
+
+def spread(steps: int, computed: int) -> np.ndarray:
+    """Which of `steps` are computed where so many of them are, evenly but for the last: bool [T].
+
+    After it half as many steps are reused as after others: there the log-SNR changes fastest, and nothing mends what
+    goes wrong (bench/MORE_STEPS.md).
+    """
+    at = np.zeros(steps, dtype=bool)
+    at[np.arange(computed) * 2 * steps // (2 * computed - 1)] = True
+    return at

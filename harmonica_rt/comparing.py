@@ -21,7 +21,7 @@ from .pictures import Frames, middle, perceptual_distance, psnr_of, samples_of, 
 from .pipeline_copies import another, model_offload, without_model_offload
 from .report import theoretical_speedup
 from .schedule import Schedule
-from .schedule_specs import files_of, parse_schedule
+from .schedule_specs import files_of, parse_schedule, steps_of
 from .schedule_text import headline
 
 ENOUGH = 3  # calls of each that are timed, at least
@@ -56,8 +56,8 @@ def compare(
         rounds: times that all prompts are gone through; as many as make 3 timed calls unless given.
         seed: of the first prompt's noise; the others' follow.
         show: called with the phase, how far it is, its share of all and the seconds left, None while not known.
-        call: the pipeline's own arguments, e.g. ``guidance_scale=3.5``. ``num_inference_steps`` is the files' unless
-            given.
+        call: the pipeline's own arguments, e.g. ``guidance_scale=3.5``. ``num_inference_steps`` is the files',
+            or a name's (60 of ``"blocks:10of60"``), unless given.
 
     Raises:
         TypeError, ValueError: naming what was expected and what came, before anything runs.
@@ -65,7 +65,9 @@ def compare(
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
         raise ValueError(f"rounds: expected a positive integer, got {rounds!r}")
     wanted = {name: _read(each) for name, each in _named(schedules).items()}
-    if len(steps := {each.steps for some in wanted.values() for each in _all(some)}) == 1:
+    steps = {each.steps for some in wanted.values() for each in _all(some)}
+    steps |= {count for each in wanted.values() if isinstance(each, str) and (count := steps_of(each))}
+    if len(steps) == 1:
         call = {"num_inference_steps": steps.pop(), **call}
     generation = Generation(pipe, prompts, inputs=inputs, seed=seed, **call)
     denoisers = compiling.denoisers_of(pipe)

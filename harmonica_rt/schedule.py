@@ -213,9 +213,10 @@ class Schedule:
         cls,
         model: nn.Module,
         steps: int,
-        every: int = 2,
+        every: int | None = None,
         order: int = 1,
         *,
+        computed: int | None = None,
         level: str = "auto",
         groups: int = 1,
         trunk: bool = False,
@@ -227,6 +228,9 @@ class Schedule:
         Args:
             model: the diffusers model (only its class, lists of blocks and branches are read).
             steps: number of denoiser calls of the sampler, T.
+            every: 2 unless given.
+            computed: in place of `every`: how many steps are computed, spread over all. Steps that reuse the output or
+                the trunk's stream cost next to nothing, so 10 can carry a sampler of 60 (`bench/MORE_STEPS.md`).
             level: ``"branches"`` for models with an adapter, ``"blocks"`` for those with lists of blocks, ``"output"``
                 for any; ``"auto"`` is the first of these that the model can have, branches for DiT and PixArt alone.
             groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
@@ -237,7 +241,7 @@ class Schedule:
         """
         from .builders import uniform
 
-        return uniform(model, steps, every, order, level, groups, trunk, carry, fields)
+        return uniform(model, steps, every, computed, order, level, groups, trunk, carry, fields)
 
     @classmethod
     def from_router(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .schedule import Schedule
 SPECS = (
     "full, uniform:N[:ORDER], branches:N[:ORDER], trunk:N[:ORDER][:carry=C], blocks:N[:ORDER][:groups=G][:carry=C], "
     "output:N[:ORDER]"
-)  # every Nth step computed
+)  # every Nth step computed; or N of T, as in blocks:10of60
 LEVELS: dict[str, tuple[str, dict[str, type]]] = {
     "uniform": ("", {}),
     "branches": ("branches", {}),
@@ -20,6 +21,7 @@ LEVELS: dict[str, tuple[str, dict[str, type]]] = {
     "blocks": ("blocks", {"groups": int, "carry": float}),
     "output": ("output", {}),
 }  # of a spec, and its options
+COUNTED = re.compile(rf"(?:{'|'.join(LEVELS)}):\d+of(\d+)(?::|$)")
 
 
 def files_of(text: str) -> dict[str, Path]:
@@ -42,6 +44,12 @@ def files_of(text: str) -> dict[str, Path]:
     return files
 
 
+def steps_of(text: str) -> int | None:
+    """Those of the runs that a name is for, T of ``blocks:NofT``; None of any other."""
+    found = COUNTED.match(text)
+    return int(found[1]) if found else None
+
+
 def parse_schedule(
     text: str, model: nn.Module, steps: int, specs: str = SPECS, uniform: str = "auto", **fields: Any
 ) -> Schedule:
@@ -55,19 +63,26 @@ def parse_schedule(
         fields: further arguments of a named schedule (sampler, timesteps, guidance_scale).
 
     Raises:
-        ValueError: neither a file nor such a name, or one that the model cannot have.
+        ValueError: neither a file nor such a name, or one that the model cannot have, or for another number of steps.
     """
     name, *parts = text.split(":")
-    numbers = [int(part) for part in parts if part.isdigit()]
+    which: dict[str, int] = {}
+    if (count := steps_of(text)) is not None:
+        if count != steps:
+            raise ValueError(f"--schedule: expected a run of {count} steps for {text!r}, got one of {steps}")
+        which["computed"] = int(parts.pop(0).split("of")[0])
+    elif parts and parts[0].isdigit():
+        which["every"] = int(parts.pop(0))
+    orders = [int(part) for part in parts if part.isdigit()]
     options = [part.split("=", 1) for part in parts if not part.isdigit()]
     if all(len(option) == 2 for option in options):
-        if name == "full" and not parts:
+        if text == "full":
             return Schedule.full(model, steps, **fields)
-        if name in LEVELS and 1 <= len(numbers) <= 2:
+        if name in LEVELS and which and len(orders) <= 1:
             level, kinds = LEVELS[name]
             taken = _options(text, dict(options), kinds, specs) | ({"trunk": True} if name == "trunk" else {})
-            every, order = [*numbers, 1][:2]
-            return Schedule.uniform(model, steps, every, order, level=level or uniform, **taken, **fields)
+            taken |= dict(zip(("order",), orders))
+            return Schedule.uniform(model, steps, **which, level=level or uniform, **taken, **fields)
     if not Path(text).is_file():
         raise _unknown(text, specs)
     return Schedule.load(text)

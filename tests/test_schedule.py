@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
+from harmonica_rt.builders import spread
 from harmonica_rt.models import adapt
 
 from .conftest import make_dit, random_schedule
@@ -64,19 +65,55 @@ def test_uniform_computes_every_nth_step(dit: torch.nn.Module, every: int, order
     assert schedule.weights.shape == (7, 3, 2, order + 1)
 
 
+@pytest.mark.parametrize(
+    ("steps", "computed", "expected"),
+    [(60, 10, [0, 6, 12, 18, 25, 31, 37, 44, 50, 56]), (20, 6, [0, 3, 7, 10, 14, 18]), (5, 1, [0])],
+)
+def test_so_many_steps_are_computed(dit: torch.nn.Module, steps: int, computed: int, expected: list[int]) -> None:
+    schedule = Schedule.uniform(dit, steps, computed=computed, order=2)
+    assert np.flatnonzero(schedule.compute.all((1, 2))).tolist() == expected
+    assert not schedule.compute[~schedule.compute.all((1, 2))].any()
+    assert (schedule.order, schedule.note) == (2, f"uniform, {computed} of {steps}")
+    output = Schedule.uniform(dit, steps, computed=computed, level="output")
+    assert np.flatnonzero(~output.output).tolist() == expected
+
+
+@given(st.integers(1, 100), st.data())
+def test_as_many_are_computed_as_asked_for(steps: int, data: st.DataObject) -> None:
+    """Whatever their number, and no run of reused steps is longer than another but by one, the last one about half."""
+    at = np.flatnonzero(spread(steps, computed := data.draw(st.integers(1, steps))))
+    assert len(at) == computed and at[0] == 0
+    runs, last = np.diff(at), steps - at[-1]
+    if computed > 1:
+        assert runs.max() - runs.min() <= 1 and abs(last - runs.mean() / 2) <= 1
+
+
+def test_full_where_all_are_computed(dit: torch.nn.Module) -> None:
+    assert Schedule.uniform(dit, 5, computed=5) == Schedule.full(dit, 5)
+
+
 def test_a_compiled_model_stands_for_its_model(dit: torch.nn.Module) -> None:
     fast = hrt.compile(dit, Schedule.full(dit, 4), backend="eager")
     assert Schedule.uniform(fast, 4) == Schedule.uniform(dit, 4)
     assert Schedule.uniform(fast, 4).speedup(fast) == Schedule.uniform(dit, 4).speedup(dit)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "2", None])
+@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "2"])
 def test_builders_refuse_counts_that_are_none(dit: torch.nn.Module, wrong: object) -> None:
     got = re.escape(repr(wrong))
     with pytest.raises(ValueError, match=rf"steps: expected a positive integer, got {got}"):
         Schedule.full(dit, wrong)
     with pytest.raises(ValueError, match=rf"every: expected a positive integer, got {got}"):
         Schedule.uniform(dit, 4, every=wrong)
+    with pytest.raises(ValueError, match=rf"computed: expected a positive integer, got {got}"):
+        Schedule.uniform(dit, 4, computed=wrong)
+
+
+def test_uniform_refuses_what_says_two_things(dit: torch.nn.Module) -> None:
+    with pytest.raises(ValueError, match="every: expected none beside computed, 3, got 2"):
+        Schedule.uniform(dit, 6, 2, computed=3)
+    with pytest.raises(ValueError, match="computed: expected at most 6, as many as there are steps, got 7"):
+        Schedule.uniform(dit, 6, computed=7)
 
 
 # ---- the forecast

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from harmonica_rt import Schedule, UnsupportedModelError
-from harmonica_rt.schedule_specs import files_of, parse_schedule
+from harmonica_rt.schedule_specs import files_of, parse_schedule, steps_of
 
 from .conftest import make_dit
 from .pipelines.images import flux
@@ -23,13 +23,22 @@ from .pipelines.images import flux
         ("blocks:3:0:groups=2:carry=0.5", {"every": 3, "order": 0, "level": "blocks", "groups": 2, "carry": 0.5}),
         ("output:2", {"level": "output"}),
         ("full", {"every": 1}),
+        ("blocks:2of6:2:carry=0.5", {"computed": 2, "order": 2, "level": "blocks", "carry": 0.5}),
+        ("uniform:4of6", {"computed": 4}),
     ],
     ids=str,
 )
 def test_names(text: str, options: dict) -> None:
     model = make_dit()
     made = parse_schedule(text, model, 6, sampler="DDIMScheduler")
-    assert made == Schedule.uniform(model, 6, **{"every": 2, **options}, sampler="DDIMScheduler")
+    assert made == Schedule.uniform(model, 6, **options, sampler="DDIMScheduler")
+    assert steps_of(text) == (6 if "computed" in options else None)
+
+
+def test_a_name_for_other_runs() -> None:
+    with pytest.raises(ValueError, match="expected a run of 60 steps for 'blocks:10of60:2', got one of 20"):
+        parse_schedule("blocks:10of60:2", make_dit(), 20)
+    assert steps_of("blocks:10of60:2") == 60
 
 
 def test_uniform_is_of_the_level_that_a_model_gets() -> None:
@@ -56,7 +65,21 @@ def test_files_of_contexts(tmp_path: Path) -> None:
         files_of(f"cond={other},cond={other}")
 
 
-@pytest.mark.parametrize("text", ["uniform", "uniform:x", "blocks:2:carry=x", "output:2:carry=1", "s.json", "full:2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "uniform",
+        "uniform:x",
+        "blocks:2:carry=x",
+        "output:2:carry=1",
+        "s.json",
+        "full:2",
+        "s:2of6",
+        "full:2of6",
+        "blocks:2of6x",
+        "blocks:2:1:1",
+    ],
+)
 def test_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected full, uniform:N.* or a schedule file, got '" + text):
         parse_schedule(text, make_dit(), 6)

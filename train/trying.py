@@ -28,7 +28,8 @@ def try_schedules(
         list[str],
         typer.Option(
             help="A file, cond=FILE,uncond=FILE, uniform:N, branches:N, blocks:N[:groups=G][:carry=C], "
-            "trunk:N[:carry=C] or output:N, each with :ORDER after N if wished; may be repeated."
+            "trunk:N[:carry=C] or output:N, each with :ORDER after N if wished, and NofT, N steps of T computed, in "
+            "place of N; may be repeated."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, the sheet, the figures and the schedules.")],
