@@ -63,10 +63,16 @@ def respaced(computed: np.ndarray, steps: int, count: int) -> np.ndarray:
     nodes = np.append(np.flatnonzero(computed), len(computed))
     numbers = np.arange(count)
     at = np.interp(numbers * ((len(nodes) - 1) / count), np.arange(len(nodes)), nodes) * (steps / len(computed))
-    at = np.floor(at + 0.5).astype(int)
-    at = np.maximum.accumulate(at - numbers) + numbers  # no step twice
+    return apart(at, steps)
+
+
+def apart(at: np.ndarray, steps: int) -> np.ndarray:
+    """The steps nearest to `at`, rising, none of them twice: bool [steps]."""
+    numbers = np.arange(len(at))
+    nearest = np.floor(at + 0.5).astype(int)
+    nearest = np.maximum.accumulate(nearest - numbers) + numbers
     out = np.zeros(steps, dtype=bool)
-    out[np.minimum(at, steps - count + numbers)] = True
+    out[np.minimum(nearest, steps - len(at) + numbers)] = True
     return out
 
 
