@@ -8,7 +8,8 @@ import numpy as np
 
 from .checks import finite, may_carry, positive
 from .layout import TRUNK, WHOLE, shape_of_entries
-from .models import layout_of
+from .models import layout_of, own_model
+from .models.blocks import block_lists
 from .resampling import apart
 from .schedule import Schedule
 
@@ -33,6 +34,8 @@ def uniform(
 ) -> Schedule:
     """`Schedule.uniform`."""
     at, note = _computed(positive("steps", steps), every, computed)
+    if level == "auto" and computed is not None and block_lists(own_model(model)):
+        level = "blocks"  # as near as branches, and reused steps cost less
     layout = layout_of(model, level, positive("groups", groups))
     if trunk:
         if layout.level != "branches":

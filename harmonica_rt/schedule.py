@@ -232,7 +232,8 @@ class Schedule:
             computed: in place of `every`: how many steps are computed, spread over all. Steps that reuse the output or
                 the trunk's stream cost next to nothing, so 10 can carry a sampler of 60 (`bench/MORE_STEPS.md`).
             level: ``"branches"`` for models with an adapter, ``"blocks"`` for those with lists of blocks, ``"output"``
-                for any; ``"auto"`` is the first of these that the model can have, branches for DiT and PixArt alone.
+                for any; ``"auto"`` is the first of these that the model can have, branches for DiT and PixArt alone and
+                not where `computed` is given.
             groups: at level blocks, how many groups each list of blocks is split into; 1 is one group for all lists.
             trunk: at level branches, the trunk is an entry beside them, and it is what the steps between reuse.
             carry: of the reused trunk or groups. Unless given 1 for several groups, and for the trunk 0, or 0.5 where

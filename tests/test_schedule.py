@@ -73,7 +73,7 @@ def test_so_many_steps_are_computed(dit: torch.nn.Module, steps: int, computed: 
     schedule = Schedule.uniform(dit, steps, computed=computed, order=2)
     assert np.flatnonzero(schedule.compute.all((1, 2))).tolist() == expected
     assert not schedule.compute[~schedule.compute.all((1, 2))].any()
-    assert (schedule.order, schedule.note) == (2, f"uniform, {computed} of {steps}")
+    assert (schedule.level, schedule.order, schedule.note) == ("blocks", 2, f"uniform, {computed} of {steps}")
     output = Schedule.uniform(dit, steps, computed=computed, level="output")
     assert np.flatnonzero(~output.output).tolist() == expected
 
@@ -88,7 +88,7 @@ def test_as_many_are_computed_as_asked_for(steps: int, data: st.DataObject) -> N
 
 
 def test_full_where_all_are_computed(dit: torch.nn.Module) -> None:
-    assert Schedule.uniform(dit, 5, computed=5) == Schedule.full(dit, 5)
+    assert Schedule.uniform(dit, 5, computed=5, level="branches") == Schedule.full(dit, 5)
 
 
 def test_a_compiled_model_stands_for_its_model(dit: torch.nn.Module) -> None:

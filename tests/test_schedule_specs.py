@@ -24,7 +24,7 @@ from .pipelines.images import flux
         ("output:2", {"level": "output"}),
         ("full", {"every": 1}),
         ("blocks:2of6:2:carry=0.5", {"computed": 2, "order": 2, "level": "blocks", "carry": 0.5}),
-        ("uniform:4of6", {"computed": 4}),
+        ("uniform:4of6:0", {"computed": 4, "order": 0}),
     ],
     ids=str,
 )
