@@ -20,6 +20,7 @@ import harmonica_rt as hrt
 from bench.reference import TRAINED
 from bench.run_latency import positive
 from bench.sampling import Sampling
+from bench.schedule_specs import parse_schedule
 from harmonica_rt.train import models
 from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="the model's own unless given")
     parser.add_argument("--target-speedup", type=float, help="3 unless given")
     parser.add_argument("--target", choices=TARGETS, default="full")
-    parser.add_argument("--init", type=Path, metavar="FILE", help="a schedule to go on from, in place of a speed-up")
+    parser.add_argument("--init", metavar="S", help="to go on from, a file or blocks:10of60:2, in place of a speed-up")
     parser.add_argument("--level", choices=("auto", "blocks", "branches", "output"), default="auto")
     parser.add_argument("--groups", type=positive, default=1)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             None if names is None else [name for name in names.names if name],
             target_speedup=arguments.target_speedup,
             target=arguments.target,
-            init=arguments.init and hrt.Schedule.load(arguments.init),
+            init=arguments.init and parse_schedule(arguments.init, pipeline, arguments.steps),
             level=arguments.level,
             groups=arguments.groups,
             contexts=arguments.contexts,

@@ -69,7 +69,7 @@ def parse_schedule(
     which: dict[str, int] = {}
     if (count := steps_of(text)) is not None:
         if count != steps:
-            raise ValueError(f"--schedule: expected a run of {count} steps for {text!r}, got one of {steps}")
+            raise ValueError(f"schedule: expected a run of {count} steps for {text!r}, got one of {steps}")
         which["computed"] = int(parts.pop(0).split("of")[0])
     elif parts and parts[0].isdigit():
         which["every"] = int(parts.pop(0))
