@@ -79,7 +79,7 @@ def row(name: str, case: Case, level: str, kept: str) -> str:
     width = config.num_attention_heads * config.attention_head_dim if channels else None
     memory = predict(
         step,
-        ContextWeights(schedule, "none", "cpu", channels, width),
+        ContextWeights(schedule, "cpu", channels, width),
         settings,
         weights=nbytes([*model.parameters(), *model.buffers()]),
         values=values,

@@ -61,7 +61,7 @@ def _iteration(
         times["prediction"] = time.perf_counter() - started
         starts = task.starts("full", 1, 5)
         times["target"] = _timed(machine, lambda: starts.end(0, 1))
-        weights = ContextWeights(schedule, "none", task.device, task.carry, task.width if channels else None)
+        weights = ContextWeights(schedule, task.device, task.carry, task.width if channels else None)
 
         def iterate() -> None:
             change = weights.change.repeat(1, 1).requires_grad_()
