@@ -10,7 +10,7 @@ from .checks import finite, may_carry, positive
 from .layout import TRUNK, WHOLE, shape_of_entries
 from .models import layout_of, own_model
 from .models.blocks import block_lists
-from .resampling import apart
+from .resampling import apart, falling
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _computed(steps: int, every: int | None, computed: int | None) -> tuple[np.n
 def spread(steps: int, computed: int) -> np.ndarray:
     """Which of `steps` are computed where so many of them are: bool [T].
 
-    Nearly even; a little closer towards the end, and the last run of reused steps is half as long as others: there the
-    log-SNR changes fastest, and nothing mends what goes wrong (bench/MORE_STEPS.md).
+    Nearly even; a little closer towards the end, gaps in falling order, and the last run of reused steps is half as
+    long as others: there the log-SNR changes fastest, and nothing mends what goes wrong (bench/MORE_STEPS.md).
     """
-    return apart(steps * (np.arange(computed) / (computed - 0.5)) ** CLOSER, steps)
+    return falling(apart(steps * (np.arange(computed) / (computed - 0.5)) ** CLOSER, steps))

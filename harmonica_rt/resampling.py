@@ -66,6 +66,14 @@ def respaced(computed: np.ndarray, steps: int, count: int) -> np.ndarray:
     return apart(at, steps)
 
 
+def falling(computed: np.ndarray) -> np.ndarray:
+    """As many steps from the first on, the gaps between them in falling order: bool [T]."""
+    gaps = np.sort(np.diff([*np.flatnonzero(computed), len(computed)]))[::-1]
+    out = np.zeros(len(computed), dtype=bool)
+    out[np.cumsum([0, *gaps[:-1]])] = True
+    return out
+
+
 def apart(at: np.ndarray, steps: int) -> np.ndarray:
     """The steps nearest to `at`, rising, none of them twice: bool [steps]."""
     numbers = np.arange(len(at))

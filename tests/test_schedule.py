@@ -67,7 +67,7 @@ def test_uniform_computes_every_nth_step(dit: torch.nn.Module, every: int, order
 
 @pytest.mark.parametrize(
     ("steps", "computed", "expected"),
-    [(60, 10, [0, 7, 14, 21, 27, 33, 39, 45, 51, 57]), (20, 6, [0, 4, 8, 11, 15, 18]), (5, 1, [0])],
+    [(60, 10, [0, 7, 14, 21, 27, 33, 39, 45, 51, 57]), (20, 6, [0, 4, 8, 12, 15, 18]), (5, 1, [0])],
 )
 def test_so_many_steps_are_computed(dit: torch.nn.Module, steps: int, computed: int, expected: list[int]) -> None:
     schedule = Schedule.uniform(dit, steps, computed=computed, order=2)
@@ -80,11 +80,11 @@ def test_so_many_steps_are_computed(dit: torch.nn.Module, steps: int, computed: 
 
 @given(st.integers(1, 100), st.data())
 def test_as_many_are_computed_as_asked_for(steps: int, data: st.DataObject) -> None:
-    """Whatever their number; runs of reused steps get shorter, but by rounding, and the last is the shortest."""
+    """Whatever their number; runs of reused steps get shorter."""
     at = np.flatnonzero(spread(steps, computed := data.draw(st.integers(1, steps))))
     assert len(at) == computed and at[0] == 0
     runs = np.diff(np.append(at, steps))
-    assert (np.diff(runs) <= 1).all() and runs[-1] == runs.min()
+    assert (np.diff(runs) <= 0).all()
 
 
 def test_full_where_all_are_computed(dit: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ from harmonica_rt.layout import WHOLE
 from harmonica_rt.models import layout_of
 from harmonica_rt.models.base import NoCarryError
 from harmonica_rt.models.blocks import block_lists
+from harmonica_rt.resampling import falling
 from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
@@ -211,12 +212,12 @@ class PipelineTask:
         partly = f", {parts} in parts" if parts else ""
         return f"{int(own.all(1).sum())} of {self.steps} steps computed{partly}, {speedup:.2f}x in theory"
 
-    def spread(self, speedup: float, power: float = 1.0, falling: bool = False) -> list[int]:
+    def spread(self, speedup: float, power: float = 1.0, sort: bool = False) -> list[int]:
         """As many computed steps as `speedup` allows, within a hundredth.
 
         Args:
             power: below 1 moves them towards the end.
-            falling: gaps between them are in falling order: where not all are alike, the longer ones come first.
+            sort: gaps between them fall: where not all are alike, the longer ones come first.
 
         Raises:
             ValueError: none does.
@@ -233,9 +234,8 @@ class PipelineTask:
                 at = np.round(self.steps * (np.arange(spaced) / spaced) ** exponent - 1e-6).astype(int)
                 if len(np.unique(at)) == spaced and at[-1] < self.steps:
                     break
-            if falling:
-                gaps = np.sort(np.diff([*at, self.steps]))[::-1]
-                at = np.cumsum([0, *gaps[:-1]])
+            if sort:
+                at = np.flatnonzero(falling(np.isin(np.arange(self.steps), at)))
             if len(computed := needed | {*at.tolist()}) <= count:
                 break
         return sorted(computed)
@@ -245,7 +245,7 @@ class PipelineTask:
 
         Falling gaps are worth 2 to 4 dB unlearned on flux-emoji and pixart-emoji (train/STUDY.md).
         """
-        tried = [self.spread(speedup), *(self.spread(speedup, power, falling=True) for power in POWERS)]
+        tried = [self.spread(speedup), *(self.spread(speedup, power, sort=True) for power in POWERS)]
         return [*dict.fromkeys(map(tuple, tried))]
 
     def memory(self, schedules: Schedules, settings: WeightSettings) -> Memory:
