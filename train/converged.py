@@ -26,8 +26,11 @@ def converged(scheduler: Any) -> tuple[Any, int]:
     if name in FLOW and not noisy:
         return copy.deepcopy(scheduler), FLOW_STEPS
     if name in HIGHER_ORDER and config.get("use_flow_sigmas"):
-        return copy.deepcopy(scheduler), STEPS
+        return type(scheduler).from_config(scheduler.config), STEPS  # one that ran keeps outputs with gradients
+    if name in FIRST_ORDER and config.get("clip_sample"):
+        raise ValueError(f"target converged: expected a sampler that does not clip, got {name} with clip_sample=True")
     if name in (*FIRST_ORDER, *HIGHER_ORDER) and not noisy:
         return DPMSolverMultistepScheduler(**{key: config[key] for key in BETAS}), STEPS
     expected = ", ".join((*FIRST_ORDER, *HIGHER_ORDER, *FLOW))
-    raise ValueError(f"target converged: expected a deterministic sampler of {expected}, got {name}")
+    noise = f" with {config.get('algorithm_type') or 'noise'}" if noisy else ""
+    raise ValueError(f"target converged: expected a deterministic sampler of {expected}, got {name}{noise}")

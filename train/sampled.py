@@ -192,21 +192,37 @@ class Sampled:
         """Latents of the solution that the pipeline's sampler approximates.
 
         Raises:
-            ValueError: the sampler draws noise, or the call's steps are not for it to choose.
+            ValueError: the sampler draws noise, the call's steps are not for it to choose, or they start elsewhere.
         """
         for name in ("timesteps", "sigmas"):
             if generation.call.get(name) is not None:
                 raise ValueError(f"target converged: expected a call without {name}, got {generation.call[name]}")
+        if eta := generation.call.get("eta"):
+            raise ValueError(f"target converged: expected a call without noise, eta 0, got eta={eta}")
         own = self.pipeline.scheduler
         scheduler, steps = converged(own)
         if not generation.takes("num_inference_steps"):
             kind = type(self.pipeline).__name__
             raise ValueError(f"target converged: expected a call that takes num_inference_steps, got {kind}'s")
+        longer = generation.with_call(num_inference_steps=steps)
+        partly = generation.call.get("strength") is not None
+        start = self._entry(generation, numbers) if partly else None
         put(self.pipeline, "scheduler", scheduler)
         try:
-            return self.run(generation.with_call(num_inference_steps=steps), numbers)
+            if partly and abs((got := self._entry(longer, numbers)) - start) > abs(start) / 50:
+                raise ValueError(
+                    f"target converged: expected {steps} steps that start where the run does, at timestep {start:.4g}, "
+                    f"got {got:.4g}: choose a strength of whole steps, got {generation.call['strength']}"
+                )
+            return self.run(longer, numbers)
         finally:
             put(self.pipeline, "scheduler", own)
+
+    def _entry(self, generation: Generation, numbers: Sequence[int]) -> float:
+        """Timestep of a run's first call."""
+        args, kwargs = self.first_call(generation, numbers)
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        return float(torch.as_tensor(timestep).flatten()[0])
 
     def timesteps(self) -> list[float]:
         """Of the run that was made last."""

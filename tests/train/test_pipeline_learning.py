@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import ChromaPipeline, DDPMScheduler, FluxImg2ImgPipeline
+from diffusers import (
+    ChromaPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FluxImg2ImgPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -43,6 +50,7 @@ from ..pipelines.folders import (
     text_wan,
 )
 from ..pipelines.images import chroma
+from ..pipelines.parts import quiet
 from .commands import refused, run, succeeded
 
 HELD_OUT = 4
@@ -357,6 +365,14 @@ def test_the_converged_run_has_more_steps_and_leaves_the_sampler(name: str, monk
         for own in ("timesteps", "sigmas"):
             with pytest.raises(ValueError, match=f"target converged: expected a call without {own}, got"):
                 sampled.converged(generation.with_call(**{own: [1.0, 0.5]}), [0])
+        with pytest.raises(ValueError, match=r"expected a call without noise, eta 0, got eta=0\.5"):
+            sampled.converged(generation.with_call(eta=0.5), [0])
+        sampled.pipeline.scheduler = DDIMScheduler(clip_sample=True)
+        with pytest.raises(ValueError, match="a sampler that does not clip, got DDIMScheduler with clip_sample=True"):
+            sampled.converged(generation, [0])
+        sampled.pipeline.scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+        with pytest.raises(ValueError, match=r"got DPMSolverMultistepScheduler with sde-dpmsolver\+\+"):
+            sampled.converged(generation, [0])
         sampled.pipeline.scheduler = DDPMScheduler()
         with pytest.raises(ValueError, match=r"a deterministic sampler of .*got DDPMSched"):
             sampled.converged(generation, [0])
@@ -400,6 +416,30 @@ def test_learning_towards_the_converged_run(monkeypatch: pytest.MonkeyPatch) -> 
         r"([\d.-]+) dB SNR to the converged run \(full run ([\d.-]+)\) on 4 .* forecast ([\d.-]+)", schedule.note
     ).groups()
     assert float(reached) > float(forecast) and math.isfinite(float(full))
+
+
+@pytest.mark.usefixtures("short")
+def test_learning_towards_the_converged_run_of_a_sampler_that_keeps_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wan's UniPC keeps outputs of the run before, with their gradients."""
+    monkeypatch.setattr(converged, "STEPS", 8)
+    make, call = CALLS["wan"]
+    common = {"batch": 2, "validation": 2, "num_inference_steps": STEPS, "level": "output", **call}
+    schedule = hrt.learn(make(), ["a cat", "red fox"], target="converged", target_speedup=1.5, iterations=2, **common)
+    assert "dB SNR to the converged run" in schedule.note
+
+
+def test_a_converged_run_starts_where_a_strength_s_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converged, "FLOW_STEPS", 24)
+    pipeline = quiet(FluxImg2ImgPipeline(**text_flux().components))
+    call = {"image": torch.zeros(1, 3, 16, 16), "height": 16, "width": 16, "max_sequence_length": 8}
+    for strength, error in (
+        (0.5, None),
+        (0.6, "start where the run does.* a strength of whole steps, got 0.6"),
+    ):
+        generation = Generation(pipeline, ["a cat"], num_inference_steps=6, strength=strength, **call)
+        sampled = Sampled(pipeline)
+        with sampled.ready(), pytest.raises(ValueError, match=error) if error else nullcontext():
+            assert sampled.converged(generation, [0]).isfinite().all()
 
 
 @pytest.mark.usefixtures("short")
