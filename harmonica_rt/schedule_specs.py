@@ -12,7 +12,7 @@ from .schedule import Schedule
 
 SPECS = (
     "full, uniform:N[:ORDER], branches:N[:ORDER], trunk:N[:ORDER][:carry=C], blocks:N[:ORDER][:groups=G][:carry=C], "
-    "output:N[:ORDER]"
+    "output:N[:ORDER], NofT in place of N"
 )  # every Nth step computed; or N of T, as in blocks:10of60
 LEVELS: dict[str, tuple[str, dict[str, type]]] = {
     "uniform": ("", {}),
@@ -71,10 +71,10 @@ def parse_schedule(
         if count != steps:
             raise ValueError(f"schedule: expected a run of {count} steps for {text!r}, got one of {steps}")
         which["computed"] = int(parts.pop(0).split("of")[0])
-    elif parts and parts[0].isdigit():
+    elif parts and parts[0].isdecimal():
         which["every"] = int(parts.pop(0))
-    orders = [int(part) for part in parts if part.isdigit()]
-    options = [part.split("=", 1) for part in parts if not part.isdigit()]
+    orders = [int(part) for part in parts if part.isdecimal()]
+    options = [part.split("=", 1) for part in parts if not part.isdecimal()]
     if all(len(option) == 2 for option in options):
         if text == "full":
             return Schedule.full(model, steps, **fields)

@@ -70,6 +70,7 @@ def test_files_of_contexts(tmp_path: Path) -> None:
     [
         "uniform",
         "uniform:x",
+        "uniform:\u00b2",
         "blocks:2:carry=x",
         "output:2:carry=1",
         "s.json",
@@ -81,7 +82,9 @@ def test_files_of_contexts(tmp_path: Path) -> None:
     ],
 )
 def test_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected full, uniform:N.* or a schedule file, got '" + text):
+    with pytest.raises(
+        ValueError, match=r"expected full, uniform:N.* NofT in place of N or a schedule file, got '" + text
+    ):
         parse_schedule(text, make_dit(), 6)
 
 
