@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
+from harmonica_rt import schedule_files
 from harmonica_rt.compiled import Schedules
 from harmonica_rt.compiling import is_compiled
 from harmonica_rt.generating import Generation
@@ -130,7 +134,7 @@ def learn(
         raise ValueError(f"checkpointing: expected one of {('auto', *CHECKPOINTS)}, got {checkpointing!r}")
     learning.check_minutes(minutes)
     if init is not None:
-        level, groups, order, contexts = _as_in(init, level, groups, order, contexts, target_speedup)
+        level, groups, order, contexts = _as_in(init, level, groups, order, contexts, target_speedup, channels)
     target_speedup, order = 3.0 if target_speedup is None else target_speedup, 2 if order is None else order
     settings = WeightSettings(
         target=target,
@@ -181,7 +185,7 @@ def learn(
         else:
             on_memory(memory)
         asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
-        asked |= {"contexts": contexts, "init": init and [repr(schedule) for schedule in every(init)]}
+        asked |= {"contexts": contexts, "init": None if init is None else _told(init)}
         record = Record(checkpoint, resume, task, asked)
         if record.starts is None:
             few = task.starts("full", TRIED, TRIED_SEED)
@@ -206,10 +210,20 @@ def learn(
 
 
 def _as_in(
-    init: Schedules, level: str, groups: int, order: int | None, contexts: str, target_speedup: float | None
+    init: Schedules,
+    level: str,
+    groups: int,
+    order: int | None,
+    contexts: str,
+    target_speedup: float | None,
+    channels: bool | None,
 ) -> tuple[str, int, int, str]:
-    """Level, groups, order and contexts of `init`. Raises ValueError for others beside it."""
+    """Level, groups, order and contexts of `init`. Raises TypeError or ValueError for others beside it."""
+    if not every(init) or not all(isinstance(own, Schedule) for own in every(init)):
+        raise TypeError(f"init: expected a Schedule, or one by context, got {init!r}")
     schedule = every(init)[0]
+    if channels is False and any(own.channels is not None for own in every(init)):
+        raise ValueError("channels: expected True beside an init with weights per channel, got False")
     parts = max(group.layers for group in schedule.groups) if schedule.level == "blocks" else 1
     own = "own" if isinstance(init, Mapping) else "shared"
     for name, expected, got, free in (
@@ -227,8 +241,27 @@ def _as_in(
 def _check_start(task: PipelineTask, init: Schedules, names: Sequence[str]) -> None:
     if isinstance(init, Mapping) and set(init) != set(names):
         raise ValueError(f"init: expected schedules of contexts {tuple(names)}, got {tuple(init)}")
+    first = every(init)[0]
     for schedule in every(init):
         task.check(schedule)
+        if schedule.order != first.order:
+            raise ValueError(f"init: expected one order for all contexts, got {first.order} and {schedule.order}")
+        if not all(np.array_equal(getattr(schedule, name), getattr(first, name)) for name in ("compute", "output")):
+            raise ValueError(
+                f"init: expected schedules that compute the same in all contexts, got {first!r}, {schedule!r}"
+            )
+
+
+def _told(init: Schedules) -> list[str]:
+    """Other for other schedules, by context."""
+    told = []
+    for context, schedule in init.items() if isinstance(init, Mapping) else [("", init)]:
+        fields, arrays = schedule_files.parts(schedule)
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        for name in sorted(arrays):
+            digest.update(arrays[name].tobytes())
+        told.append(f"{context}{schedule!r} {digest.hexdigest()[:16]}")
+    return told
 
 
 def _best_start(task: PipelineTask, schedule: Schedule, few: Starts, accelerator: Accelerator) -> tuple[float, int]:

@@ -54,10 +54,14 @@ def learn_for_pipeline(
     for path in (out, checkpoint):
         check_file(path)
     check_path(checkpoint, resume)
-    if settings.setdefault("channels", None if out.suffix == ".safetensors" else False) and out.suffix == ".json":
+    plain = out.suffix != ".safetensors"
+    if settings.setdefault("channels", False if plain else None) and plain:
         raise ValueError(f"--channels yes: expected a .safetensors file as --out, got {out}")
     own = None if prompts is None else read_prompts(prompts)
     start = None if init is None else _start(init)
+    wide = (own is not None for first in every(start or {}) for own in (first.channels, first.output_channels))
+    if plain and any(wide):
+        raise ValueError(f"--init with weights per channel: expected a .safetensors file as --out, got {out}")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with Display(accelerator.is_main_process) as display, stopping(accelerator) as stopped:
         display.show("pipeline", name)

@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -83,6 +84,16 @@ def test_schedules_of_another_run_are_refused(flux: Path, tmp_path: Path) -> Non
     ):
         Schedule.uniform(transformer, 5, level="blocks").replace(**change).save(start)
         refused(learns(flux, out, "--init", start, *options, speedup=None), text)
+
+
+def test_weights_per_channel_need_their_file_before_anything_runs(flux: Path, tmp_path: Path) -> None:
+    start, out = tmp_path / "start.safetensors", tmp_path / "s.json"
+    own = Schedule.uniform(text_flux().transformer, 5, level="blocks")
+    own.replace(channels=np.zeros((*own.compute.shape, 3, 4), dtype=np.float32)).save(start)
+    result = learns(flux, out, "--init", start, speedup=None)
+    refused(result, f"--init with weights per channel: expected a .safetensors file as --out, got {out}")
+    assert len(result.stderr.splitlines()) == 1, "not even the pipeline is read"
+    refused(learns(flux, tmp_path / "s.txt", "--channels", "yes"), "expected a .safetensors file as --out, got")
 
 
 def test_a_failure_leaves_the_best_schedule(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

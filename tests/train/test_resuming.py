@@ -159,6 +159,19 @@ def test_a_signal_keeps_the_checkpoint(flux: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("short")
+def test_another_schedule_of_the_same_shape_is_refused(flux: Path, tmp_path: Path) -> None:
+    out, own = tmp_path / "s.json", Schedule.uniform(text_flux().transformer, 5, level="blocks")
+    for name, more in (("one", 0.1), ("other", 0.2)):
+        own.replace(weights=np.where(own.weights != 0, own.weights + more, 0)).save(tmp_path / f"{name}.json")
+    options = [option for option in SMALL if option not in ("--target-speedup", 1.5)]
+    options += ["--iterations", 2, "--prompts", flux / "prompts.txt", "--pipeline", flux / "flux", "--out", out]
+    counted(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run("learn", *options, "--init", tmp_path / "one.json")
+    refused(run("learn", *options, "--init", tmp_path / "other.json", "--resume"), "made with other settings: init exp")
+    succeeded(run("learn", *options, "--init", tmp_path / "one.json", "--resume"))
+
+
+@pytest.mark.usefixtures("short")
 def test_from_python_it_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="resume: expected a checkpoint to go on from, got none"):
         hrt.learn(text_flux(), ["a cat"], resume=True, num_inference_steps=6, height=16, width=16)
