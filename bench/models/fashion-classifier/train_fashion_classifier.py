@@ -3,13 +3,15 @@
     python bench/models/fashion-classifier/train_fashion_classifier.py FOLDER [EPOCHS] [DATA]
 
 Debian's package dataset-fashion-mnist holds the data.  AdamW, one-cycle learning rate, flips and one-pixel shifts.
-FOLDER gets classifier.fp16.safetensors, training.json and real.safetensors (of all 70,000 images, by the fp16 weights).
+FOLDER gets classifier.fp16.safetensors, training.json, real.safetensors (of all 70,000 images, by the fp16 weights) and
+real-features.safetensors: those of the first 2,000 test images, in fp16.
 """
 import json, os, sys, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from bench.fashion_images import ROOT, images as load
+from safetensors.torch import save_file
 from bench.frechet import Classifier, Statistics, class_accuracy, features, frechet_distance
 
 out = Path(sys.argv[1]); epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 6
@@ -40,6 +42,7 @@ minutes = (time.time()-start)/60
 model.save(out); model = Classifier.load(out)            # judged as stored
 trained, tested = features(images, model), features(test_images, model)
 Statistics.of(torch.cat([trained, tested])).save(out/"real.safetensors")
+save_file({"features": tested[:2000].half()}, out/"real-features.safetensors")
 result = {"epochs": epochs, "steps": step, "images": step*B, "minutes": round(minutes, 1), "loss": run,
     "test_accuracy": class_accuracy(tested, test_labels, model), "train_accuracy": class_accuracy(trained, labels, model),
     "frechet_test_to_train": frechet_distance(tested, trained)}

@@ -1,0 +1,348 @@
+"""Rows of a model's frontier: candidates screened on a few noises, the best of them measured, and judged as sets.
+
+What a row's PSNR is taken to: the same sampler's run of as many steps without reuse, where there is reuse and these
+steps are no fewer than the reference's; else the reference run, so that nobody gains by reusing in a run that is short.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import harmonica_rt as hrt
+from harmonica_rt.measuring import Timing, psnr
+from harmonica_rt.models import layout_of
+
+from . import candidates, samplers
+from .candidates import EAGER, FULL, LEARNED, OURS, PEER, UNLEARNED, WHOLE, Candidate
+from .comparison import HELD_OUT
+from .frontier_best import BUDGETS, best
+from .judges import APART
+from .measure import interleave
+from .peers import PEERS
+from .pipelines import PixelPipeline
+from .reference import TRAINED, noise
+from .sampling import Sampling, accelerated
+from .schedule_specs import parse_schedule
+from .sets import Sets
+from .store import Store
+
+SCREEN, MEASURE = "screen", "measure"  # a row's stage; sets' has their number beside
+SCREENED = HELD_OUT + 10 * APART  # seed of the screen's noises: who is best on some is not judged by them
+BATCH = 16  # of what is measured, but not timed
+WARMUP = 2  # of ours: compiled blocks compile at their first call and at the first of another step
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a results file is about; rows of another job do not go into it.
+
+    Attributes:
+        steps: of the reference run.
+        count, screen: noises measured and screened on.
+        batch, rounds: of the timings: images a call, interleaved with the reference run.
+    """
+
+    model: str
+    steps: int = 20
+    count: int = 64
+    screen: int = 8
+    batch: int = 4
+    rounds: int = 5
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.model not in TRAINED:
+            raise ValueError(f"--model: expected one of {', '.join(TRAINED)}, got {self.model!r}")
+
+
+class Runner:
+    """Runs of candidates on one model; runs without reuse are kept.
+
+    Args:
+        start: noises.
+        batch: images a call where time does not matter.
+    """
+
+    def __init__(self, job: Job, start: Tensor, batch: int = BATCH, sampling: Sampling | None = None) -> None:
+        self.job, self.start, self.batch = job, start, batch
+        self.sampling = Sampling.of(job.model) if sampling is None else sampling
+        self.pipeline, self._plain = self.sampling.pipeline, {}
+        self.reference = candidates.own(job.model, job.steps)
+
+    @cached_property
+    def converged(self) -> Tensor:
+        return self.sampling.converged(self.start)
+
+    @cached_property
+    def whole(self) -> torch.nn.Module:
+        """The model under torch.compile."""
+        return torch.compile(self.pipeline.transformer)
+
+    def wanted(self, candidate: Candidate) -> Tensor:
+        """What a candidate's images should be."""
+        own = candidate.reuses and candidate.steps >= self.job.steps
+        return self.plain(candidate.plain if own else self.reference)
+
+    def plain(self, candidate: Candidate) -> Tensor:
+        """Images of a sampler without reuse."""
+        if candidate not in self._plain:
+            self._plain[candidate] = self.images(candidate, self.start)
+        return self._plain[candidate]
+
+    def images(self, candidate: Candidate, start: Tensor) -> Tensor:
+        """Images of a candidate; one that reuses nothing is run on the engine where that is exact and faster."""
+        if not candidate.reuses:
+            exact = layout_of(self.pipeline.transformer, "auto", 1).level == "branches"
+            candidate = replace(candidate, by=OURS, setting=FULL) if exact else candidate.plain
+        with self.prepared(candidate) as own:
+            return self.sample(own, start, candidate.steps)
+
+    def sample(self, own: Sampling, start: Tensor, steps: int) -> Tensor:
+        """The same images each time, of samplers that draw noise too."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return own(start, own.pipeline.steps or steps, self.batch)
+
+    @contextmanager
+    def prepared(self, candidate: Candidate, backend: str = "auto") -> Iterator[Sampling]:
+        """A sampling that runs the candidate."""
+        model = self.pipeline.transformer
+        peer = PEERS.get(candidate.by)
+        own = self.pipeline.around(copy.deepcopy(model) if peer else model)
+        own.scheduler = samplers.scheduler(candidate.sampler, candidate.spacing, self.pipeline.scheduler.config)
+        sampling = Sampling(own, self.sampling.guidance, self.sampling.classes)
+        if candidate.by == OURS:
+            with accelerated(own, _schedule(candidate, own), backend=backend):
+                yield sampling
+            return
+        if candidate.by == WHOLE:
+            object.__setattr__(own, "transformer", self.whole)
+        elif peer is not None:
+            own = peer.prepare(own, candidate.setting, candidate.steps)
+            if peer.compile is not None:
+                torch._dynamo.reset()  # or peers share one recompile limit
+                self.__dict__.pop("whole", None)
+                peer.compile(own)
+            sampling = replace(sampling, pipeline=own)
+        yield sampling
+
+    def quality(self, candidate: Candidate, images: Tensor) -> dict[str, float]:
+        """PSNR columns with their spreads: standard deviations over resamples of the noises."""
+        if not torch.isfinite(images).all():
+            raise FloatingPointError("the images are not finite")
+        row = {}
+        for name, wanted in (("psnr", self.wanted(candidate)), ("converged", self.converged)):
+            values = psnr(images, wanted)
+            draws = values[torch.randint(len(values), (200, len(values)), generator=torch.Generator().manual_seed(0))]
+            row |= {
+                name: values.mean().item(),
+                f"{name}_spread": draws.mean(1).std().item(),
+                f"{name}_worst": values.min().item(),
+                f"{name}_worst_spread": draws.amin(1).std().item(),
+            }
+        return row
+
+
+def _schedule(candidate: Candidate, pipeline: PixelPipeline) -> hrt.Schedule:
+    return parse_schedule(candidate.setting, pipeline, candidate.steps)
+
+
+def known(candidate: Candidate) -> dict[str, Any]:
+    """Columns by which a row's candidate comes back."""
+    return {"name": candidate.name, "family": candidate.family, "candidate": asdict(candidate)}
+
+
+class Frontier:
+    """A frontier's results file, and what fills it.
+
+    Args:
+        expired: whether time is up; no row is begun then.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        progress: Callable[[str], None] = lambda message: None,
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.job, self.store, self.progress, self.expired = job, store, progress, expired
+        self.sampling = Sampling.of(job.model)
+        self.seen: set[tuple[str, str]] = set()  # failed ones too, within this process
+
+    @cached_property
+    def screening(self) -> Runner:
+        start = noise(self.sampling.pipeline, self.job.screen, SCREENED)
+        return Runner(self.job, start, self.job.batch, self.sampling)
+
+    @cached_property
+    def measuring(self) -> Runner:
+        return Runner(self.job, noise(self.sampling.pipeline, self.job.count, HELD_OUT), sampling=self.sampling)
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """Those of a stage that came to a result."""
+        return [row for row in self.store.rows if row["stage"] == stage and row["error"] is None]
+
+    def fill(self, stage: str, wanted: Iterable[Candidate], row: Callable[[Candidate], dict[str, Any]]) -> None:
+        """Add the rows of `wanted` that are not there; what fails is a row that says why."""
+        for candidate in wanted:
+            key = (stage, candidate.name)
+            if key in self.store or key in self.seen:
+                continue
+            if self.expired():
+                return
+            self.progress(f"{self.job.model}, {stage}: {candidate.name}")
+            self.seen.add(key)
+            head = {"stage": stage, **known(candidate), "error": None}
+            began, cpu = time.perf_counter(), time.process_time()
+            try:
+                found = row(candidate)
+            except Exception as error:  # a candidate's own failure is a result
+                words = str(error).strip().splitlines() or [""]
+                found = {"error": f"{type(error).__name__}: {words[0]}"}
+            spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+            self.store.add(_rounded(head | found | spent))
+
+    # ---- the screen
+
+    @cached_property
+    def costs(self) -> dict[str, float]:
+        """Times of the reference run on what does not change quality, as shares of diffusers' own; by its seconds."""
+        runner, found = self.screening, {}
+        some = runner.start[: self.job.batch]
+        for by, setting in ((EAGER, ""), (WHOLE, ""), (OURS, FULL)):
+            candidate = replace(runner.reference, by=by, setting=setting)
+            with runner.prepared(candidate, _backend(candidate)) as own:
+                run = {by: lambda own=own: runner.sample(own, some, self.job.steps)}
+                found[by] = interleave(run, 2, WARMUP, time.process_time)[by].median
+        return {by: seconds / found[EAGER] for by, seconds in found.items()} | {"seconds": found[EAGER]}
+
+    def screen(self, wanted: Iterable[Candidate]) -> None:
+        self.fill(SCREEN, wanted, self._screened)
+
+    def _screened(self, candidate: Candidate) -> dict[str, Any]:
+        """Quality on a few noises. Time is steps' share where all is computed, else the CPU's, seen once."""
+        runner = self.screening
+        if not candidate.reuses:
+            latency = candidate.steps / self.job.steps * self.costs[candidate.by]
+            return runner.quality(candidate, runner.plain(candidate.plain)) | {"latency": latency}
+        with runner.prepared(candidate) as own:
+            images = runner.sample(own, runner.start, candidate.steps)  # what is to build is built
+            began = time.process_time()
+            runner.sample(own, runner.start[: self.job.batch], candidate.steps)
+            seconds = time.process_time() - began
+        return runner.quality(candidate, images) | {"latency": seconds / self.costs["seconds"]}
+
+    def bases(self, count: int = 2) -> list[tuple[str, str]]:
+        """Samplers with their best spacing, the nearest to the converged solution first: the mean over their steps."""
+        scores: dict[tuple[str, str], list[float]] = {}
+        for row in self.rows(SCREEN):
+            candidate = Candidate(**row["candidate"])
+            if candidate.by == EAGER and 7 <= candidate.steps <= 14:
+                scores.setdefault((candidate.sampler, candidate.spacing), []).append(row["converged"])
+        ranked = sorted(scores, key=lambda base: -sum(scores[base]) / len(scores[base]))
+        firsts = {sampler: (sampler, spacing) for sampler, spacing in reversed(ranked)}
+        return [base for base in ranked if base in firsts.values()][:count]
+
+    # ---- what is measured
+
+    def finalists(self) -> list[Candidate]:
+        """Of each family, budget and axis the best of the screen, peers under torch.compile too; of ours two."""
+        found: dict[Candidate, None] = {}
+        rows = self.rows(SCREEN)
+        for family in candidates.FAMILIES:
+            own = [row for row in rows if row["family"] == family]
+            for axis in ("psnr", "psnr_worst", "converged", "converged_worst"):
+                for budget in BUDGETS:
+                    pairs = family in (UNLEARNED, LEARNED) and not axis.endswith("worst")
+                    for row in best(own, axis, budget / 1.05, 2 if pairs else 1):
+                        found[Candidate(**row["candidate"])] = None
+                    if family == PEER:  # as much faster under torch.compile as diffusers' own run
+                        for row in best(own, axis, budget * self.costs[WHOLE], 1):
+                            other = candidates.compiled(Candidate(**row["candidate"]))
+                            found |= {} if other is None else {other: None}
+        return sorted(found, key=lambda each: each.by.endswith("-compiled"))  # these make the others compile again
+
+    def measure(self, wanted: Iterable[Candidate]) -> None:
+        self.fill(MEASURE, wanted, self._measured)
+
+    def _measured(self, candidate: Candidate) -> dict[str, Any]:
+        runner, job = self.measuring, self.job
+        some = runner.start[: job.batch]
+        with runner.prepared(runner.reference) as reference, runner.prepared(candidate, _backend(candidate)) as own:
+            timings = interleave(
+                {
+                    "reference": lambda: runner.sample(reference, some, job.steps),
+                    "own": lambda: runner.sample(own, some, candidate.steps),
+                },
+                job.rounds,
+                WARMUP if candidate.by == OURS else 1,
+            )
+            images = runner.sample(own, runner.start, candidate.steps) if candidate.by in PEERS else None
+        ratios = Timing(tuple(b / a for a, b in zip(timings["reference"].seconds, timings["own"].seconds)))
+        if images is None:
+            images = runner.images(candidate, runner.start) if candidate.reuses else runner.plain(candidate.plain)
+        return runner.quality(candidate, images) | {
+            "latency": ratios.median,
+            "latency_p20": ratios.percentile(20),
+            "latency_p80": ratios.percentile(80),
+            "ms_per_image": 1e3 * timings["own"].median / job.batch,
+        }
+
+    # ---- sets
+
+    def judged(self) -> list[Candidate]:
+        """What is worth judging as sets, the most telling first: by budget, each family's best, then its samplers'."""
+        rows, found = self.rows(MEASURE), {}
+        for axis in ("converged", "psnr"):
+            for budget in (2, 4, 3, 1.5, 5):
+                for family in candidates.FAMILIES:
+                    own = [row for row in rows if row["family"] == family]
+                    for row in best(own, axis, budget, 1):
+                        found[Candidate(**row["candidate"])] = None
+        for budget in (2, 4, 3, 1.5, 5):
+            for sampler in samplers.of_same_kind(candidates.SAMPLERS[self.job.model]):
+                for family in (candidates.PLAIN, UNLEARNED):
+                    own = [r for r in rows if r["family"] == family and r["candidate"]["sampler"] == sampler]
+                    for row in best(own, "converged", budget, 1):
+                        found[Candidate(**row["candidate"])] = None
+        return [self.measuring.reference, *found]
+
+    def judge(self, count: int) -> None:
+        """Judge sets of `count` images; runs that differ in time alone share one."""
+        sets, stage = None, f"sets {count}"
+
+        def row(candidate: Candidate) -> dict[str, Any]:
+            nonlocal sets
+            sets = sets or Sets.prepare(self.sampling, count)
+            twin = next((r for r in self.rows(stage) if _same_images(Candidate(**r["candidate"]), candidate)), None)
+            if twin is not None:
+                return {name: twin[name] for name in twin if name in sets.COLUMNS}
+            images = self.measuring.images(candidate, sets.start)[:count]
+            return sets.columns(images, self.sampling.labels(len(sets.start))[:count])
+
+        self.fill(stage, self.judged(), row)
+
+
+def _same_images(a: Candidate, b: Candidate) -> bool:
+    if a.reuses or b.reuses:
+        return replace(a, by=a.by.removesuffix("-compiled")) == replace(b, by=b.by.removesuffix("-compiled"))
+    return a.plain == b.plain
+
+
+def _backend(candidate: Candidate) -> str:
+    """What is timed: ours at its fastest on a CPU."""
+    return "inductor" if candidate.by == OURS else "auto"
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
