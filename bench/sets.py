@@ -1,7 +1,8 @@
 """What a set of a model's images is worth beside real ones: nearness, precision and recall, what they show.
 
-Features are those of `bench.judges`: dit-fashion's of its classifier, emoji's the pixels' first 64 principal components
-over all glyphs. The real ones are Fashion-MNIST and the glyphs that the models were trained on.
+Features are those of `bench.judges`: dit-fashion's of its classifier, emoji's pixels; for their Fréchet distance the
+first 64 principal components of all glyphs, or covariances would be singular. The real ones are Fashion-MNIST and the
+glyphs that the models were trained on.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class Sets:
 
     Attributes:
         start: noises, padded to whole batches.
-        features: images [n, channels, height, width] -> [n, WIDTH].
+        features: images [n, channels, height, width] -> [n, d].
         accuracy: (images, features, labels) -> share that shows what it was to show.
-        real: features of real images [m, WIDTH]; `statistics` may be of more of them.
+        real: features of real images [m, d]; `statistics` may be of more of them.
+        axes: [d, WIDTH], what features are projected on for the Fréchet distance; nothing unless given.
     """
 
     start: Tensor
@@ -40,6 +42,7 @@ class Sets:
     accuracy: Callable[[Tensor, Tensor, list[Any]], float]
     real: Tensor
     statistics: Statistics
+    axes: Tensor | None = None
 
     COLUMNS = tuple(
         f"{name}{end}" for name in ("frechet", "accuracy", "precision", "recall") for end in ("", "_spread")
@@ -62,11 +65,12 @@ class Sets:
     def columns(self, images: Tensor, labels: list[Any]) -> dict[str, float]:
         """Figures and their spreads: Fréchet's over resamples of the set, shares' as of independent draws."""
         seen = self.features(images)
+        narrow = seen if self.axes is None else seen @ self.axes
         draw = torch.Generator().manual_seed(0)
-        again = [seen[torch.randint(len(seen), (len(seen),), generator=draw)] for _ in range(RESAMPLES)]
+        again = [narrow[torch.randint(len(seen), (len(seen),), generator=draw)] for _ in range(RESAMPLES)]
         distances = torch.tensor([frechet_distance(some, self.statistics) for some in again])
         precision, recall = precision_recall(seen, self.real)
-        row = {"frechet": frechet_distance(seen, self.statistics), "frechet_spread": distances.std().item()}
+        row = {"frechet": frechet_distance(narrow, self.statistics), "frechet_spread": distances.std().item()}
         shares = {
             "accuracy": (self.accuracy(images, seen, labels), len(seen)),
             "precision": (precision, len(seen)),
@@ -89,16 +93,11 @@ def _fashion() -> tuple[Any, ...]:
 
 
 def _emoji(judge: NearestGlyph) -> tuple[Any, ...]:
-    middle = judge.glyphs.mean(0)
-    axes = torch.linalg.svd(judge.glyphs - middle, full_matrices=False).Vh[:WIDTH]
-
-    def seen(images: Tensor) -> Tensor:
-        return (images.float().clamp(-1, 1).flatten(1) - middle) @ axes.T
-
-    real = seen(judge.glyphs)
+    axes = torch.linalg.svd(judge.glyphs - judge.glyphs.mean(0), full_matrices=False).Vh[:WIDTH].T
     return (
-        seen,
+        lambda images: images.float().clamp(-1, 1).flatten(1),
         lambda images, seen, labels: judge.columns(images, labels)["glyph_accuracy"],
-        real,
-        Statistics.of(real),
+        judge.glyphs,
+        Statistics.of(judge.glyphs @ axes),
+        axes,
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from diffusers import FlowMatchEulerDiscreteScheduler
+
 from harmonica_rt.train import models
 
+from .. import samplers
 from ..pipelines import PixelPipeline
 from .base import Peer
 
 
 def prepare(pipeline: PixelPipeline, setting: str, steps: int) -> PixelPipeline:
     name, count = setting.split()
-    pipeline.scheduler = models.scheduler(name, pipeline.scheduler.config)
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipeline.scheduler = samplers.scheduler(f"flow-{name}", samplers.default(f"flow-{name}"), {})
+    else:
+        pipeline.scheduler = models.scheduler(name, pipeline.scheduler.config)
     pipeline.steps = int(count)
     return pipeline
 
