@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from .reference import REFERENCES
 
 PLAIN, PEER, UNLEARNED, LEARNED = FAMILIES = ("plain sampler", "peers", "ours, unlearned", "ours, learned")
 EAGER, WHOLE, OURS = "eager", "compile", "ours"  # beside these, peers by their names
+ROOT = SHIPPED.parent.parent
 FULL = "full"  # ours, everything computed
 STEPS = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18)  # of a sampler without reuse
 REUSED_STEPS = {
@@ -53,7 +55,9 @@ class Candidate:
         sampler, spacing: as in `bench.samplers`.
         steps: of a run, those that reuse too.
         by: `EAGER` or `WHOLE` (torch.compile), all computed by diffusers; `OURS`; or a peer of `PEERS`.
-        setting: ours: a spec of `schedule_specs` or a schedule's file; a peer's own.
+        setting: ours: a spec of `schedule_specs` or a schedule's file, those in the repository by their path there; a
+            peer's own.
+        digest: of the file, so that a schedule that is learned anew is another candidate.
     """
 
     sampler: str
@@ -61,6 +65,12 @@ class Candidate:
     steps: int
     by: str = EAGER
     setting: str = ""
+    digest: str = ""
+
+    @property
+    def file(self) -> Path:
+        """Of a learned schedule."""
+        return ROOT / self.setting  # of an absolute path itself
 
     @property
     def learned(self) -> bool:
@@ -83,14 +93,14 @@ class Candidate:
 
     def on(self, by: str, setting: str = "") -> Candidate:
         """The same sampler run by another."""
-        return replace(self, by=by, setting=setting)
+        return replace(self, by=by, setting=setting, digest="")
 
     @property
     def name(self) -> str:
         """As tables show it, and as rows are known."""
         run = f"{self.sampler} {self.spacing} {self.steps}"
         if self.by == OURS:
-            return f"{run}, {Path(self.setting).stem if self.learned else self.setting}"
+            return f"{run}, {f'{self.file.stem} #{self.digest}' if self.learned else self.setting}"
         if self.by in (EAGER, WHOLE):
             return run if self.by == EAGER else f"{run}, torch.compile"
         return f"{run}, {PEERS[self.by].name}: {self.setting}"
@@ -138,10 +148,19 @@ def learned(model: str, pipeline: PixelPipeline, files: Iterable[Path] = ()) -> 
         try:
             schedule = hrt.Schedule.load(file)
             base = samplers.of_schedule(schedule, pipeline.scheduler.config, SAMPLERS[model], timesteps)
-            found.append(Candidate(*base, schedule.steps, OURS, str(file)))
+            found.append(Candidate(*base, schedule.steps, OURS, _named(file), _digest(file)))
         except ValueError as error:
             refused.append(f"{file}: {error}")
     return found, refused
+
+
+def _named(file: Path) -> str:
+    whole = file.resolve()
+    return (whole.relative_to(ROOT.resolve()) if whole.is_relative_to(ROOT.resolve()) else whole).as_posix()
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:4]
 
 
 def tuned(bases: Iterable[tuple[str, str]], steps: int = 20, seed: int = 0) -> Iterator[Candidate]:

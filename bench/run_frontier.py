@@ -44,7 +44,7 @@ def screen(frontier: Frontier, files: list[Path], tune: float, few: int | None =
     some = list(dict.fromkeys([own, *frontier.bases(ELSEWHERE)]))
     frontier.screen(list(candidates.unlearned(bases, steps, candidates.FIRST_SPECS))[: few or None])
     for length in candidates.REUSED_STEPS if few is None else ():
-        kinds = candidates.specs(model) if length in (steps, 28) else candidates.FIRST_SPECS
+        kinds = candidates.specs(model) if length == steps else candidates.FIRST_SPECS
         frontier.screen(candidates.unlearned(some, length, kinds))
     tuned = [row for row in frontier.rows(SCREEN) if row["family"] == PEER]
     left = tune - sum(row["seconds"] for row in tuned)

@@ -37,7 +37,7 @@ class Store:
                 got = lines[0].get("job") if lines else "none"
                 raise ValueError(f"{path}: expected the results of {asdict(job)}, got those of {got}")
             self.rows = [row for row in lines[1:] if row.get("error") is None]  # what failed is tried again
-            head = lines[0]
+            head = lines[0] | ({"command": command} if command else {})  # whoever goes on may want more rows
         self._write([head, *self.rows])  # a line cut short is gone
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:

@@ -104,14 +104,14 @@ def test_the_spacing_of_a_schedule_is_found_by_its_timesteps_whatever_its_steps(
 
 
 def test_candidates_are_known_by_what_they_are() -> None:
-    shipped = Candidate("ddim", "leading", 20, OURS, "bench/schedules/dit-fashion-ddim20-2x.json")
+    shipped = Candidate("ddim", "leading", 20, OURS, "bench/schedules/dit-fashion-ddim20-2x.json", "1a2b")
     peer = Candidate("unipc", "karras", 20, "taylorseer", "order 1, interval 2")
     found = {c.name: (c.family, c.reuses) for c in (OWN, OWN.on(WHOLE), OWN.on(OURS, FULL), shipped, peer)}
     assert found == {
         "ddim leading 4": (PLAIN, False),
         "ddim leading 4, torch.compile": (PLAIN, False),
         "ddim leading 4, full": (UNLEARNED, False),
-        "ddim leading 20, dit-fashion-ddim20-2x": (LEARNED, True),
+        "ddim leading 20, dit-fashion-ddim20-2x #1a2b": (LEARNED, True),
         "unipc karras 20, TaylorSeer (diffusers): order 1, interval 2": (PEER, True),
     }
     assert candidates.compiled(peer).by == "taylorseer-compiled"
@@ -134,8 +134,13 @@ def test_schedule_files_join_with_the_steps_they_have(tmp_path: Path) -> None:
     long.save(tmp_path / "long.json")
     (tmp_path / "broken.json").write_text("{}")
     found, refused = candidates.learned("dit-fashion", pipeline, [tmp_path / "long.json", tmp_path / "broken.json"])
-    assert found[-1] == Candidate("ddim", "leading", 60, OURS, str(tmp_path / "long.json"))
-    assert "dit-fashion-ddim20-2x" in {Path(each.setting).stem for each in found}
+    assert found[-1] == Candidate("ddim", "leading", 60, OURS, str(tmp_path / "long.json"), found[-1].digest)
+    assert "bench/schedules/dit-fashion-ddim20-2x.json" in {each.setting for each in found}  # no machine's path
+    assert all(hrt.Schedule.load(each.file).steps == each.steps for each in found)
+    before = {each.name for each in found}
+    long.replace(note="learned anew").save(tmp_path / "long.json")
+    again, _ = candidates.learned("dit-fashion", pipeline, [tmp_path / "long.json"])
+    assert again[-1].name not in before
     assert len(refused) == 1
     assert "broken.json" in refused[0]
 
