@@ -1,163 +1,36 @@
 """Rows of a model's frontier: candidates screened on a few noises, the best of them measured, and judged as sets.
 
-What a row's PSNR is taken to: the same sampler's run of as many steps without reuse, where there is reuse and these
-steps are no fewer than the reference's; else the reference run, so that nobody gains by reusing in a run that is short.
+Every row is on disk when it is known, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import harmonica_rt as hrt
-from harmonica_rt.measuring import Timing, psnr
-from harmonica_rt.models import layout_of
+from harmonica_rt.measuring import Timing
 
 from . import candidates, samplers
 from .candidates import EAGER, FULL, LEARNED, OURS, PEER, UNLEARNED, WHOLE, Candidate
 from .comparison import HELD_OUT
 from .frontier_best import BUDGETS, best
+from .frontier_runs import Job, Runner, backend
 from .judges import APART
 from .measure import interleave
 from .peers import PEERS
-from .pipelines import PixelPipeline
-from .reference import TRAINED, noise
-from .sampling import Sampling, accelerated
-from .schedule_specs import parse_schedule
+from .reference import noise
+from .sampling import Sampling
 from .sets import Sets
 from .store import Store
 
-SCREEN, MEASURE = "screen", "measure"  # a row's stage; sets' has their number beside
+COSTS, SCREEN, MEASURE = "costs", "screen", "measure"  # a row's stage; sets' has their number beside
 SCREENED = HELD_OUT + 10 * APART  # seed of the screen's noises: who is best on some is not judged by them
-BATCH = 16  # of what is measured, but not timed
 MARGIN = 1.02  # by which a screened time may miss a budget
 WARMUP = 2  # of ours: compiled blocks compile at their first call and at the first of another step
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a results file is about; rows of another job do not go into it.
-
-    Attributes:
-        steps: of the reference run.
-        count, screen: noises measured and screened on.
-        batch, rounds: of the timings: images a call, interleaved with the reference run.
-    """
-
-    model: str
-    steps: int = 20
-    count: int = 64
-    screen: int = 8
-    batch: int = 4
-    rounds: int = 5
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        if self.model not in TRAINED:
-            raise ValueError(f"--model: expected one of {', '.join(TRAINED)}, got {self.model!r}")
-
-
-class Runner:
-    """Runs of candidates on one model; runs without reuse are kept.
-
-    Args:
-        start: noises.
-        batch: images a call where time does not matter.
-    """
-
-    def __init__(self, job: Job, start: Tensor, batch: int = BATCH, sampling: Sampling | None = None) -> None:
-        self.job, self.start, self.batch = job, start, batch
-        self.sampling = Sampling.of(job.model) if sampling is None else sampling
-        self.pipeline, self._plain = self.sampling.pipeline, {}
-        self.reference = candidates.own(job.model, job.steps)
-
-    @cached_property
-    def converged(self) -> Tensor:
-        return self.sampling.converged(self.start)
-
-    @cached_property
-    def whole(self) -> torch.nn.Module:
-        """The model under torch.compile."""
-        return torch.compile(self.pipeline.transformer)
-
-    def wanted(self, candidate: Candidate) -> Tensor:
-        """What a candidate's images should be."""
-        own = candidate.reuses and candidate.steps >= self.job.steps
-        return self.plain(candidate.plain if own else self.reference)
-
-    def plain(self, candidate: Candidate) -> Tensor:
-        """Images of a sampler without reuse."""
-        if candidate not in self._plain:
-            self._plain[candidate] = self.images(candidate, self.start)
-        return self._plain[candidate]
-
-    def images(self, candidate: Candidate, start: Tensor) -> Tensor:
-        """Images of a candidate; one that reuses nothing is run on the engine where that is exact and faster."""
-        if not candidate.reuses:
-            exact = layout_of(self.pipeline.transformer, "auto", 1).level == "branches"
-            candidate = replace(candidate, by=OURS, setting=FULL) if exact else candidate.plain
-        with self.prepared(candidate) as own:
-            return self.sample(own, start, candidate.steps)
-
-    def sample(self, own: Sampling, start: Tensor, steps: int) -> Tensor:
-        """The same images each time, of samplers that draw noise too."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return own(start, own.pipeline.steps or steps, self.batch)
-
-    @contextmanager
-    def prepared(self, candidate: Candidate, backend: str = "auto") -> Iterator[Sampling]:
-        """A sampling that runs the candidate."""
-        model = self.pipeline.transformer
-        peer = PEERS.get(candidate.by)
-        own = self.pipeline.around(copy.deepcopy(model) if peer else model)
-        own.scheduler = samplers.scheduler(candidate.sampler, candidate.spacing, self.pipeline.scheduler.config)
-        sampling = Sampling(own, self.sampling.guidance, self.sampling.classes)
-        if candidate.by == OURS:
-            with accelerated(own, _schedule(candidate, own), backend=backend):
-                yield sampling
-            return
-        if candidate.by == WHOLE:
-            object.__setattr__(own, "transformer", self.whole)
-        elif peer is not None:
-            own = peer.prepare(own, candidate.setting, candidate.steps)
-            if peer.compile is not None:
-                torch._dynamo.reset()  # or peers share one recompile limit
-                self.__dict__.pop("whole", None)
-                peer.compile(own)
-            sampling = replace(sampling, pipeline=own)
-        yield sampling
-
-    def quality(self, candidate: Candidate, images: Tensor) -> dict[str, float]:
-        """PSNR columns with their spreads: standard deviations over resamples of the noises."""
-        if not torch.isfinite(images).all():
-            raise FloatingPointError("the images are not finite")
-        row = {}
-        for name, wanted in (("psnr", self.wanted(candidate)), ("converged", self.converged)):
-            values = psnr(images, wanted)
-            draws = values[torch.randint(len(values), (200, len(values)), generator=torch.Generator().manual_seed(0))]
-            row |= {
-                name: values.mean().item(),
-                f"{name}_spread": draws.mean(1).std().item(),
-                f"{name}_worst": values.min().item(),
-                f"{name}_worst_spread": draws.amin(1).std().item(),
-            }
-        return row
-
-
-def _schedule(candidate: Candidate, pipeline: PixelPipeline) -> hrt.Schedule:
-    if candidate.learned:
-        return hrt.Schedule.load(candidate.file)
-    return parse_schedule(candidate.setting, pipeline, candidate.steps)
 
 
 def known(candidate: Candidate) -> dict[str, Any]:
@@ -220,12 +93,25 @@ class Frontier:
 
     @cached_property
     def costs(self) -> dict[str, float]:
-        """Times of the reference run on what does not change quality, as shares of diffusers' own; by its seconds."""
+        """Times of the reference run on what does not change quality, as shares of diffusers' own; by its seconds.
+
+        Measured once a results file, so that the shares on it are of one time.
+        """
+        found = next((row["costs"] for row in self.rows(COSTS)), None)
+        if found is None:
+            self.progress(f"{self.job.model}, {COSTS}: the reference run")
+            began = time.perf_counter()
+            found = self._costs()
+            head = {"stage": COSTS, "name": "", "error": None, "costs": found}
+            self.store.add(head | {"seconds": round(time.perf_counter() - began, 1)})
+        return found
+
+    def _costs(self) -> dict[str, float]:
         runner, found = self.screening, {}
         some = runner.start[: self.job.batch]
         for by, setting in ((EAGER, ""), (WHOLE, ""), (OURS, FULL)):
-            candidate = replace(runner.reference, by=by, setting=setting)
-            with runner.prepared(candidate, _backend(candidate)) as own:
+            candidate = runner.reference.on(by, setting)
+            with runner.prepared(candidate, backend(candidate)) as own:
                 run = {by: lambda own=own: runner.sample(own, some, self.job.steps)}
                 found[by] = interleave(run, 2, WARMUP, time.process_time)[by].median
         return {by: seconds / found[EAGER] for by, seconds in found.items()} | {"seconds": found[EAGER]}
@@ -280,7 +166,7 @@ class Frontier:
     def _measured(self, candidate: Candidate) -> dict[str, Any]:
         runner, job = self.measuring, self.job
         some = runner.start[: job.batch]
-        with runner.prepared(runner.reference) as reference, runner.prepared(candidate, _backend(candidate)) as own:
+        with runner.prepared(runner.reference) as reference, runner.prepared(candidate, backend(candidate)) as own:
             timings = interleave(
                 {
                     "reference": lambda: runner.sample(reference, some, job.steps),
@@ -339,11 +225,6 @@ def _same_images(a: Candidate, b: Candidate) -> bool:
     if a.reuses or b.reuses:
         return replace(a, by=a.by.removesuffix("-compiled")) == replace(b, by=b.by.removesuffix("-compiled"))
     return a.plain == b.plain
-
-
-def _backend(candidate: Candidate) -> str:
-    """What is timed: ours at its fastest on a CPU."""
-    return "inductor" if candidate.by == OURS else "auto"
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

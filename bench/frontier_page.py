@@ -84,14 +84,15 @@ def plot(rows: list[dict[str, Any]], axis: str, title: str, path: Path) -> None:
         steps = [(1 / row["latency"], row[axis]) for row in front]
         axes.plot(
             *zip(*steps), color=COLOURS[family], marker=MARKERS[family], markersize=6, linewidth=1.8, label=family,
-            drawstyle="steps-pre",
+            drawstyle="steps-post",
         )  # fmt: skip
         for row in front:
             number = numbered.setdefault(row["name"], len(numbered) + 1)
             at, away = (1 / row["latency"], row[axis]), (3, 4 if family in (LEARNED, PLAIN) else -10)
             axes.annotate(str(number), at, xytext=away, textcoords="offset points", fontsize=7, color=COLOURS[family])
     if points:
-        fronts = sorted(row[axis] for row in points if row["name"] in numbered)
+        some = [row for row in points if row["family"] != PEER] or points  # peers end where nobody would look
+        fronts = sorted(row[axis] for row in some if row["name"] in numbered)
         low, high = fronts[0], fronts[-1]
         margin = 0.08 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)

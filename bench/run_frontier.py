@@ -13,6 +13,7 @@ import argparse
 import shlex
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
@@ -22,7 +23,8 @@ from rich.console import Console
 
 from bench import candidates, frontier_page
 from bench.candidates import FULL, OURS, PEER
-from bench.frontier import SCREEN, Frontier, Job
+from bench.frontier import SCREEN, Frontier
+from bench.frontier_runs import Job
 from bench.reference import TRAINED
 from bench.run_latency import positive
 from bench.store import Store
@@ -46,12 +48,9 @@ def screen(frontier: Frontier, files: list[Path], tune: float, few: int | None =
     for length in candidates.REUSED_STEPS if few is None else ():
         kinds = candidates.specs(model) if length == steps else candidates.FIRST_SPECS
         frontier.screen(candidates.unlearned(some, length, kinds))
-    tuned = [row for row in frontier.rows(SCREEN) if row["family"] == PEER]
-    left = tune - sum(row["seconds"] for row in tuned)
-    until = time.perf_counter() + left
-    peers = candidates.tuned(some, steps)
-    if left > 0:
-        frontier.screen(peer for peer in peers if time.perf_counter() < until)
+    left = tune - sum(row["cpu_seconds"] for row in frontier.rows(SCREEN) if row["family"] == PEER)
+    until = time.process_time() + left  # the same work whatever else the machine does
+    frontier.screen(takewhile(lambda peer: time.process_time() < until, candidates.tuned(some, steps)))
     return refused
 
 
@@ -60,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=TRAINED, default="dit-fashion")
     parser.add_argument("--schedule", type=Path, action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--sets", type=int, default=0, metavar="N", help="images a set; 0: no sets")
-    parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="search in peers' own settings")
+    parser.add_argument(
+        "--tune", type=float, default=0, metavar="SECONDS", help="search in peers' own settings, of a CPU"
+    )
     parser.add_argument("--count", type=positive, default=64, help="noises that the best are measured on")
     parser.add_argument("--screen", type=positive, default=8, help="noises that all are screened on")
     parser.add_argument("--rounds", type=positive, default=5)
@@ -95,8 +96,9 @@ def main(argv: list[str] | None = None) -> int:
             lambda: time.perf_counter() > until,
         )
         refused = screen(frontier, arguments.schedule, arguments.tune, QUICK if arguments.quick else None)
-        frontier.measure(frontier.finalists())
-        if arguments.sets:
+        if not frontier.expired():
+            frontier.measure(frontier.finalists())
+        if arguments.sets and not frontier.expired():
             frontier.judge(arguments.sets)
     except (ValueError, OSError) as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)

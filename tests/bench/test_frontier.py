@@ -13,8 +13,9 @@ import torch
 import harmonica_rt as hrt
 from bench import candidates, frontier_page, run_frontier, samplers
 from bench.candidates import EAGER, FULL, LEARNED, OURS, PEER, PLAIN, UNLEARNED, WHOLE, Candidate
-from bench.frontier import MEASURE, SCREEN, Frontier, Job, Runner, known
+from bench.frontier import COSTS, MEASURE, SCREEN, Frontier, known
 from bench.frontier_best import AXES, best, verdict
+from bench.frontier_runs import Job, Runner
 from bench.judges import NearestGlyph
 from bench.peers import PEERS
 from bench.precision_recall import inside, precision_recall
@@ -318,6 +319,16 @@ def test_a_run_goes_on_and_what_fails_says_why(tmp_path: Path) -> None:
     assert [r["candidate"]["steps"] for r in again.rows(SCREEN)] == [2, 4]
 
 
+def test_the_reference_runs_time_is_taken_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(Frontier, "_costs", lambda self: taken.append(1) or {EAGER: 1.0, "seconds": 2.0})
+    for _ in range(2):
+        frontier = Frontier(JOB, Store(tmp_path / "f.jsonl", JOB, key=("stage", "name")))
+        assert frontier.costs == frontier.costs == {EAGER: 1.0, "seconds": 2.0}
+    assert taken == [1]
+    assert len(frontier.rows(COSTS)) == 1
+
+
 def test_the_best_of_the_screen_of_each_family_are_measured(tmp_path: Path) -> None:
     frontier = Frontier(JOB, Store(tmp_path / "f.jsonl", JOB, key=("stage", "name")))
     frontier.costs = {EAGER: 1.0, WHOLE: 0.8, OURS: 0.7, "seconds": 1.0}
@@ -350,7 +361,7 @@ def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "frontier-dit-fashion.jsonl"
     frontier = Frontier(job, Store(file, job, "the command", key=("stage", "name")))
     frontier.costs = {EAGER: 1.0, WHOLE: 0.8, OURS: 0.7, "seconds": 1.0}
-    monkeypatch.setattr("bench.frontier._backend", lambda candidate: "eager")
+    monkeypatch.setattr("bench.frontier.backend", lambda candidate: "eager")
     monkeypatch.setattr("bench.frontier_page.SHOWN", ("converged_worst", "frechet"))
     monkeypatch.setattr(frontier, "judged", lambda: [OWN, OWN.on(WHOLE)])  # the same images
     some = [OWN, Candidate("unipc", "linspace", 2), OWN.on(OURS, "output:2:1")]
