@@ -17,7 +17,7 @@ from harmonica_rt.measuring import Timing
 from . import candidates, samplers
 from .candidates import EAGER, FULL, LEARNED, OURS, PEER, UNLEARNED, WHOLE, Candidate
 from .comparison import HELD_OUT
-from .frontier_best import BUDGETS, best
+from .frontier_best import TELLING, best
 from .frontier_runs import Job, Runner, backend
 from .judges import APART
 from .measure import interleave
@@ -129,8 +129,11 @@ class Frontier:
             images = runner.sample(own, runner.start, candidate.steps)  # what is to build is built
             began = time.process_time()
             runner.sample(own, runner.start[: self.job.batch], candidate.steps)
-            seconds = time.process_time() - began
-        return runner.quality(candidate, images) | {"latency": seconds / self.costs["seconds"]}
+            latency = (time.process_time() - began) / self.costs["seconds"]
+            schedule = getattr(own.pipeline.transformer, "schedule", None)
+            if schedule is not None and schedule.level != "branches":  # run as it is here, compiled when it is measured
+                latency *= self.costs[WHOLE]
+        return runner.quality(candidate, images) | {"latency": latency}
 
     def bases(self, count: int = 2) -> list[tuple[str, str]]:
         """Samplers with their best spacing, the nearest to the converged solution first: the mean over their steps."""
@@ -148,16 +151,17 @@ class Frontier:
     def finalists(self) -> list[Candidate]:
         """Of each family, budget and mean PSNR the best of the screen, of ours two; peers also under torch.compile."""
         found: dict[Candidate, None] = {}
-        rows = self.rows(SCREEN)
-        for family in candidates.FAMILIES:
-            own = [row for row in rows if row["family"] == family]
-            for axis, budget in product(("psnr", "converged"), BUDGETS):
+        rows = {family: [] for family in candidates.FAMILIES}
+        for row in self.rows(SCREEN):
+            rows[row["family"]].append(row)
+        for budget, axis in product(TELLING, ("psnr", "converged")):
+            for family, own in rows.items():
                 for row in best(own, axis, budget / MARGIN, 2 if family in (UNLEARNED, LEARNED) else 1):
                     found[Candidate(**row["candidate"])] = None
-                if family == PEER and axis == "psnr":  # as much faster under torch.compile as diffusers' own run
-                    for row in best(own, axis, budget * self.costs[WHOLE]):
-                        other = candidates.compiled(Candidate(**row["candidate"]))
-                        found |= {} if other is None else {other: None}
+            if axis == "psnr":  # as much faster under torch.compile as diffusers' own run
+                for row in best(rows[PEER], axis, budget * self.costs[WHOLE]):
+                    other = candidates.compiled(Candidate(**row["candidate"]))
+                    found |= {} if other is None else {other: None}
         return sorted(found, key=lambda each: each.by.endswith("-compiled"))  # these make the others compile again
 
     def measure(self, wanted: Iterable[Candidate]) -> None:
@@ -192,12 +196,12 @@ class Frontier:
         """What is worth judging as sets, the most telling first: by budget, each family's best, then its samplers'."""
         rows, found = self.rows(MEASURE), {}
         for axis in ("converged", "psnr"):
-            for budget in (2, 4, 3, 1.5, 5):
+            for budget in TELLING:
                 for family in candidates.FAMILIES:
                     own = [row for row in rows if row["family"] == family]
                     for row in best(own, axis, budget, 1):
                         found[Candidate(**row["candidate"])] = None
-        for budget in (2, 4, 3, 1.5, 5):
+        for budget in TELLING:
             for sampler in samplers.of_same_kind(candidates.SAMPLERS[self.job.model]):
                 for family in (candidates.PLAIN, UNLEARNED):
                     own = [r for r in rows if r["family"] == family and r["candidate"]["sampler"] == sampler]
