@@ -38,6 +38,26 @@ def known(candidate: Candidate) -> dict[str, Any]:
     return {"name": candidate.name, "family": candidate.family, "candidate": asdict(candidate)}
 
 
+def finalists(rows: list[dict[str, Any]], whole: float) -> list[Candidate]:
+    """Of each family, budget and mean PSNR the best of the screen, of ours two; peers also under torch.compile.
+
+    Args:
+        rows: the screen's.
+        whole: time under torch.compile, as a share.
+    """
+    found: dict[Candidate, None] = {}
+    families = {family: [row for row in rows if row["family"] == family] for family in candidates.FAMILIES}
+    for budget, axis in product(TELLING, ("psnr", "converged")):
+        for family, own in families.items():
+            for row in best(own, axis, budget / MARGIN, 2 if family in (UNLEARNED, LEARNED) else 1):
+                found[Candidate(**row["candidate"])] = None
+        if axis == "psnr":
+            for row in best(families[PEER], axis, budget * whole):
+                other = candidates.compiled(Candidate(**row["candidate"]))
+                found |= {} if other is None else {other: None}
+    return sorted(found, key=lambda each: each.by.endswith("-compiled"))  # these make the others compile again
+
+
 class Frontier:
     """A frontier's results file, and what fills it.
 
@@ -149,20 +169,7 @@ class Frontier:
     # ---- what is measured
 
     def finalists(self) -> list[Candidate]:
-        """Of each family, budget and mean PSNR the best of the screen, of ours two; peers also under torch.compile."""
-        found: dict[Candidate, None] = {}
-        rows = {family: [] for family in candidates.FAMILIES}
-        for row in self.rows(SCREEN):
-            rows[row["family"]].append(row)
-        for budget, axis in product(TELLING, ("psnr", "converged")):
-            for family, own in rows.items():
-                for row in best(own, axis, budget / MARGIN, 2 if family in (UNLEARNED, LEARNED) else 1):
-                    found[Candidate(**row["candidate"])] = None
-            if axis == "psnr":  # as much faster under torch.compile as diffusers' own run
-                for row in best(rows[PEER], axis, budget * self.costs[WHOLE]):
-                    other = candidates.compiled(Candidate(**row["candidate"]))
-                    found |= {} if other is None else {other: None}
-        return sorted(found, key=lambda each: each.by.endswith("-compiled"))  # these make the others compile again
+        return finalists(self.rows(SCREEN), self.costs[WHOLE])
 
     def measure(self, wanted: Iterable[Candidate]) -> None:
         self.fill(MEASURE, wanted, self._measured)

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .candidates import FAMILIES, LEARNED, PEER, PLAIN, UNLEARNED
+from .candidates import FAMILIES, LEARNED, PEER, PLAIN, UNLEARNED, WHOLE
+from .frontier import finalists
 from .frontier_best import AXES, BUDGETS, best, verdict
 from .results import read
 
@@ -119,25 +120,38 @@ def section(file: Path, page: Path) -> list[str]:
     job, env, rows = head["job"], head["environment"], merged(lines)
     model = job["model"]
     commits = dict.fromkeys([env["commit"], *(row["commit"] for row in lines if "commit" in row)])
-    screened = sum(row["stage"] == "screen" and row["error"] is None for row in lines)
+    screened = [row for row in lines if row["stage"] == "screen" and row["error"] is None]
+    missing = _missing(screened, rows, job["steps"])
     hours = sum(row["seconds"] for row in lines) / 3600
     parts = [
         f"## {model}",
-        f"`{head['command']}`: {screened} candidates screened on {job['screen']} noises, {len(rows)} measured on "
+        f"`{head['command']}`: {len(screened)} candidates screened on {job['screen']} noises, {len(rows)} measured on "
         f"{job['count']} others, timed at batch {job['batch']} with guidance over {job['rounds']} rounds, interleaved "
         f"with the reference run of {job['steps']} steps, {job['threads']} thread; {hours:.1f} hours. {env['cpu']}, "
         f"torch {env['torch']}, diffusers {env['diffusers']}, commit {', '.join(commits)}.",
     ]
+    if missing:
+        parts.append(f"Not yet measured, of the best of the screen: {', '.join(missing)}.")
     for axis in SHOWN:
         if some := comparable(rows, axis):
             picture = file.with_name(f"frontier-{model}-{axis.replace('_', '-')}.png")
-            sized = f"; sets of {some[0]['judged']} images" if axis in SETS else ""
+            sized = f"; sets of {some[0]['judged']} images, {len(some)} of {len(rows)} judged" if axis in SETS else ""
             plot(some, axis, f"{model}: {AXES[axis].label}{sized}", picture)
             parts += [f"### {AXES[axis].label}{sized}", table(some, axis)]
             parts.append(f"![{model}, {AXES[axis].label}]({os.path.relpath(picture, page.parent)})")
     if failed := dict.fromkeys(f"* {row['name']}: {row['error']}" for row in lines if row["error"] is not None):
         parts += ["What did not run, in its own words:", "\n".join(failed)]
     return parts
+
+
+def _missing(screened: list[dict[str, Any]], measured: list[dict[str, Any]], steps: int) -> list[str]:
+    """Finalists that a run was ended before."""
+    whole = [row for row in screened if row["candidate"]["by"] == WHOLE]
+    if not whole:
+        return []
+    share = whole[0]["latency"] * steps / whole[0]["candidate"]["steps"]
+    there = {row["name"] for row in measured}
+    return [each.name for each in finalists(screened, share) if each.name not in there]
 
 
 INTRODUCTION = """\

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     console, out = Console(width=160), arguments.out
     until = time.perf_counter() + 60 * arguments.minutes
-    command = f"python bench/run_frontier.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    command = f"python bench/run_frontier.py {shlex.join(_lasting(sys.argv[1:] if argv is None else argv))}"
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"frontier-{arguments.model}.jsonl"
     try:
@@ -112,6 +112,17 @@ def main(argv: list[str] | None = None) -> int:
     frontier_page.write(sorted(out.glob("frontier-*.jsonl")), page)
     console.print(f"written: {file}, plots beside it, and {page}", soft_wrap=True)
     return 0
+
+
+def _lasting(argv: list[str]) -> list[str]:
+    """Arguments but for when to stop: rows do not depend on it."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        if argument == "--minutes":
+            next(rest)
+        elif not argument.startswith("--minutes="):
+            kept.append(argument)
+    return kept
 
 
 if __name__ == "__main__":

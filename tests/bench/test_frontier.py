@@ -291,6 +291,11 @@ def test_too_few_images_are_refused(capsys: pytest.CaptureFixture[str], tmp_path
 # ---- a run
 
 
+def test_when_to_stop_is_no_part_of_the_command() -> None:
+    argv = ["--model", "flux-emoji", "--minutes", "5", "--sets", "100", "--minutes=3"]
+    assert run_frontier._lasting(argv) == ["--model", "flux-emoji", "--sets", "100"]
+
+
 def test_a_run_goes_on_and_what_fails_says_why(tmp_path: Path) -> None:
     file, made = tmp_path / "frontier.jsonl", []
 
@@ -352,6 +357,10 @@ def test_the_best_of_the_screen_of_each_family_are_measured(tmp_path: Path) -> N
         "ddim leading 4, branches:2:1",
         "ddim leading 4, blocks:2:1",
     }
+    frontier.store.add({"stage": MEASURE, **known(Candidate("ddim", "trailing", 2)), "error": None, "latency": 0.5})
+    rows = [*frontier.rows(SCREEN), {**row("x", 0.4), "candidate": {"by": WHOLE, "steps": 2}, "psnr": None}]
+    missing = frontier_page._missing(rows, frontier.rows(MEASURE), 4)
+    assert set(missing) == names - {"ddim trailing 2"}
     assert frontier.bases() == []  # of 7 to 14 steps there is none
 
 
