@@ -21,13 +21,13 @@ EAGER, WHOLE, OURS = "eager", "compile", "ours"  # beside these, peers by their 
 ROOT = SHIPPED.parent.parent
 FULL = "full"  # ours, everything computed
 STEPS = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18)  # of a sampler without reuse
-REUSED_STEPS = {
-    20: (2, 3, 4, 5),
-    28: (2, 3, 4, 6),
-    14: (2, 3),
-    40: (4, 6, 8),
-    60: (6, 8, 12),
-}  # and every which computed
+REUSED_STEPS = {  # of a run, and which are computed: every so many, or so many spread over all
+    20: ("2", "3", "4", "5"),
+    28: ("2", "3", "4", "6"),
+    14: ("2", "3"),
+    40: ("10of40", "7of40", "5of40"),
+    60: ("10of60", "7of60", "5of60"),
+}
 FIRST_SPECS = ("branches:{}:1", "blocks:{}:1", "output:{}:1")  # on every sampler; those below on the best
 SPECS = (*FIRST_SPECS, "branches:{}:2", "blocks:{}:2", "blocks:{}:1:carry=0.5", "output:{}:2")
 GUIDED_SPECS = ("blocks:{}:1:carry=1", "blocks:{}:2:carry=1")  # more of them at strong guidance
@@ -121,8 +121,8 @@ def plain(model: str, steps: Iterable[int] = STEPS) -> Iterator[Candidate]:
 def unlearned(bases: Iterable[tuple[str, str]], steps: int, specs: Iterable[str]) -> Iterator[Candidate]:
     """Uniform schedules on samplers and spacings, in `steps`, a key of `REUSED_STEPS`."""
     for sampler, spacing in bases:
-        for every in REUSED_STEPS[steps]:
-            yield from (Candidate(sampler, spacing, steps, OURS, spec.format(every)) for spec in specs)
+        for computed in REUSED_STEPS[steps]:
+            yield from (Candidate(sampler, spacing, steps, OURS, spec.format(computed)) for spec in specs)
 
 
 def specs(model: str) -> tuple[str, ...]:

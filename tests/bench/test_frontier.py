@@ -21,6 +21,7 @@ from bench.peers import PEERS
 from bench.precision_recall import inside, precision_recall
 from bench.reference import load_pipeline, noise
 from bench.sampling import Sampling
+from bench.schedule_specs import parse_schedule
 from bench.sets import Sets
 from bench.store import Store
 
@@ -125,6 +126,17 @@ def test_every_setting_that_tuning_looks_at_comes_once_and_each_peer_early() -> 
     there = [name for name in candidates.TUNING if not PEERS[name].missing]
     assert len(found) == len(set(found)) == 2 * sum(len(candidates.TUNING[name]) for name in there)
     assert {each.by for each in found[: len(there)]} == set(there)
+
+
+@pytest.mark.parametrize("steps", list(candidates.REUSED_STEPS))
+def test_uniform_candidates_are_schedules_of_the_steps_they_say(steps: int) -> None:
+    pipeline = load_pipeline("dit-fashion")
+    found = list(candidates.unlearned([("ddim", "leading")], steps, candidates.FIRST_SPECS))
+    assert len({each.name for each in found}) == len(found) >= 6
+    for each in found:
+        schedule = parse_schedule(each.setting, pipeline, each.steps)
+        assert schedule.steps == steps
+        assert 0.4 < schedule.cur < 1
 
 
 def test_schedule_files_join_with_the_steps_they_have(tmp_path: Path) -> None:
