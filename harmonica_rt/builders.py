@@ -79,3 +79,38 @@ def spread(steps: int, computed: int) -> np.ndarray:
     long as others: there the log-SNR changes fastest, and nothing mends what goes wrong (bench/MORE_STEPS.md).
     """
     return falling(apart(steps * (np.arange(computed) / (computed - 0.5)) ** CLOSER, steps))
+
+
+def beside_branches(schedule: Schedule, model: nn.Module) -> Schedule:
+    """`Schedule.beside_branches`."""
+    if schedule.level != "blocks" or schedule.groups != (WHOLE,):
+        raise ValueError(
+            f"beside_branches: expected a schedule at level blocks with one group, got level {schedule.level} with "
+            f"{len(schedule.groups)} groups"
+        )
+    layout = layout_of(model, "branches")
+    if layout.model != schedule.model:
+        raise ValueError(f"beside_branches: expected a model of {schedule.model}, got {layout.model}")
+    groups = (*layout.groups, WHOLE)
+    (entries,) = shape_of_entries(groups)
+
+    def widened(values: np.ndarray) -> np.ndarray:
+        """Those of the trunk, its entry being the last; others' are 0."""
+        own = values.reshape(schedule.steps, 1, *values.shape[3:])
+        return np.concatenate([np.zeros((len(own), entries - 1, *own.shape[2:]), own.dtype), own], axis=1)
+
+    given = {
+        name: getattr(schedule, name) for name in ("sampler", "timesteps", "guidance_scale", "log_snr", "forecast")
+    }
+    compute = np.repeat(schedule.compute.reshape(-1, 1), entries, axis=1)
+    made = Schedule(
+        compute, order=schedule.order, **{**layout._asdict(), "groups": groups}, output=schedule.output, **given
+    )
+    channels = None if schedule.channels is None else widened(schedule.channels)
+    return made.replace(
+        weights=widened(schedule.weights),
+        carry=widened(schedule.carry),
+        channels=channels,
+        output_weights=schedule.output_weights,
+        note=schedule.note,
+    )

@@ -343,6 +343,19 @@ class Schedule:
 
         return between(self, steps, fields)
 
+    def beside_branches(self, model: nn.Module) -> Schedule:
+        """This plan of one group at level blocks, the same reuse, for a model that can have level branches.
+
+        The trunk is an entry beside its branches then, so that computed steps run as that level does: fused, 1.4 times
+        as fast on pixart-emoji.
+
+        Raises:
+            ValueError, UnsupportedModelError: it is of another level or model, or `model` cannot have that level.
+        """
+        from .builders import beside_branches
+
+        return beside_branches(self, model)
+
     def with_compute(self, compute: np.ndarray) -> Schedule:
         """The same plan computing other entries, shaped as `compute`; none at steps that reuse the output.
 

@@ -368,3 +368,27 @@ def test_specs(spec: str) -> None:
     assert schedule.replace(sampler=None, timesteps=None) == like
     with pytest.raises(ValueError, match=r"--schedule: expected full, .*trunk:N.*got 'trunk:2:groups=3'"):
         parse_schedule("trunk:2:groups=3", pipeline, 6)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("name", MAKERS)
+def test_one_group_of_blocks_moves_beside_the_branches(name: str, channels: bool) -> None:
+    """To the same result."""
+    model, rng = MAKERS[name](), np.random.default_rng(3)
+    plan = hrt.Schedule.uniform(model, 7, 2, 2, level="blocks", carry=0.5, sampler="DDIMScheduler", note="mine")
+    plan = plan.replace(weights=plan.weights * rng.normal(1, 0.2, plan.weights.shape))
+    if channels:
+        reused = ~plan.compute[..., None, None]
+        drawn = rng.normal(0, 0.05, (*plan.compute.shape, 4, WIDTH[plan.model])).astype(np.float32)
+        exists = np.concatenate([plan.weights != 0, plan.carry[..., None] != 0], axis=-1)
+        plan = plan.replace(channels=np.where(reused & exists[..., None], drawn, 0))
+    moved, calls = plan.beside_branches(model), calls_for(model, 7)
+    assert (moved.trunk == ~plan.compute[:, 0, 0]).all() and moved.note == "mine"
+    assert (moved.sampler, moved.order, moved.cur) == (plan.sampler, plan.order, plan.cur)
+    expected = calls.run(hrt.compile(model, plan, backend="eager"))
+    assert_close(calls.run(hrt.compile(model, moved, backend="eager")), expected, 1e-4)
+    with pytest.raises(ValueError, match="expected a schedule at level blocks with one group, got level branches"):
+        moved.beside_branches(model)
+    other = make_dit() if name == "pixart" else make_pixart()
+    with pytest.raises(ValueError, match=f"expected a model of {plan.model}, got {type(other).__name__}"):
+        plan.beside_branches(other)
