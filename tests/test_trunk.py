@@ -366,7 +366,7 @@ def test_specs(spec: str) -> None:
     every, order, carry = (2, 1, 0.0) if spec == "trunk:2" else (3, 2, 0.5)
     like = hrt.Schedule.uniform(pipeline.transformer, 6, every, order, level="branches", trunk=True, carry=carry)
     assert schedule.replace(sampler=None, timesteps=None) == like
-    with pytest.raises(ValueError, match=r"--schedule: expected full, .*trunk:N.*got 'trunk:2:groups=3'"):
+    with pytest.raises(ValueError, match=r"schedule: expected full, .*trunk:N.*got 'trunk:2:groups=3'"):
         parse_schedule("trunk:2:groups=3", pipeline, 6)
 
 

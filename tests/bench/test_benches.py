@@ -205,7 +205,8 @@ def test_run_quality_aims_where_learning_does(model: str, monkeypatch: pytest.Mo
     call = {"latents": start, "num_inference_steps": 4, "guidance_scale": 1.5}
     generation = Generation(sampling.pipeline, sampling.labels(1), **call)
     wanted = Sampled(sampling.pipeline).converged(generation, [0])
-    assert wanted.shape == start.shape
+    if model == "flux-emoji":  # its latents are squares of pixels
+        wanted = sampling.pipeline.vae.decode(wanted, return_dict=False)[0]
     errors = [(made - wanted).norm() for made in (sampling.converged(start), sampling(start, 4))]
     assert errors[0] < errors[1] / 2
 

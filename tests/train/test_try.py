@@ -87,7 +87,7 @@ def test_a_schedule_file_brings_its_steps(flux: Path, prompts: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (("--schedule", "every:2", *SMALL), "--schedule: expected full, uniform:N[:ORDER]"),
+        (("--schedule", "every:2", *SMALL), "schedule: expected full, uniform:N[:ORDER]"),
         ((*SPECS, "--frames", "9"), "num_frames: FluxPipeline takes no such argument, or not from here; expected"),
         ((*SPECS, "--call", "height"), "--call: expected key=value, got 'height'"),
         ((*SPECS, *SMALL, "--out", "{prompts}"), "--out: expected a folder, got the file"),
