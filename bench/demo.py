@@ -32,7 +32,7 @@ SCHEDULE = str(SCHEDULES / "dit-fashion-ddim20-2x.json")
 CONVERGED = SCHEDULES / "dit-fashion-ddim20-2.9x-converged.json"
 CONVERGED_COUNT = 16  # noises; each takes 100 steps
 TEXTS = {  # models that read prompts, and a schedule of each: a name and what it is
-    "pixart-emoji": ("2x, learned", str(SCHEDULES / "pixart-emoji-dpmsolver++20-2x.json")),
+    "pixart-emoji": ("2x, learned", str(SCHEDULES / "pixart-emoji-dpmsolver++20-2x-trunk.safetensors")),
     "flux-emoji": ("every 2nd step,\nits output forecast", "output:2"),
 }
 PROMPTS = 12

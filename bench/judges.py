@@ -74,6 +74,13 @@ class Frechet(Judge):
         }
 
 
+def glyphs(names: list[str]) -> Tensor:
+    """What the emoji models were trained on for all they know, [names, pixels] in [-1, 1]."""
+    sheet = torch.from_numpy(np.array(Image.open(EMOJI / "glyphs.png").convert("RGB")))
+    tiles = sheet.unflatten(0, (-1, SIDE)).unflatten(2, (-1, SIDE))  # rows, height, columns, width, channels
+    return tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1)[: len(names)] / 127.5 - 1
+
+
 @dataclass(frozen=True)
 class NearestGlyph(Judge):
     """Of emoji: how many images are as near (in L2 over pixels) to their prompt's glyph as to any other."""
@@ -84,10 +91,7 @@ class NearestGlyph(Judge):
     @classmethod
     def prepare(cls, sampling: Sampling, steps: int, count: int, seed: int) -> NearestGlyph:
         names = sampling.pipeline.prompts.names
-        sheet = torch.from_numpy(np.array(Image.open(EMOJI / "glyphs.png").convert("RGB")))
-        tiles = sheet.unflatten(0, (-1, SIDE)).unflatten(2, (-1, SIDE))  # rows, height, columns, width, channels
-        glyphs = tiles.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1)[: len(names)] / 127.5 - 1
-        return cls(_noises(sampling, count, seed + APART), count, names, glyphs)
+        return cls(_noises(sampling, count, seed + APART), count, names, glyphs(names))
 
     def columns(self, images: Tensor, labels: list[Any]) -> dict[str, float]:
         seen = images.float().clamp(-1, 1).flatten(1)

@@ -2,7 +2,7 @@
 
     python bench/run_quality.py --count 64 --frechet 2000
     python bench/run_quality.py --schedule learned.json --twins --target converged --guidance 3 --classes 0,1,2
-    python bench/run_quality.py --model pixart-emoji --schedule bench/schedules/pixart-emoji-dpmsolver++20-2x.json
+    python bench/run_quality.py --model pixart-emoji --schedule bench/schedules/pixart-emoji-dpmsolver++20-3x.json
 
 Fewer steps of the same sampler is the baseline to beat. CUR counts what is skipped of the full run's branches. With
 ``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.frechet`. ``--twins`` shows

@@ -205,8 +205,8 @@ def twins(rounds: int) -> Iterator[Target]:
 
 def text() -> Iterator[Target]:
     """The text-to-image schedules against fewer steps at their cost."""
-    fewer = {"1.5x": 13, "2x": 10, "3x": 7}
-    files = tuple(str(SHIPPED / f"pixart-emoji-dpmsolver++20-{speedup}.json") for speedup in fewer)
+    fewer = {"1.65x-trunk.json": 13, "2x-trunk.safetensors": 10, "3x.json": 7}
+    files = tuple(str(SHIPPED / f"pixart-emoji-dpmsolver++20-{name}") for name in fewer)
     result = run_quality.measure(files, model="pixart-emoji", steps=20, count=64, seed=700, fewer=tuple(fewer.values()))
     for row, less in zip(result["rows"][:3], result["rows"][3:]):
         what = f"{row['name']} ({row['theoretical']:.2f}x): dB over {less['name']} ({less['theoretical']:.2f}x)"

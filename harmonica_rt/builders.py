@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import finite, may_carry, positive
-from .layout import TRUNK, WHOLE, shape_of_entries
+from .forecast import unlearned_carry
+from .layout import WHOLE, shape_of_entries
 from .models import layout_of, own_model
 from .models.blocks import block_lists
 from .resampling import apart, falling
@@ -16,7 +17,6 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from torch import nn
 
-STRONG_GUIDANCE = 3.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
 CLOSER = 0.93  # power of the spread; below 1 it is closer towards the end
 
 
@@ -50,8 +50,7 @@ def uniform(
         fields["output"] = ~at
     if layout.level == "blocks" or trunk:
         if carry is None:
-            strong = order > 0 and (fields.get("guidance_scale") or 0.0) >= STRONG_GUIDANCE
-            carry = (0.5 if strong else 0.0) if TRUNK in [group.name for group in layout.groups] else 1.0
+            carry = unlearned_carry(layout.groups, order, fields.get("guidance_scale"))
         carries = may_carry(compute, layout.groups, layout.level) & ~compute
         fields["carry"] = np.where(carries, finite("carry", carry), 0.0)
     elif carry is not None:

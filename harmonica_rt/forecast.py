@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from .layout import Group, left_alone
+from .layout import TRUNK, Group, left_alone
 
 ORDERS = (0, 1, 2)
 FORECASTS = ("index", "timestep", "logsnr")  # what the forecast extrapolates over
+STRONG_GUIDANCE = 3.0  # from here on a trunk that carries half of what is new in its input is nearer to the full run
 
 
 def history(compute: np.ndarray, order: int) -> np.ndarray:
@@ -124,6 +125,13 @@ def unlearned(
     """
     entries = np.where(left_alone(compute, output, groups)[..., None], 0.0, forecast(compute, order, positions))
     return entries, forecast(~output, order, positions)
+
+
+def unlearned_carry(groups: Sequence[Group], order: int, guidance_scale: float | None) -> float:
+    """What reused streams carry on beside the forecast's weights (`bench/WHICH_LEVEL.md`)."""
+    if TRUNK not in [group.name for group in groups]:
+        return 1.0
+    return 0.5 if order > 0 and (guidance_scale or 0.0) >= STRONG_GUIDANCE else 0.0
 
 
 def over_entries(steps: np.ndarray, compute: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .checks import check_compute, check_output, positive
-from .forecast import carried, history, unlearned
+from .checks import check_compute, check_output, may_carry, positive
+from .forecast import carried, history, unlearned, unlearned_carry
 from .layout import left_alone
 from .schedule import Schedule, where
 
@@ -16,7 +16,7 @@ def between(schedule: Schedule, steps: int, fields: dict[str, Any]) -> Schedule:
     """`Schedule.between`.
 
     Weights are not taken along: on dit-fashion learned ones cost the 2x schedule 4 to 22 dB at other numbers of steps,
-    and gave the 2.9x one 0 to 3 dB (bench/schedules/README.md).
+    and gave the 2.9x one 0 to 3 dB (bench/schedules/README.md). Nor are the carries and the order beside them.
     """
     steps, was = positive("steps", steps), schedule.steps
     if steps == was:
@@ -34,6 +34,13 @@ def between(schedule: Schedule, steps: int, fields: dict[str, Any]) -> Schedule:
         if len(new) and len(old):
             nearest = np.abs(new[:, None] / steps - old / was).argmin(1)
             carry[new, entry] = carries[old[nearest], entry]
+    own: dict[str, Any] = {}
+    if schedule.learned:
+        own["order"] = fields.get("order", min(1, schedule.order))
+        guidance = fields.get("guidance_scale", schedule.guidance_scale)
+        reused = ~compute & ~left_alone(compute, output, schedule.groups)
+        reused &= may_carry(compute, schedule.groups, schedule.level)
+        carry = np.where(reused, unlearned_carry(schedule.groups, own["order"], guidance), 0.0)
     shape = (steps, *schedule.compute.shape[1:])
     note = f"carried from {was} steps, not learned"
     kept = {
@@ -44,7 +51,7 @@ def between(schedule: Schedule, steps: int, fields: dict[str, Any]) -> Schedule:
         "log_snr": None,
         "note": f"{schedule.note}, {note}" if schedule.note else note,
     }
-    return schedule.replace(**kept | fields)
+    return schedule.replace(**kept | own | fields)
 
 
 def _scaled(count: int, was: int, steps: int) -> int:

@@ -337,7 +337,8 @@ class Schedule:
     def between(self, steps: int, **fields: Any) -> Schedule:
         """This plan for a run of `steps` steps: every entry computed as often, at the same places of the run.
 
-        Carries come along. Weights are the forecast's, timesteps gone, unless given: `fields` are as in `replace`.
+        Weights are the forecast's, timesteps gone, unless given: `fields` are as in `replace`. Carries come along, but
+        a learned schedule's, which fit its weights: it has those of `uniform` then, and order 1 at most.
         """
         from .resampling import between
 

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonica_rt import Schedule
+from harmonica_rt.checks import may_carry
+from harmonica_rt.forecast import unlearned_carry
 
 from .conftest import make_dit
 from .test_channels import LEVELS, random_channels
@@ -63,6 +65,13 @@ def test_another_number_computes_as_much_of_the_run(schedule: Schedule, steps: i
 @given(schedules(), STEPS)
 def test_carries_come_from_the_nearest_step(schedule: Schedule, steps: int) -> None:
     carried = schedule.between(steps)
+    if schedule.learned and steps != schedule.steps:
+        alone = carried.compute | carried.left_alone
+        usual = unlearned_carry(carried.groups, carried.order, carried.guidance_scale)
+        assert np.array_equal(
+            carried.carry, np.where(may_carry(alone, carried.groups, carried.level) & ~alone, usual, 0.0)
+        )
+        return
     old = np.argwhere(schedule.carry)
     for step, *entry in np.argwhere(carried.carry):
         own = old[(old[:, 1:] == entry).all(1)][:, 0]
@@ -95,7 +104,9 @@ def test_learned_weights_stay_behind_and_the_note_says_so(level: str) -> None:
     carried = schedule.between(12)
     assert schedule.learned and not carried.learned and carried.channels is None and carried.output_channels is None
     assert carried.note == "learned, carried from 7 steps, not learned"
-    assert (carried.sampler, carried.guidance_scale, carried.order) == ("DDIMScheduler", 2.0, 2)
+    assert (carried.sampler, carried.guidance_scale, carried.order) == ("DDIMScheduler", 2.0, 1)
+    options = {"level": "output"} if level == "output" else LEVELS[level]
+    assert set(np.unique(carried.carry)) <= {0.0, Schedule.uniform(MODEL, 12, **options).carry.max(initial=0.0)}
     assert carried.timesteps is None and carried.log_snr is None
     assert carried.between(10).note.endswith("carried from 7 steps, not learned, carried from 12 steps, not learned")
     told = schedule.between(12, timesteps=range(12, 0, -1), note="mine")
