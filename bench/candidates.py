@@ -22,15 +22,18 @@ ROOT = SHIPPED.parent.parent
 FULL = "full"  # ours, everything computed
 STEPS = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18)  # of a sampler without reuse
 REUSED_STEPS = {  # of a run, and which are computed: every so many, or so many spread over all
-    20: ("2", "3", "4", "5"),
+    20: ("2", "3", "4", "5", "14of20", "12of20", "10of20", "8of20", "7of20", "6of20", "5of20"),
     28: ("2", "3", "4", "6"),
     14: ("2", "3"),
     40: ("10of40", "7of40", "5of40"),
     60: ("10of60", "7of60", "5of60"),
 }
 FIRST_SPECS = ("branches:{}:1", "blocks:{}:1", "output:{}:1")  # on every sampler; those below on the best
-SPECS = (*FIRST_SPECS, "branches:{}:2", "blocks:{}:2", "blocks:{}:1:carry=0.5", "output:{}:2")
-GUIDED_SPECS = ("blocks:{}:1:carry=1", "blocks:{}:2:carry=1")  # more of them at strong guidance
+SPECS = (
+    *FIRST_SPECS, "branches:{}:2", "blocks:{}:2", "blocks:{}:1:carry=0.5", "output:{}:2",
+    "trunk:{}:1", "trunk:{}:2", "trunk:{}:1:carry=0.5",
+)  # fmt: skip
+GUIDED_SPECS = ("blocks:{}:1:carry=1", "blocks:{}:2:carry=1", "trunk:{}:1:carry=1")  # more of them at strong guidance
 STRONG = 3.0
 TUNING = {  # a peer's own settings, from cautious to fast
     "taylorseer": tuple(f"order {order}, interval {n}" for n in (2, 3, 4, 5, 6) for order in (1, 2)),

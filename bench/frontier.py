@@ -15,7 +15,17 @@ from typing import Any
 from harmonica_rt.measuring import Timing
 
 from . import candidates, samplers
-from .candidates import EAGER, FULL, LEARNED, OURS, PEER, UNLEARNED, WHOLE, Candidate
+from .candidates import (
+    EAGER,
+    FIRST_SPECS,
+    FULL,
+    LEARNED,
+    OURS,
+    PEER,
+    UNLEARNED,
+    WHOLE,
+    Candidate,
+)
 from .comparison import HELD_OUT
 from .frontier_best import TELLING, best
 from .frontier_runs import Job, Runner, backend
@@ -30,6 +40,7 @@ from .store import Store
 COSTS, SCREEN, MEASURE = "costs", "screen", "measure"  # a row's stage; sets' has their number beside
 SCREENED = HELD_OUT + 10 * APART  # seed of the screen's noises: who is best on some is not judged by them
 MARGIN = 1.02  # by which a screened time may miss a budget
+SHORT, EVERY = range(7, 15), (2, 3, 4, 5)  # steps and reuse of runs that tell which samplers are good
 WARMUP = 2  # of ours: compiled blocks compile at their first call and at the first of another step
 
 
@@ -155,12 +166,22 @@ class Frontier:
                 latency *= self.costs[WHOLE]
         return runner.quality(candidate, images) | {"latency": latency}
 
-    def bases(self, count: int = 2) -> list[tuple[str, str]]:
-        """Samplers with their best spacing, the nearest to the converged solution first: the mean over their steps."""
+    def bases(self, count: int = 2, reusing: bool = False) -> list[tuple[str, str]]:
+        """Samplers with their best spacing, the nearest to the converged solution first: the mean over their steps.
+
+        Args:
+            reusing: of the runs of as many steps as the reference's that reuse every few, not of short ones.
+        """
         scores: dict[tuple[str, str], list[float]] = {}
+        wanted = {spec.format(n) for spec in FIRST_SPECS for n in EVERY} if reusing else {""}
         for row in self.rows(SCREEN):
             candidate = Candidate(**row["candidate"])
-            if candidate.by == EAGER and 7 <= candidate.steps <= 14:
+            steps = range(self.job.steps, self.job.steps + 1) if reusing else SHORT
+            if (
+                candidate.by == (OURS if reusing else EAGER)
+                and candidate.setting in wanted
+                and candidate.steps in steps
+            ):
                 scores.setdefault((candidate.sampler, candidate.spacing), []).append(row["converged"])
         ranked = sorted(scores, key=lambda base: -sum(scores[base]) / len(scores[base]))
         firsts = {sampler: (sampler, spacing) for sampler, spacing in reversed(ranked)}

@@ -29,7 +29,7 @@ from bench.reference import TRAINED
 from bench.run_latency import positive
 from bench.store import Store
 
-ELSEWHERE = 1  # samplers beside the model's own that all kinds of schedules and peers are screened on
+ELSEWHERE = 1  # samplers beside the model's own for all kinds of schedules and peers: without reuse the best, and with
 QUICK = 6  # candidates of each kind
 
 
@@ -45,6 +45,7 @@ def screen(frontier: Frontier, files: list[Path], tune: float, few: int | None =
     bases = list(dict.fromkeys([own, *frontier.bases(99)]))
     some = list(dict.fromkeys([own, *frontier.bases(ELSEWHERE)]))
     frontier.screen(list(candidates.unlearned(bases, steps, candidates.FIRST_SPECS))[: few or None])
+    some = list(dict.fromkeys([*some, *frontier.bases(ELSEWHERE, reusing=True)]))
     for length in candidates.REUSED_STEPS if few is None else ():
         kinds = candidates.specs(model) if length == steps else candidates.FIRST_SPECS
         frontier.screen(candidates.unlearned(some, length, kinds))
