@@ -16,6 +16,8 @@ from .results import read
 COLOURS = {PLAIN: "#c0392b", PEER: "#7f8c8d", UNLEARNED: "#5b8db8", LEARNED: "#1f4e79"}
 MARKERS = {PLAIN: "s", PEER: "^", UNLEARNED: "o", LEARNED: "D"}
 SETS = ("frechet", "accuracy", "precision", "recall")
+OURS = (UNLEARNED, LEARNED)
+IN_SHORT = ("psnr", "psnr_worst", "converged", "frechet")
 SHOWN = ("psnr", "psnr_worst", "converged", "converged_worst", *SETS)
 
 
@@ -114,6 +116,25 @@ def plot(rows: list[dict[str, Any]], axis: str, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
+def summary(files: list[Path]) -> str:
+    """Markdown: ours and the best of the others at a few budgets, a row a model and budget."""
+    heads = "".join(f" {AXES[axis].label}: **ours** / best of the others |" for axis in IN_SHORT)
+    lines = [f"| | at least |{heads}", "| --- " * (2 + len(IN_SHORT)) + "|"]
+    for file in files:
+        head, found = read(file)
+        rows = merged(found)
+        for budget in BUDGETS[1:4]:
+            cells = []
+            for axis in IN_SHORT:
+                some = comparable(rows, axis)
+                pair = [[row for row in some if (row["family"] in OURS) == own] for own in (True, False)]
+                tops = [next(iter(best(side, axis, budget)), None) for side in pair]
+                ours, others = ("-" if top is None else AXES[axis].show(top) for top in tops)
+                cells.append(f"**{ours}** / {others}" if some else "")
+            lines.append(f"| {head['job']['model']} | {budget:g}x | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def section(file: Path, page: Path) -> list[str]:
     """A results file as Markdown for `page`, its plots drawn."""
     head, lines = read(file)
@@ -169,5 +190,5 @@ stairs the best that is at least so fast, numbers named beside."""
 
 def write(files: list[Path], page: Path) -> None:
     """The page; its plots beside the files."""
-    parts = [INTRODUCTION, *(part for file in files for part in section(file, page))]
+    parts = [INTRODUCTION, "## In short", summary(files), *(part for file in files for part in section(file, page))]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

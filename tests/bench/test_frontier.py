@@ -403,4 +403,7 @@ def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytes
     page = (tmp_path / "FRONTIER.md").read_text()
     assert "`the command`: 3 candidates screened on 2 noises, 3 measured on 2 others" in page
     assert "ddim leading 4, output:2:1" in page
+    short = [line for line in page.splitlines() if line.startswith("| dit-fashion | ")]
+    assert [line.split(" | ")[1] for line in short] == ["2x", "3x", "4x"]
+    assert f"**{reused['psnr']:.1f} ± {reused['psnr_spread']:.1f}** / " in short[0] or reused["latency"] > 0.51
     assert (tmp_path / "frontier-dit-fashion-converged-worst.png").is_file()
