@@ -22,7 +22,7 @@ ROOT = SHIPPED.parent.parent
 FULL = "full"  # ours, everything computed
 STEPS = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18)  # of a sampler without reuse
 REUSED_STEPS = {  # of a run, and which are computed: every so many, or so many spread over all
-    20: ("2", "3", "4", "5", "14of20", "12of20", "10of20", "8of20", "7of20", "6of20", "5of20"),
+    20: ("2", "3", "4", "5", "14of20", "12of20", "10of20", "8of20", "7of20", "6of20", "5of20", "4of20"),
     28: ("2", "3", "4", "6"),
     14: ("2", "3"),
     40: ("10of40", "7of40", "5of40"),
