@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
 
@@ -46,15 +43,11 @@ from bench.run_latency import positive
 from bench.schedule_specs import parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
+from harmonica_rt.shards import begin, check, missing, shard_path, write
 
 BACKENDS = ("auto", "eager", "inductor", "cudagraph")
 DTYPES = ("float32", "float16")
-FORMAT, VERSION, MANIFEST = "harmonica_rt.images", 1, "job.json"
 PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
-
-
-class OtherJob(ValueError):
-    """The folder is another job's."""
 
 
 @dataclass(frozen=True)
@@ -193,65 +186,7 @@ def render(pipeline: PixelPipeline, job: Job, shard: int) -> dict[str, Tensor]:
     return {"images": images, shown: torch.tensor([i % len(known) for i in indices])}
 
 
-# ---- the folder
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05}.safetensors"
-
-
-def missing(folder: Path, job: Job) -> list[int]:
-    """Shards that are still to be made. Those that are there are whole."""
-    return [shard for shard in range(job.shards) if not shard_path(folder, shard).exists()]
-
-
-def check(folder: Path, job: Job) -> None:
-    """Raise OtherJob, naming both sides, unless `folder` is this job's or nobody's."""
-    manifest = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out: expected a folder, got the file {folder}")
-    if not manifest.exists():
-        if any(folder.glob("shard-*.safetensors")):
-            raise OtherJob(f"{folder} holds shards of an unknown job: there is no {MANIFEST}; expected another folder")
-        return
-    try:
-        there = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OtherJob(f"{manifest}: not a job's description: {error}") from None
-    if not isinstance(there, dict):
-        raise OtherJob(f"{manifest}: not a job's description: expected an object, got {type(there).__name__}")
-    here = _description(job)
-    if other := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
-        sides = "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in other)
-        raise OtherJob(f"{folder} holds the images of another job: {sides}; expected the same job or another folder")
-
-
-def begin(folder: Path, job: Job) -> None:
-    """Make `folder` this job's, and clear away what killed runs left half written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for draft in (*folder.glob(".shard-*.tmp"), *folder.glob(f".{MANIFEST}.*.tmp")):
-        draft.unlink()
-    if not (folder / MANIFEST).exists():
-        _write(folder / MANIFEST, json.dumps(_description(job), indent=2).encode() + b"\n")
-
-
-def _description(job: Job) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, **asdict(job)}
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of `data` or, whatever goes wrong, no file."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written, the files before it are whole: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+# ---- all of them
 
 
 def generate(
@@ -277,10 +212,10 @@ def generate(
         OtherJob: the folder is another job's; nothing was changed.
         OSError: a file could not be written; those that are there are whole.
     """
-    check(folder, job)
+    check(folder, asdict(job))
     if rank == 0:
-        begin(folder, job)
-    sizes = {shard: len(job.indices(shard)) for shard in missing(folder, job)}
+        begin(folder, asdict(job))
+    sizes = {shard: len(job.indices(shard)) for shard in missing(folder, job.shards)}
     images = sum(sizes.values())
 
     def show() -> None:
@@ -289,7 +224,7 @@ def generate(
     show()
     wait()  # all have seen the same shards missing before one is made
     for shard in list(sizes)[rank::ranks]:
-        _write(shard_path(folder, shard), save(render(pipeline, job, shard)))
+        write(shard_path(folder, shard), save(render(pipeline, job, shard)))
         show()
     wait()
     show()

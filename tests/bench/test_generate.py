@@ -21,9 +21,10 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import generate
-from bench.generate import Job, OtherJob, noise, prepare
+from bench.generate import Job, noise, prepare
 from bench.pipelines import PixelPipeline
 from bench.reference import load_pipeline
+from harmonica_rt.shards import OtherJob
 
 ROOT = Path(generate.__file__).parent.parent
 SMALL: dict[str, Any] = {"count": 10, "steps": 2, "shard": 4, "batch": 2, "backend": "eager"}
@@ -281,7 +282,7 @@ def test_folders_nobody_can_place_are_refused(prepared: Prepared, whole: dict[st
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(OtherJob, match=f"job.json: not a job's description: {why}"):
             generate.generate(*prepared, tmp_path)
-    with pytest.raises(NotADirectoryError, match="--out: expected a folder, got the file"):
+    with pytest.raises(NotADirectoryError, match="out: expected a folder, got the file"):
         generate.generate(*prepared, tmp_path / SHARDS[0])
 
 
