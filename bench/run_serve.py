@@ -2,10 +2,11 @@
 
     python bench/run_serve.py --requests 500 --at-once 32 --out out/serve.json
 
-Requests go over HTTP, so many at a time, to one replica and to two, whose first start fails; then again to two, one of
-which is killed in the middle; every 25th of these asks for a size that is not served. Each answer must be the image
-that a plain process makes of the request, bit for bit: all batches have one size. Beside it stand one and two plain
-processes that make the same images from full batches, without anybody asking. Loading and warming up are not timed.
+Requests go over HTTP, so many at a time, to two replicas, of which one fails at its first start and one is killed in
+the middle; every 25th asks for a size that is not served. Each answer must be the image that a plain process makes of
+the request, bit for bit: all batches have one size. Then again to two replicas, and to one, with nothing amiss. Beside
+them stand one and two plain processes that make the same images from full batches, without anybody asking. Loading and
+warming up are not timed.
 """
 
 from __future__ import annotations
@@ -167,6 +168,14 @@ def served(requests: int, at_once: int, known: Sequence[Any], images: dict[int, 
     }
 
 
+def wait_for(replicas: int) -> None:
+    """Until so many run, and no other."""
+    from ray import serve
+
+    while serve.status().applications["default"].deployments["Denoiser"].replica_states != {"RUNNING": replicas}:
+        time.sleep(0.5)
+
+
 def counts(replicas: int) -> dict[str, float]:
     """Of all replicas together, by asking until each has answered."""
     from ray import serve
@@ -221,30 +230,30 @@ def main(argv: list[str] | None = None) -> int:
     plain = (Load(arguments.model), schedules, made)
     images, rate = processes(1, requests, *plain)
     told("1 process, images/s", rate)
-    again, rate = processes(2, requests, *plain)
-    told("2 processes, images/s", rate)
-    told("alike in both", again == images and len(images) == requests)
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
     memory = {"object_store_memory": 200 * 2**20, "_metrics_export_port": METRICS}
     ray.init(num_cpus=2, **memory, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         with tempfile.TemporaryDirectory() as folder:
-            for replicas in (1, 2):
-                load = Load(arguments.model, Path(folder) / str(replicas))
-                began = time.perf_counter()
-                serve.run(application(load, schedules, **made, num_replicas=replicas))
-                told(
-                    f"{replicas} replicas, start",
-                    {"seconds": time.perf_counter() - began, "failed": load.flag.exists()},
-                )
-                told(f"{replicas} replicas", served(requests, arguments.at_once, known, images, kill=False))
-                told(f"{replicas} replicas, counts", counts(replicas))
+            load, began = Load(arguments.model, Path(folder) / "failed"), time.perf_counter()
+            serve.run(application(load, schedules, **made, num_replicas=2))
+            told("start", {"seconds": time.perf_counter() - began, "one failed first": load.flag.exists()})
             told("2 replicas, one killed", served(requests, arguments.at_once, known, images, kill=True))
+            for replicas in (2, 1):
+                serve.run(application(load, schedules, **made, num_replicas=replicas))
+                wait_for(replicas)
+                before = counts(replicas)
+                told(f"{replicas} replicas", served(requests, arguments.at_once, known, images, kill=False))
+                after = counts(replicas)
+                told(f"{replicas} replicas, counts", {name: count - before[name] for name, count in after.items()})
             told("metrics", metrics())
     finally:
         serve.shutdown()
         ray.shutdown()
+    again, rate = processes(2, requests, *plain)
+    told("2 processes, images/s", rate)
+    told("alike in both", again == images and len(images) == requests)
     killed = result["2 replicas, one killed"]
     refused = requests // WRONG
     whole = killed["right image"] == requests - refused and killed["refused, as it must be"] == refused
