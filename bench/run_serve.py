@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the plain processes have; Ray gives its workers 15
     import ray
     from ray import serve
 

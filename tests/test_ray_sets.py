@@ -29,7 +29,7 @@ PROMPTS = [f"a cat of {n}" for n in range(11)]
 MADE: dict[str, Any] = {"seed": 3, "shard": 4, "batch": 2, "call": CALL, "backend": "eager", "workers": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
@@ -77,6 +77,7 @@ def read(out: Path) -> dict[int, tuple[str, np.ndarray]]:
     return found
 
 
+@pytest.mark.usefixtures("cluster")
 def test_one_image_a_prompt_though_a_worker_dies(folder: str, tmp_path: Path) -> None:
     load, out = dying(folder, tmp_path / "died"), tmp_path / "out"
     assert make_set(load, "output:2", PROMPTS, out, **MADE) == len(PROMPTS)
