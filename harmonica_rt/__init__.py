@@ -7,8 +7,8 @@ from .compiled import CompiledTransformer
 from .compiling import compile, uncompile
 from .models import UnsupportedModelError
 from .schedule import Schedule
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = ["CompiledTransformer", "Schedule", "UnsupportedModelError", "compare", "compile", "learn", "uncompile"]
 
 

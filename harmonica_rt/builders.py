@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import finite, may_carry, positive
+from .decisions import S
 from .forecast import unlearned_carry
 from .layout import WHOLE, shape_of_entries
 from .models import layout_of, own_model
 from .models.blocks import block_lists
 from .resampling import apart, falling
-from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +21,7 @@ CLOSER = 0.93  # power of the spread; below 1 it is closer towards the end
 
 
 def uniform(
+    kind: type[S],
     model: nn.Module,
     steps: int,
     every: int | None,
@@ -31,8 +32,8 @@ def uniform(
     trunk: bool,
     carry: float | None,
     fields: dict[str, Any],
-) -> Schedule:
-    """`Schedule.uniform`."""
+) -> S:
+    """`Schedule.uniform` of class `kind`."""
     at, note = _computed(positive("steps", steps), every, computed)
     if level == "auto" and computed is not None and block_lists(own_model(model)):
         level = "blocks"  # as near as branches, and reused steps cost less
@@ -56,7 +57,7 @@ def uniform(
     elif carry is not None:
         raise ValueError(f"carry: expected none at level {layout.level}, got {carry!r}")
     fields.setdefault("note", note)
-    return Schedule(compute, order=order, **layout._asdict(), **fields)
+    return kind(compute, order=order, **layout._asdict(), **fields)
 
 
 def _computed(steps: int, every: int | None, computed: int | None) -> tuple[np.ndarray, str]:
@@ -80,7 +81,7 @@ def spread(steps: int, computed: int) -> np.ndarray:
     return falling(apart(steps * (np.arange(computed) / (computed - 0.5)) ** CLOSER, steps))
 
 
-def beside_branches(schedule: Schedule, model: nn.Module) -> Schedule:
+def beside_branches(schedule: S, model: nn.Module) -> S:
     """`Schedule.beside_branches`."""
     if schedule.level != "blocks" or schedule.groups != (WHOLE,):
         raise ValueError(
@@ -102,7 +103,7 @@ def beside_branches(schedule: Schedule, model: nn.Module) -> Schedule:
         name: getattr(schedule, name) for name in ("sampler", "timesteps", "guidance_scale", "log_snr", "forecast")
     }
     compute = np.repeat(schedule.compute.reshape(-1, 1), entries, axis=1)
-    made = Schedule(
+    made = type(schedule)(
         compute, order=schedule.order, **{**layout._asdict(), "groups": groups}, output=schedule.output, **given
     )
     channels = None if schedule.channels is None else widened(schedule.channels)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from . import compiling
-from .comparison import FULL, Comparison, Row
+from .comparison import Comparison
+from .comparison_figures import FULL, Row
 from .generating import Generation
 from .measuring import processor
 from .models import UnsupportedModelError
@@ -21,7 +22,7 @@ from .pictures import Frames, middle, perceptual_distance, psnr_of, samples_of, 
 from .pipeline_copies import another, model_offload, without_model_offload
 from .report import theoretical_speedup
 from .schedule import Schedule
-from .schedule_specs import files_of, parse_schedule, steps_of
+from .schedule_specs import named_files, parse_schedule, steps_of
 from .schedule_text import headline
 
 ENOUGH = 3  # calls of each that are timed, at least
@@ -126,13 +127,13 @@ def _read(schedule: Any) -> Any:
     """A file's schedule, or one each of several; names stay as they are."""
     if not isinstance(schedule, (str, Path)):
         return schedule
-    read = {name: Schedule.load(file) for name, file in files_of(str(schedule)).items()}
+    read = {name: Schedule.load(file) for name, file in named_files(str(schedule)).items()}
     return read.get("", read) or str(schedule)
 
 
 def _name_of(schedule: str) -> str:
     """A file's, or MINE of files MINE-cond and MINE-uncond."""
-    stems = {file.stem.removesuffix(f"-{name}" if name else "") for name, file in files_of(schedule).items()}
+    stems = {file.stem.removesuffix(f"-{name}" if name else "") for name, file in named_files(schedule).items()}
     return stems.pop() if len(stems) == 1 else schedule
 
 

@@ -1,4 +1,4 @@
-"""A comparison to look at: a sheet of pictures, and a page in one file; and all its files in a folder."""
+"""Figures to look at: a sheet of pictures, and a page in one file; and what is written of them into a folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .comparison_figures import Figures, Row
 from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from .comparison import Comparison, Row
 
 CELL, LABEL, GAP, LINE = 224, 190, 8, 17  # of the sheet, in pixels
 PAGE_SIDE = 512  # longest side of a picture in the page
@@ -39,7 +37,7 @@ pre { background: #f4f4f4; padding: .8em; overflow-x: auto; } small { color: #55
 """
 
 
-def sheet(comparison: Comparison) -> Image.Image:
+def sheet(comparison: Figures) -> Image.Image:
     """`Comparison.sheet`."""
     rows, numbers, gain = _shown_rows(comparison), comparison.numbers, _gain(comparison)
     font = ImageFont.load_default(size=13)
@@ -72,7 +70,7 @@ def sheet(comparison: Comparison) -> Image.Image:
     return picture
 
 
-def page(comparison: Comparison) -> str:
+def page(comparison: Figures) -> str:
     """`Comparison.page`."""
     title = f"Schedules on {comparison.pipeline}"
     head = "".join(f"<th>{escape(name)}</th>" for name in ("schedule", *comparison.columns()))
@@ -91,24 +89,16 @@ def page(comparison: Comparison) -> str:
     return "\n".join(parts) + "\n</body></html>\n"
 
 
-def save(comparison: Comparison, folder: str | os.PathLike[str]) -> list[str]:
-    """`Comparison.save`."""
+def write(folder: str | os.PathLike[str], files: Mapping[str, bytes], schedules: Mapping[str, Any]) -> list[str]:
+    """`Comparison.save`: `files` and each schedule into `folder`; their names."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO()
-    comparison.sheet().save(png, "PNG")
-    files = {
-        "figures.csv": comparison.csv().encode(),
-        "figures.json": comparison.json().encode(),
-        "sheet.png": png.getvalue(),
-        "index.html": comparison.page().encode(),
-    }
     for name, data in files.items():
         _write(folder / name, data)
-    schedules = _files(comparison)
-    for name, schedule in schedules.items():
+    named = _files(schedules)
+    for name, schedule in named.items():
         schedule.save(folder / name)
-    return [*files, *schedules]
+    return [*files, *named]
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -123,22 +113,22 @@ def _write(path: Path, data: bytes) -> None:
 # ---- pictures
 
 
-def _shown_rows(comparison: Comparison) -> list[Row]:
+def _shown_rows(comparison: Figures) -> list[Row]:
     return [row for row in comparison.rows if row.shown]
 
 
-def _head(comparison: Comparison, row: Row) -> list[str]:
+def _head(comparison: Figures, row: Row) -> list[str]:
     own = row.figures(comparison.full, comparison.steps)
     speed = "" if own["speedup"] is None or row is comparison.full else f"{own['speedup']:.2f}x"
     near = "" if own["psnr"] is None else f"{own['psnr']:.1f} dB, worst {own['psnr_worst']:.1f}"
     return [row.name, speed, near]
 
 
-def _off(comparison: Comparison, row: Row, number: int) -> np.ndarray:
+def _off(comparison: Figures, row: Row, number: int) -> np.ndarray:
     return np.abs(row.shown[number].astype(np.int16) - comparison.full.shown[number])
 
 
-def _gain(comparison: Comparison) -> int:
+def _gain(comparison: Figures) -> int:
     """The most that leaves all but a hundredth of the usual picture's differences below white."""
     rows = _shown_rows(comparison)[1:]
     off = [np.percentile(_off(comparison, row, number), 99) for row in rows for number in row.shown]
@@ -146,7 +136,7 @@ def _gain(comparison: Comparison) -> int:
     return max((gain for gain in GAINS if gain * usual <= 255), default=1)
 
 
-def _difference(comparison: Comparison, row: Row, number: int, gain: int) -> np.ndarray:
+def _difference(comparison: Figures, row: Row, number: int, gain: int) -> np.ndarray:
     return np.minimum(gain * _off(comparison, row, number), 255).astype(np.uint8)
 
 
@@ -169,7 +159,7 @@ def _embedded(picture: np.ndarray, title: str) -> str:
     return f'<img alt="{escape(title)}" title="{escape(title)}"{sharp} src="data:image/{kind};base64,{text}">'
 
 
-def _pictures(comparison: Comparison) -> str:
+def _pictures(comparison: Figures) -> str:
     rows, gain = _shown_rows(comparison), _gain(comparison)
     heads = "".join(f"<th>{'<br>'.join(map(escape, _head(comparison, row)))}</th>" for row in rows)
     lines = [f'<div class="wide"><table class="pictures"><thead><tr><th></th>{heads}</tr></thead><tbody>']
@@ -181,7 +171,7 @@ def _pictures(comparison: Comparison) -> str:
     return "\n".join([*lines, f"</tbody></table></div><p><small>{note}</small></p>"])
 
 
-def _cell(comparison: Comparison, row: Row, number: int, gain: int) -> str:
+def _cell(comparison: Figures, row: Row, number: int, gain: int) -> str:
     if number not in row.shown:
         return ""
     own = _embedded(row.shown[number], row.name)
@@ -198,7 +188,7 @@ def _cell(comparison: Comparison, row: Row, number: int, gain: int) -> str:
 # ---- schedules
 
 
-def _files(comparison: Comparison) -> dict[str, Schedule]:
+def _files(schedules: Mapping[str, Any]) -> dict[str, Schedule]:
     """Every schedule by the name of its file."""
     files: dict[str, Schedule] = {}
 
@@ -209,7 +199,7 @@ def _files(comparison: Comparison) -> dict[str, Schedule]:
         else:
             files[_file(stem, schedule)] = schedule
 
-    for name, schedule in comparison.schedules.items():
+    for name, schedule in schedules.items():
         add(name, schedule)
     return files
 
@@ -227,11 +217,11 @@ def _loaded(stem: str, schedule: Any) -> str:
     return f'hrt.Schedule.load("{_file(stem, schedule)}")'
 
 
-def _schedules(comparison: Comparison) -> str:
+def _schedules(comparison: Figures) -> str:
     return "\n".join(f"{row.name}: {row.what}" for row in comparison.rows[1:])
 
 
-def _commands(comparison: Comparison) -> str:
+def _commands(comparison: Figures) -> str:
     lines = [comparison.command, ""] if comparison.command else []
     lines += ["# to sample with one of them; files lie beside this page"]
     lines += [f"pipe = hrt.compile(pipe, {_loaded(*named)})" for named in comparison.schedules.items()]

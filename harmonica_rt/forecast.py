@@ -85,30 +85,6 @@ def forecast(compute: np.ndarray, order: int, positions: np.ndarray | None = Non
     return np.where(compute[..., None], 0.0, weights) + 0.0  # no negative zeros
 
 
-def carried(weights: np.ndarray, was: np.ndarray, now: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """Reuse weights for other computed steps: the new forecast's, changed as these are from theirs.
-
-    A change of the weight of a value that is not there any more goes to those that are, as the polynomial through them
-    tells it. Where the values are the same the weights are too.
-
-    Args:
-        weights: float [T, ..., order + 1], for `was`.
-        was, now: what is computed, bool [T, ...].
-        positions: as in `basis`.
-
-    Returns:
-        float64 [T, ..., order + 1], 0 where `now` computes and for values that do not exist then.
-    """
-    order = weights.shape[-1] - 1
-    nodes, new = history(was, order), history(now, order)
-    change = np.where(was[..., None], 0.0, weights - forecast(was, order, positions))
-    moved = forecast(now, order, positions)
-    for k in range(order + 1):
-        moved = moved + change[..., k, None] * basis(nodes[..., k], new, positions)
-    same = (nodes == new).all(-1) & ~was
-    return np.where(now[..., None], 0.0, np.where(same[..., None], weights, moved)) + 0.0
-
-
 def unlearned(
     compute: np.ndarray,
     output: np.ndarray,

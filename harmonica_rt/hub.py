@@ -9,9 +9,12 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .schedule import Schedule
-from .schedule_files import MAX_BYTES, MAX_TENSOR_BYTES
+from .decisions import Decisions, S
+from .reading import MAX_BYTES
+from .schedule_fields import MAX_TENSOR_BYTES
+from .schedule_files import read, write
 from .schedule_text import headline
+from .version import __version__
 
 CARD = "README.md"
 HEADER = """---
@@ -25,7 +28,7 @@ tags:
 """
 
 
-def push(schedule: Schedule, repo: str, file: str | None, revision: str | None, token: str | bool | None) -> str:
+def push(schedule: Decisions, repo: str, file: str | None, revision: str | None, token: str | bool | None) -> str:
     """`Schedule.push_to_hub`."""
     from huggingface_hub import CommitOperationAdd
 
@@ -36,7 +39,7 @@ def push(schedule: Schedule, repo: str, file: str | None, revision: str | None, 
     api = _api(token)
     with TemporaryDirectory() as folder, _named(repo, file, revision):
         draft = Path(folder) / f"schedule{suffix}"
-        schedule.save(draft)
+        write(schedule, draft)
         api.create_repo(repo, exist_ok=True)
         card = with_section(_card(api, repo, revision), file, section(schedule, repo, file))
         files = [CommitOperationAdd(file, draft.read_bytes()), CommitOperationAdd(CARD, card.encode())]
@@ -44,8 +47,8 @@ def push(schedule: Schedule, repo: str, file: str | None, revision: str | None, 
     return str(commit.commit_url)
 
 
-def pull(repo: str, file: str, revision: str | None, token: str | bool | None) -> Schedule:
-    """`Schedule.from_hub`."""
+def pull(kind: type[S], repo: str, file: str, revision: str | None, token: str | bool | None) -> S:
+    """`Schedule.from_hub` of class `kind`."""
     file = _checked(file)
     if not file.endswith((".json", ".safetensors")):
         raise ValueError(f"file: expected a name that ends in .json or .safetensors, got {file!r}")
@@ -53,12 +56,12 @@ def pull(repo: str, file: str, revision: str | None, token: str | bool | None) -
     with _named(repo, file, revision):
         path = _download(_api(token), repo, file, revision, most)
     try:
-        return Schedule.load(path)
+        return read(kind, path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(path), f"{repo}/{file}")) from None
 
 
-def section(schedule: Schedule, repo: str, file: str) -> str:
+def section(schedule: Decisions, repo: str, file: str) -> str:
     """What a card says of `file`, in Markdown."""
     guidance = None if schedule.guidance_scale is None else f"{schedule.guidance_scale:g}"
     rows = [
@@ -120,8 +123,6 @@ def _download(api: Any, repo: str, file: str, revision: str | None, most: int) -
 
 def _api(token: str | bool | None) -> Any:
     from huggingface_hub import HfApi
-
-    from . import __version__
 
     return HfApi(token=token, library_name="harmonica_rt", library_version=__version__)
 

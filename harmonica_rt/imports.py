@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .decisions import S
 from .layout import BLOCKS, Group, shape_of_entries
 from .models import adapt_at_branches, layout_of, own_model
 from .models.blocks import block_lists
-from .schedule import Schedule
-from .schedule_files import read_json, short
+from .reading import read_json, short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,9 @@ ECAD_LISTS = {  # of Flux: what blocks are called by, their components
 }
 
 
-def from_mask(mask: Any, model: nn.Module, level: str, order: int, carry: float, fields: dict[str, Any]) -> Schedule:
+def from_mask(
+    kind: type[S], mask: Any, model: nn.Module, level: str, order: int, carry: float, fields: dict[str, Any]
+) -> S:
     """`Schedule.from_mask`."""
     if isinstance(mask, str):
         digits = re.sub(r"[\s,]", "", mask)
@@ -47,10 +49,10 @@ def from_mask(mask: Any, model: nn.Module, level: str, order: int, carry: float,
         own["output"] = ~steps
     elif layout.level == "blocks":
         own["carry"] = np.where(compute, 0.0, carry)
-    return Schedule(compute, **layout._asdict(), **own | fields)
+    return kind(compute, **layout._asdict(), **own | fields)
 
 
-def from_ecad(path: str | os.PathLike[str], model: nn.Module, fields: dict[str, Any]) -> Schedule:
+def from_ecad(kind: type[S], path: str | os.PathLike[str], model: nn.Module, fields: dict[str, Any]) -> S:
     """`Schedule.from_ecad`."""
     plan = read_json(path, "schedule of ECAD")
     plan = plan.get("cache_schedule") if isinstance(plan, dict) else None
@@ -72,7 +74,7 @@ def from_ecad(path: str | os.PathLike[str], model: nn.Module, fields: dict[str, 
         compute = _ecad(path, rows, adapter.layers, "", tuple(named[branch] for branch in adapter.branches))
         _check_blocks(path, rows, {str(layer) for layer in range(adapter.layers)})
         compute[0] = True  # ECAD computes what it has not cached, whatever the file says
-        return Schedule(compute, model=adapter.model_class, branches=adapter.branches, **own)
+        return kind(compute, model=adapter.model_class, branches=adapter.branches, **own)
     lists = block_lists(own_model(model))
     if set(lists) != set(ECAD_LISTS):
         expected = " and ".join(ECAD_LISTS)
@@ -91,7 +93,7 @@ def from_ecad(path: str | os.PathLike[str], model: nn.Module, fields: dict[str, 
     groups = [Group(name, len(blocks), (BLOCKS,)) for name, blocks in lists.items()]
     carry = np.where(compute, 0.0, 1.0)  # what blocks add is kept, as of their components
     model_class = type(own_model(model)).__name__
-    return Schedule(compute, model=model_class, level="blocks", groups=groups, **{"carry": carry} | own)
+    return kind(compute, model=model_class, level="blocks", groups=groups, **{"carry": carry} | own)
 
 
 def _ecad(path: Any, rows: list[Any], blocks: int, prefix: str, components: tuple[str, ...]) -> np.ndarray:
@@ -124,7 +126,7 @@ def _check_blocks(path: Any, rows: list[Any], known: set[str]) -> None:
             raise ValueError(f"{path}: step {step}: expected {len(known)} blocks as the model has, got {extra[0]} too")
 
 
-def from_smoothcache(path: str | os.PathLike[str], model: nn.Module, fields: dict[str, Any]) -> Schedule:
+def from_smoothcache(kind: type[S], path: str | os.PathLike[str], model: nn.Module, fields: dict[str, Any]) -> S:
     """`Schedule.from_smoothcache`."""
     lists = read_json(path, "schedule of SmoothCache")
     if not isinstance(lists, dict) or not lists or not all(isinstance(steps, list) for steps in lists.values()):
@@ -156,4 +158,4 @@ def from_smoothcache(path: str | os.PathLike[str], model: nn.Module, fields: dic
     if not compute[0].all():
         raise ValueError(f"{path}: expected 1 at step 0 of each component, where nothing is cached yet, got 0")
     own = {"order": 0, "note": "SmoothCache"} | fields
-    return Schedule(compute, model=adapter.model_class, branches=adapter.branches, **own)
+    return kind(compute, model=adapter.model_class, branches=adapter.branches, **own)

@@ -1,10 +1,9 @@
-"""Pictures of a schedule. Imports matplotlib, so nothing else in the package imports this at the top."""
+"""Pictures of a schedule. Imports matplotlib, so nothing in the package imports this at the top."""
 
 from __future__ import annotations
 
 import os
 import textwrap
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,16 +12,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .decisions import Decisions
 from .layout import Panel, panels
-
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
 OUTPUT, REUSE, COMPUTE = "#ffffff", "#dfe6ee", "#1f4e79"
 LETTERS = 12  # an inch, of a title
 
 
-def plot_schedule(schedule: Schedule, path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_schedule(schedule: Decisions, path: str | os.PathLike[str] | None = None) -> Figure:
     """Heatmap of `schedule`, steps (across) by layers (up), one panel a branch, dark where computed.
 
     Learned weights have a second row: how far the newest value's weight is from the forecast's.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import finite
+from .decisions import S
 from .models import Adapter, adapt
-from .schedule import Schedule
-from .schedule_files import MAX_BYTES, check_size, short
+from .reading import MAX_BYTES, check_size, short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,15 +29,15 @@ def _holds_its_numbers(value: Any) -> bool:
 
 
 def from_router(
-    path: str | os.PathLike[str], model: nn.Module, method: str, tau: float, fields: dict[str, Any]
-) -> Schedule:
+    kind: type[S], path: str | os.PathLike[str], model: nn.Module, method: str, tau: float, fields: dict[str, Any]
+) -> S:
     """`Schedule.from_router`."""
     if method not in ("harmonica", "l2c"):
         raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")
     tau, adapter = finite("tau", tau), adapt(model)
     own = {"note": f"{method} router, tau {tau:g}", "order": 0} | fields
     compute = _computed(path, adapter, method, tau)
-    return Schedule(compute, model=adapter.model_class, branches=adapter.branches, **own)
+    return kind(compute, model=adapter.model_class, branches=adapter.branches, **own)
 
 
 def _computed(path: str | os.PathLike[str], adapter: Adapter, method: str, tau: float) -> np.ndarray:

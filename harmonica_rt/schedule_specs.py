@@ -24,7 +24,7 @@ LEVELS: dict[str, tuple[str, dict[str, type]]] = {
 COUNTED = re.compile(rf"(?:{'|'.join(LEVELS)}):\d+of(\d+)(?::|$)")
 
 
-def files_of(text: str) -> dict[str, Path]:
+def named_files(text: str) -> dict[str, Path]:
     """The files that ``FILE`` or ``cond=FILE,uncond=FILE`` names, by context or denoiser, one alone by ""; else none.
 
     Raises:

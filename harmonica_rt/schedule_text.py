@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from .checks import may_carry
+from .decisions import Decisions
 from .layout import TRUNK, Group, Panel, panels
 
-if TYPE_CHECKING:
-    from .schedule import Schedule
 
-
-def headline(schedule: Schedule) -> str:
+def headline(schedule: Decisions) -> str:
     parts = [_group(schedule, group) for group in schedule.groups]
     shape = f"{schedule.steps} steps x {' + '.join(parts) or 'output'}"
     if schedule.cur == 0:
@@ -28,7 +24,7 @@ def headline(schedule: Schedule) -> str:
     return f"{schedule.model}: {shape}, order {schedule.order} ({kind}), CUR {100 * schedule.cur:.1f} %"
 
 
-def _group(schedule: Schedule, group: Group) -> str:
+def _group(schedule: Decisions, group: Group) -> str:
     if group.name == TRUNK:
         return TRUNK
     if schedule.level == "blocks":
@@ -36,7 +32,7 @@ def _group(schedule: Schedule, group: Group) -> str:
     return f"{group.layers} {'layers' if len(schedule.groups) == 1 else group.name} x {'/'.join(group.branches)}"
 
 
-def page(schedule: Schedule) -> str:
+def page(schedule: Decisions) -> str:
     head = [headline(schedule)]
     head[0] = f"Schedule {head[0]}"
     if schedule.level == "branches":

@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .decisions import Decisions
 from .layout import TRUNK, split_evenly
 from .models import adapt
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .schedule import Schedule
-
 
 def speedup(
-    schedule: Schedule, model: nn.Module, height: int | None, width: int | None, batch: int, context: int | None
+    schedule: Decisions, model: nn.Module, height: int | None, width: int | None, batch: int, context: int | None
 ) -> float:
     """`Schedule.speedup`."""
     adapter = adapt(model)  # a model without one has its MACs counted as it runs, in report()

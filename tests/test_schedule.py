@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import harmonica_rt as hrt
 from harmonica_rt import Schedule
 from harmonica_rt.builders import spread
+from harmonica_rt.decisions import Decisions
 from harmonica_rt.models import adapt
 
 from .conftest import make_dit, random_schedule
@@ -157,7 +158,7 @@ def test_forecast_weights_are_those_of_the_interpolating_polynomial(seed: int, o
 
 def test_attributes_cannot_be_changed() -> None:
     schedule = tiny()
-    for name in (*Schedule.__slots__, "anything"):
+    for name in (*Decisions.__slots__, "anything"):
         with pytest.raises(AttributeError, match=rf"immutable: use schedule.replace\({name}="):
             setattr(schedule, name, None)
         with pytest.raises(AttributeError, match="immutable"):
@@ -196,7 +197,7 @@ CHANGES = {
 
 
 def test_equal_in_every_field_or_not_at_all() -> None:
-    assert set(CHANGES) == set(Schedule.__slots__) - {
+    assert set(CHANGES) == set(Decisions.__slots__) - {
         *("output", "output_weights", "output_channels", "channels", "forecast", "level", "carry")
     }
     schedules = [tiny(), *(tiny().replace(**{name: value}) for name, value in CHANGES.items())]

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonica_rt import Schedule, schedule_files
+from harmonica_rt import Schedule, reading, schedule_fields
 
 from .conftest import make_dit, random_schedule
 
@@ -95,7 +95,7 @@ def test_the_file_can_be_read_by_a_person(tmp_path: Path) -> None:
 
 
 def test_optional_fields_may_be_left_out(tmp_path: Path) -> None:
-    bare = {name: FIELDS[name] for name in schedule_files._REQUIRED | schedule_files._LAYOUT[1]}
+    bare = {name: FIELDS[name] for name in schedule_fields._REQUIRED | schedule_fields._LAYOUT[1]}
     assert load(tmp_path, json.dumps(bare)) == SMALL.replace(sampler=None, timesteps=None)
     assert load(tmp_path, json.dumps({**FIELDS, "weights": WEIGHTS})) == SMALL
 
@@ -224,7 +224,7 @@ def test_a_wrong_field_is_named_fast(tmp_path: Path, changes: dict[str, Any], me
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", sorted(schedule_files._REQUIRED - {"format", "version"}))
+@pytest.mark.parametrize("name", sorted(schedule_fields._REQUIRED - {"format", "version"}))
 def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
     refuse(tmp_path, json.dumps({k: v for k, v in FIELDS.items() if k != name}), f"missing field '{name}'")
 
@@ -251,7 +251,7 @@ def test_any_value_anywhere_loads_or_is_a_value_error(
 
 
 def test_a_huge_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule_files, "MAX_BYTES", len(TEXT))
+    monkeypatch.setattr(reading, "MAX_BYTES", len(TEXT))
     assert load(tmp_path, TEXT) == SMALL
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("was read"))
     refuse(tmp_path, TEXT + " ", f"expected a schedule file of at most {len(TEXT)} bytes, got {len(TEXT) + 1}")

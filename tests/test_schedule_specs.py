@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from harmonica_rt import Schedule, UnsupportedModelError
-from harmonica_rt.schedule_specs import files_of, parse_schedule, steps_of
+from harmonica_rt.schedule_specs import named_files, parse_schedule, steps_of
 
 from .conftest import make_dit
 from .pipelines.images import flux
@@ -53,16 +53,19 @@ def test_files(tmp_path: Path) -> None:
     assert parse_schedule(str(file), make_dit(), 20) == Schedule.load(file)
 
 
-def test_files_of_contexts(tmp_path: Path) -> None:
+def test_named_files_of_contexts(tmp_path: Path) -> None:
     file, other = tmp_path / "a=b,c.json", tmp_path / "d.json"
     for path in (file, other):
         Schedule.uniform(make_dit(), 6).save(path)
-    assert files_of(str(file)) == {"": file} and files_of(f"cond={other},uncond={other}").keys() == {"cond", "uncond"}
-    assert not any(files_of(text) for text in ("blocks:3:carry=0.5", "uniform:2", "none.json"))
+    assert named_files(str(file)) == {"": file} and named_files(f"cond={other},uncond={other}").keys() == {
+        "cond",
+        "uncond",
+    }
+    assert not any(named_files(text) for text in ("blocks:3:carry=0.5", "uniform:2", "none.json"))
     with pytest.raises(ValueError, match=r"expected a schedule file for uncond, got 'none\.json'"):
-        files_of(f"cond={other},uncond=none.json")
+        named_files(f"cond={other},uncond=none.json")
     with pytest.raises(ValueError, match="expected each name once, got"):
-        files_of(f"cond={other},cond={other}")
+        named_files(f"cond={other},cond={other}")
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,29 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:  # which import this
-    from .pipeline_task import PipelineTask
-    from .task import Task
+from harmonica_rt.decisions import Decisions
+from harmonica_rt.schedule_fields import parts
 
 KEY = "harmonica_rt.train"
 SHORT = 80  # characters that are told of what was asked for
 
 
-def identity(task: Task | PipelineTask) -> dict[str, Any]:
+class Identified(Protocol):
+    """What a checkpoint can belong to: a `Task`, a `PipelineTask`."""
+
+    def parameters(self) -> dict[str, Tensor]: ...
+    def fields(self) -> dict[str, Any]: ...
+    def asked(self) -> dict[str, Any]: ...
+
+
+def identity(task: Identified) -> dict[str, Any]:
     """What a checkpoint belongs to: model, sampler, guidance, and what images are to be."""
     digest = hashlib.sha256()
     for name, parameter in sorted(task.parameters().items()):
@@ -29,19 +36,25 @@ def identity(task: Task | PipelineTask) -> dict[str, Any]:
         values = parameter.detach().flatten()
         digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     own = {**task.fields(), "weights": digest.hexdigest()[:16]}
-    own |= {name: _told(value) for name, value in task.asked().items()}
+    own |= {name: fingerprint(value) for name, value in task.asked().items()}
     return json.loads(json.dumps(own))  # as it is read again
 
 
-def _told(value: Any) -> str:
+def fingerprint(value: Any) -> str:
     """Short, and other for another value."""
     if isinstance(value, Tensor):
-        digest = hashlib.sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
-        return f"{value.dtype} {list(value.shape)} {digest}"
+        numbers = value.detach().float().cpu().numpy()
+        return f"{value.dtype} {list(value.shape)} {hashlib.sha256(numbers.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, Decisions):
+        fields, arrays = parts(value)
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        for name in sorted(arrays):
+            digest.update(arrays[name].tobytes())
+        return f"{value!r} {digest.hexdigest()[:16]}"
     if isinstance(value, dict):
-        text = ", ".join(f"{name}={_told(own)}" for name, own in sorted(value.items()))
+        text = ", ".join(f"{name}={fingerprint(own)}" for name, own in sorted(value.items()))
     elif isinstance(value, (list, tuple)):
-        text = ", ".join(map(_told, value))
+        text = ", ".join(map(fingerprint, value))
     else:
         text = repr(value)
     return text if len(text) <= SHORT else f"{text[:SHORT]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
@@ -77,7 +90,7 @@ def check_settings(path: str | os.PathLike[str], expected: dict[str, Any], got: 
             raise ValueError(f"{path}: made with other settings: {name} expected {expected[name]}, got {got.get(name)}")
 
 
-def read(path: str | os.PathLike[str], task: Task | PipelineTask) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | os.PathLike[str], task: Identified) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of a checkpoint for `task`. Raises ValueError naming both sides if it is another's."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,14 +14,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from harmonica_rt import schedule_files
 from harmonica_rt.compiled import Schedules
 from harmonica_rt.compiling import is_compiled
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
-from .checkpoint import check_path
+from .checkpoint import check_path, fingerprint
 from .contexts import CONTEXTS, each, every
 from .errors import check_file
 from .memory import Memory, NotCounted
@@ -254,14 +251,8 @@ def _check_start(task: PipelineTask, init: Schedules, names: Sequence[str]) -> N
 
 def _told(init: Schedules) -> list[str]:
     """Other for other schedules, by context."""
-    told = []
-    for context, schedule in init.items() if isinstance(init, Mapping) else [("", init)]:
-        fields, arrays = schedule_files.parts(schedule)
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-        for name in sorted(arrays):
-            digest.update(arrays[name].tobytes())
-        told.append(f"{context}{schedule!r} {digest.hexdigest()[:16]}")
-    return told
+    named = init.items() if isinstance(init, Mapping) else [("", init)]
+    return [f"{context}{fingerprint(schedule)}" for context, schedule in named]
 
 
 def _best_start(task: PipelineTask, schedule: Schedule, few: Starts, accelerator: Accelerator) -> tuple[float, int]:

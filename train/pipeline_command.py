@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harmonica_rt.generating import load_pipeline, read_prompts
 from harmonica_rt.schedule import Schedule
-from harmonica_rt.schedule_specs import files_of as starts_of
+from harmonica_rt.schedule_specs import named_files
 
 from . import learn as learning
 from .checkpoint import check_path
@@ -117,7 +117,7 @@ def learn_for_pipeline(
 
 def _start(init: str) -> Schedules:
     """The schedules that ``--init`` names."""
-    if not (files := starts_of(init)):
+    if not (files := named_files(init)):
         raise FileNotFoundError(f"--init: expected a schedule file, or cond=FILE,uncond=FILE, got {init!r}")
     schedules = {context: Schedule.load(path) for context, path in files.items()}
     return schedules.get("", schedules)

@@ -147,7 +147,7 @@ class PipelineTask:
         for name, expected in own.items():
             got = getattr(schedule, name)
             if got != expected and not (got is None and name in ("sampler", "timesteps")):
-                raise ValueError(f"init: expected a schedule whose {name} are {expected}, got {got}")
+                raise ValueError(f"init: expected a schedule with {name} {expected}, got {got}")
 
     def schedule(
         self, computed: Sequence[int], order: int, carry: float = 0.0, forecast: int | None = None

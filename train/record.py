@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmonica_rt import schedule_files
+from harmonica_rt import schedule_fields
 from harmonica_rt.compiled import Schedules
+from harmonica_rt.schedule import Schedule
 
 from . import checkpoint
-from .pipeline_task import PipelineTask
 from .weights import TrainerState
 
 EVERY = 30.0  # seconds between files, where nothing better was found
@@ -80,7 +80,7 @@ class Record:
         self,
         path: Path | None = None,
         resume: bool = False,
-        task: PipelineTask | None = None,
+        task: checkpoint.Identified | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         if resume and path is None:
@@ -108,7 +108,7 @@ class Record:
         for number, start in enumerate(self.starts):
             starts.append([])
             for context, schedule in start.items() if isinstance(start, Mapping) else [(None, start)]:
-                fields, arrays = schedule_files.parts(schedule)
+                fields, arrays = schedule_fields.parts(schedule)
                 starts[-1].append([context, fields])
                 tensors |= {f"start.{number}.{context}.{k}": torch.from_numpy(a) for k, a in arrays.items()}
         state = {"identity": self._identity, "settings": self.settings, "chosen": self.chosen, "starts": starts}
@@ -116,7 +116,7 @@ class Record:
         checkpoint.write(self.path, {name: t.clone() for name, t in tensors.items()}, state)
         self._at = time.monotonic()
 
-    def _read(self, task: PipelineTask) -> None:
+    def _read(self, task: checkpoint.Identified) -> None:
         tensors, state = checkpoint.read(self.path, task)
         if "course" not in state:
             raise ValueError(f"{self.path}: expected a checkpoint of the end error, got a router's")
@@ -135,7 +135,7 @@ class Record:
             own = {}
             for context, fields in parts:
                 arrays = {name: t.numpy() for name, t in under(f"start.{number}.{context}.").items()}
-                own[context] = schedule_files.of_parts(fields, arrays)
+                own[context] = schedule_fields.of_parts(Schedule, fields, arrays)
             self.starts.append(own.get(None, own))
         best, trainer = (TrainerState.of(under(f"{part}."), state[part]) for part in ("best", "trainer"))
         self.kept = Kept(Course(**state["course"]), best, trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +14,16 @@ from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
 
 from .contexts import NumbersOf, every, own_numbers
+from .sampled import Sampled
 
-if TYPE_CHECKING:  # which imports this
-    from .pipeline_task import PipelineTask
+
+class Runs(Protocol):
+    """What of a `PipelineTask` its runs need."""
+
+    sampled: Sampled
+    device: torch.device
+    size: int
+    carry: bool
 
 
 class Starts:
@@ -30,7 +37,7 @@ class Starts:
         ends: targets by (start, end).
     """
 
-    def __init__(self, task: PipelineTask, generation: Generation, target: str) -> None:
+    def __init__(self, task: Runs, generation: Generation, target: str) -> None:
         self.task, self.generation, self.device, self.size = task, generation, task.device, task.size
         self._aim = task.sampled.converged if target == "converged" else task.sampled.run
         self.ends: dict[tuple[int, int], Tensor] = {}

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +25,6 @@ from .reusing import CHECKPOINTS
 from .starts import Starts, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED, LossNotFinite
-
-if TYPE_CHECKING:  # which imports this
-    from .pipeline_task import PipelineTask
 
 TARGETS = ("full", "converged")
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
@@ -146,6 +143,17 @@ class TrainerState:
         return cls(tensors["change"], Judged(tensors["best.change"], tensors["best.errors"]), gradient, **numbers)
 
 
+class LearnedFor(Protocol):
+    """What of a `PipelineTask` the trainer of its weights needs."""
+
+    device: torch.device
+    width: int | None
+
+    @property
+    def entered(self) -> tuple[int, ...]: ...
+    def starts(self, target: str, count: int, seed: int) -> Starts: ...
+
+
 class WeightTrainer:
     """Learns the reuse weights of a schedule.
 
@@ -163,7 +171,7 @@ class WeightTrainer:
 
     def __init__(
         self,
-        task: PipelineTask,
+        task: LearnedFor,
         schedule: Schedules,
         settings: WeightSettings,
         accelerator: Accelerator | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..decisions import Decisions
 from ..layout import WHOLE, Group
 from .stages import Held, Stage, walk
-
-if TYPE_CHECKING:
-    from ..schedule import Schedule
 
 # The number of a modulation row: of the whole stream, or of its two segments, text and image
 Row = int | tuple[int, int]
@@ -307,7 +305,7 @@ class Adapter(ABC):
             return (0,) * len(self.branches)
         return tuple(branch.macs(batch, tokens, self.width, context) for branch in self.layer(0, join=False))
 
-    def check_schedule(self, schedule: Schedule) -> None:
+    def check_schedule(self, schedule: Decisions) -> None:
         """Raise ValueError unless `schedule` is for such a model."""
         groups = tuple(group for group in schedule.groups if group != WHOLE)  # any model has a trunk
         for what, expected, got in [

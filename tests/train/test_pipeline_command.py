@@ -76,9 +76,9 @@ def test_schedules_of_another_run_are_refused(flux: Path, tmp_path: Path) -> Non
     start, out = tmp_path / "start.json", tmp_path / "s.json"
     transformer = text_flux().transformer
     for change, options, text in (
-        ({"sampler": "DDIMScheduler"}, (), "schedule whose sampler are FlowMatchEulerDiscreteScheduler, got DDIMSched"),
-        ({"timesteps": range(5)}, (), "schedule whose timesteps are"),
-        ({}, ("--steps", 6), "schedule whose steps are 6, got 5"),
+        ({"sampler": "DDIMScheduler"}, (), "schedule with sampler FlowMatchEulerDiscreteScheduler, got DDIMSched"),
+        ({"timesteps": range(5)}, (), "schedule with timesteps"),
+        ({}, ("--steps", 6), "schedule with steps 6, got 5"),
         ({}, ("--order", 0), "order: expected 1 beside init, got 0"),
         ({}, ("--target-speedup", 2), "target_speedup: expected None beside init, got 2"),
     ):

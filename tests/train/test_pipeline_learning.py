@@ -398,7 +398,7 @@ def test_going_on_from_a_schedule(contexts: str) -> None:
         ({"init": init, "target_speedup": 2.0}, "target_speedup: expected None beside init, got 2.0"),
         ({"init": init, "level": "output"}, "level: expected branches beside init, got output"),
         ({"init": init, "order": 0}, "order: expected 2 beside init, got 0"),
-        ({"init": own.replace(sampler="DDIMScheduler")}, "schedule whose sampler are FlowMatchEuler.*, got DDIM"),
+        ({"init": own.replace(sampler="DDIMScheduler")}, "schedule with sampler FlowMatchEuler.*, got DDIM"),
         ({"init": {"cond": own}}, "init: expected schedules of contexts .*'cond', 'uncond'.*, got .'cond'"),
         ({"target": "real"}, "target: expected one of .*, got 'real'"),
     ):
