@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten
 from .compiled_blocks import CompiledBlocks
 from .cuda_graphs import CaptureFailed, Recorder
 from .engine import Engine, Run
-from .entry import ForwardChanged
 from .forward_plan import ForwardPlan
 from .inspection import check_eval, own_cache
+from .kept_streams import ForwardChanged
 from .layout import TRUNK, split_evenly
 from .loop import LoopGraph
 from .lowering import lower_forward

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import weakref
 from collections.abc import Callable
@@ -10,25 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from .compiled_blocks import CompiledBlocks
-from .counting import CountMacs, uncountable
 from .cuda_graphs import Recorder
-from .entry import Blank, Entry, ForwardChanged, Sum, Values, expect_tensors, is_stream
+from .entry import Entry
+from .first_forward import FirstForward
 from .forward_graphs import ForwardGraphs
-from .interception import intercepted
+from .kept_output import KeptOutput
+from .kept_streams import Blank, Sum
 from .kernels.combine_torch import combine_eager
 from .kernels.inductor import missing_triton
 from .loop import LoopGraph, loop_key
-from .models import UnsupportedModelError
 from .program import ForwardProgram, ForwardStep, Keep, ReuseOutput
+from .steered_forward import Arguments, SteeredForward
 from .streams import Streams
-
-# What the output may change by when kept streams stand for the groups that just made them
-SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-_STREAM = object()  # stands in a tree for a stream
 
 
 class ForwardPlan:
@@ -56,16 +51,15 @@ class ForwardPlan:
         self.compiled = compiled
         self.macs: tuple[int, dict[int, int]] | None = None
         self.uncounted: str | None = None
-        self._model, self.streams = weakref.ref(model), Streams(shape.device)
+        self.streams = Streams(shape.device)
         reused = [entry for entry, slots in enumerate(program.slots) if slots]
         self.entries = {entry: Entry(groups[entry][0], program.carries[entry]) for entry in reused}
-        owners = {block: entry for entry in reused for block in groups[entry][1]}
-        self._blocks, self._owners = list(owners), list(owners.values())
+        self.forward = SteeredForward(model, self.entries, {entry: groups[entry][1] for entry in reused})
         tables = (program.channels, program.output_channels)
         self._channels, self._output_channels = (
             None if table is None else torch.from_numpy(table).to(shape.device) for table in tables
         )
-        self._outputs: tuple[Values, TreeSpec, list[Any]] | None = None
+        self._output: KeptOutput | None = None
         self.learned = False
         self.graphs: ForwardGraphs | None = None
         self._combine: Sum = combine_eager
@@ -85,7 +79,7 @@ class ForwardPlan:
         owner = weakref.proxy(self)  # the plan owns its graphs
         self.graphs = ForwardGraphs(
             lambda step, args, kwargs: owner.launch(step, (args, kwargs)),
-            self._model(),
+            self.forward.model,
             len(self.program.steps),
             recorder,
         )
@@ -105,7 +99,7 @@ class ForwardPlan:
     def _run(self, step: int, arguments: Arguments, graphs: ForwardGraphs | None) -> Any:
         instructions = self.program.steps[step]
         if isinstance(instructions, ReuseOutput):
-            return self._reuse_output(instructions)
+            return self._output.combined(instructions.terms, self._output_channels, self._combine, self.shape.listed)
         if not self.learned:
             output = self.learn(arguments)
             self._keep_learned(instructions)
@@ -114,7 +108,9 @@ class ForwardPlan:
         else:
             output = graphs.run(instructions, *arguments)
         if instructions.keep is not None:
-            self._keep_output(instructions.keep, output)
+            if self._output is None:
+                self._output = KeptOutput.like(output, self.program.outputs)
+            self._output.keep(instructions.keep, output)
         return output
 
     def loop(
@@ -168,52 +164,14 @@ class ForwardPlan:
             return entry.compute(what.slot, run, args, kwargs)
         return entry.reuse(what, args, kwargs, self._channels, self._combine)
 
-    def forward(self, arguments: Arguments, handle: Callable[..., Any], compiled: CompiledBlocks | None = None) -> Any:
-        """The model's output, its blocks' calls going to `handle`(entry, what runs it, its arguments).
-
-        Args:
-            compiled: runs all blocks, those of no entry too.
-        """
-        args, kwargs = arguments
-        blocks = self._blocks if compiled is None else list(dict.fromkeys([*self._blocks, *compiled.blocks.values()]))
-
-        def call(number: int, run: Callable[..., Any], *arguments: Any) -> Any:
-            run = run if compiled is None else compiled.of(blocks[number], run)
-            return handle(self._owners[number] if number < len(self._owners) else None, run, *arguments)
-
-        try:
-            with intercepted(blocks, call):
-                output = self._model()(*args, **kwargs)
-            for entry in self.entries.values():
-                entry.finish()
-        finally:
-            for entry in self.entries.values():
-                entry.done = 0
-        return output
-
     # ---- the first call
 
     def learn(self, arguments: Arguments) -> Any:
-        """The model's output, having found out which blocks each group calls and what of it is kept.
-
-        Then groups are reused on the same input, each set of them that the program reuses, all that should not matter
-        being NaN: an output that is not the same depends on more than the streams after the groups. Values that were
-        still held when their group was over are skip connections, those returned before another group's call are read
-        there: both are kept beside its streams; if that does not help, the model cannot be reused so.
-        """
+        """The model's output, having found out what the groups are: see `FirstForward`."""
         started = time.perf_counter()
-        spare = copied_tensors(arguments) if self.entries else arguments  # models write into what they are given
-        try:
-            output, between = self._observe(arguments)
-            if self.entries:
-                on = self.shape.device
-                with torch.random.fork_rng([on] if on.type == "cuda" else []):
-                    self._check(output, between, spare)
-        except BaseException:  # the next call learns anew
-            for entry in self.entries.values():
-                entry.forget(set())
-            raise
-        self.learned = True
+        first = FirstForward(self.forward, self.program, self.shape.device)
+        output = first.run(arguments)
+        self.macs, self.uncounted, self.learned = first.macs, first.uncounted, True
         self.seconds = time.perf_counter() - started
         return output
 
@@ -223,100 +181,6 @@ class ForwardPlan:
         for entry in self.entries.values():
             entry.latest, entry.x = {}, []
 
-    def _check(self, output: Any, between: dict[int, set[tuple[int, int]]], spare: Arguments) -> None:
-        """Raise UnsupportedModelError unless groups can stand for their blocks, `between` kept too if need be."""
-        leaves, spec = tree_flatten(output)
-        expect_tensors("the model's output", leaves)
-        if not any(map(is_stream, leaves)):
-            raise UnsupportedModelError(f"expected tensors in the model's output, got {spec}")
-        if self._is_same(output, spare):
-            return
-        for number, entry in self.entries.items():
-            entry.forget(between[number])
-        self._observe(copied_tensors(spare))
-        if not self._is_same(output, spare):
-            names = ", ".join(entry.name for entry in self.entries.values())
-            raise UnsupportedModelError(
-                f"expected an output that depends on nothing but the streams after {names}, got another one when "
-                "these were put in place of the blocks: level 'output' takes this model"
-            )
-
-    def _observe(self, arguments: Arguments) -> tuple[Any, dict[int, set[tuple[int, int]]]]:
-        """Learn from each call of a forward: its output, and what of each entry others may read."""
-        args, kwargs = arguments
-        between: dict[int, set[tuple[int, int]]] = {number: set() for number in self.entries}
-        held: dict[int, set[tuple[int, int]]] = {}
-        calls: list[int] = []
-        self.uncounted = uncountable(self._model())
-        counter = CountMacs() if self.uncounted is None else None
-        macs = dict.fromkeys(self.entries, 0)
-
-        def handle(number: int, *call: Any) -> Any:
-            if calls and calls[-1] != number:
-                left = self.entries[calls[-1]]
-                held[calls[-1]] = left.held()
-                between[calls[-1]] |= left.returned()
-            calls.append(number)
-            before = 0 if counter is None else counter.macs
-            result = self.entries[number].learn(*call)
-            macs[number] += 0 if counter is None else counter.macs - before
-            held[number] = self.entries[number].held()
-            return result
-
-        counting = contextlib.nullcontext() if counter is None else counter
-        with counting, intercepted(self._blocks, lambda number, *call: handle(self._owners[number], *call)):
-            output = self._model()(*args, **kwargs)
-        for entry in self.entries.values():
-            if not entry.calls:
-                raise UnsupportedModelError(
-                    f"expected the model's forward to call the blocks of {entry.name}, got no call of any: level "
-                    "'output' takes this model"
-                )
-        self.macs = None if counter is None else (counter.macs, macs)
-        return output, {number: between[number] | held[number] for number in self.entries}
-
-    def _is_same(self, output: Any, arguments: Arguments) -> bool:
-        scratch: dict[Blank, Tensor] = {}
-        for number, entry in self.entries.items():
-            entry.settle(self.program.slots[number], scratch)
-        for t in scratch.values():
-            t.fill_(torch.nan)
-        same = all(self._is_same_reusing(numbers, output, copied_tensors(arguments)) for numbers in self._sets())
-        for t in scratch.values():
-            t.zero_()
-        return same
-
-    def _sets(self) -> list[frozenset[int]]:
-        """Entries to reuse together in a check: all sets that occur, or each alone if that is fewer.
-
-        What nothing outside a group reads if it alone is reused, nothing reads in any set.
-        """
-        steps = [step for step in self.program.steps if isinstance(step, ForwardStep)]
-        sets = {frozenset(k for k in self.entries if not isinstance(step.entries[k], Keep)) for step in steps}
-        return min(sorted(sets - {frozenset()}, key=sorted), [frozenset([k]) for k in self.entries], key=len)
-
-    def _is_same_reusing(self, numbers: frozenset[int], output: Any, arguments: Arguments) -> bool:
-        """Whether the output, and what goes into groups with a carry, stay with groups `numbers` reused."""
-        pairs: list[tuple[Any, Any]] = []
-
-        def handle(number: int, run: Any, *call: Any) -> Any:
-            entry = self.entries[number]
-            if entry.carries and entry.done == 0:
-                pairs.extend((a, b.clone()) for a, b in zip(entry.x, entry.before(*call)))
-            return entry.reuse(None, *call) if number in numbers else entry.compute(None, run, *call)
-
-        try:
-            reused = self.forward(arguments, handle)
-        except (UnsupportedModelError, ForwardChanged):
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                "expected a forward that needs nothing of its blocks but what they return, got "
-                f"{type(error).__name__}: {error}; level 'output' takes this model"
-            ) from error
-        pairs += zip(tree_flatten(output)[0], tree_flatten(reused)[0], strict=True)
-        return all(_close(a, b) for a, b in pairs if is_stream(a))
-
     def _keep_learned(self, step: ForwardStep) -> None:
         for number, entry in self.entries.items():
             if (slot := step.entries[number].slot) is not None:
@@ -325,56 +189,18 @@ class ForwardPlan:
                     entry.befores.keep(slot, entry.x)
             entry.latest, entry.x = {}, []
 
-    # ---- the model's output as a value
-
-    def _keep_output(self, slot: int, output: Any) -> None:
-        leaves, spec = tree_flatten(output)
-        streams = [t for t in leaves if is_stream(t)]
-        expect_tensors("the model's output", leaves)
-        if not streams:
-            raise UnsupportedModelError(f"output: expected tensors in the model's output, got {spec}")
-        if self._outputs is not None and (spec, len(streams)) != (self._outputs[1], len(self._outputs[0].slots[0])):
-            raise ForwardChanged(f"output: expected {self._outputs[1]} as at the first call, got {spec}")
-        values = Values("output", self.program.outputs, streams) if self._outputs is None else self._outputs[0]
-        self._outputs = (values, spec, [_STREAM if is_stream(t) else t for t in leaves])
-        values.keep(slot, streams)
-
-    def _reuse_output(self, instructions: ReuseOutput) -> Any:
-        values, spec, rest = self._outputs
-        streams = iter(values.combined(instructions.terms, self._output_channels, self._combine, self.shape.listed))
-        return tree_unflatten([next(streams) if leaf is _STREAM else leaf for leaf in rest], spec)
-
     # ---- the rest
 
     def half(self, number: int, batch: int, shape: Any) -> ForwardPlan:
         """The same for half `number` of its batch, with the values it holds."""
-        own = ForwardPlan(self._model(), self.program, self.groups, shape, self.compiled)
+        own = ForwardPlan(self.forward.model, self.program, self.groups, shape, self.compiled)
         scratch: dict[Blank, Tensor] = {}
-        own.entries = {k: entry.half(number, batch, scratch) for k, entry in self.entries.items()}
-        if self._outputs is not None:
-            own._outputs = self._half_outputs(number, batch)
+        own.entries.update((k, entry.half(number, batch, scratch)) for k, entry in self.entries.items())
+        own._output = None if self._output is None else self._output.half(number, batch)
         if self.macs is not None:
             own.macs = (self.macs[0] // 2, {k: macs // 2 for k, macs in self.macs[1].items()})
         own.uncounted, own.learned = self.uncounted, self.learned
         return own
-
-    def _half_outputs(self, number: int, batch: int) -> tuple[Values, TreeSpec, list[Any]]:
-        """Half of each list over the batch; where there is none, of each tensor."""
-        values, spec, rest = self._outputs
-
-        def half(part: Any) -> Any:
-            return part[number * batch // 2 : (number + 1) * batch // 2] if over_batch(part) else part
-
-        def over_batch(part: Any) -> bool:
-            return isinstance(part, list) and len(part) == batch
-
-        leaves = tree_unflatten([*range(len(rest))], spec)
-        kept, kept_spec = tree_flatten(tree_map(half, leaves, is_leaf=over_batch))
-        if len(kept) == len(rest):
-            return values.half(number, batch), spec, rest
-        streams = [leaf for leaf, part in enumerate(rest) if part is _STREAM]
-        only = values.only([stream for stream, leaf in enumerate(streams) if leaf in kept])
-        return only, kept_spec, [rest[leaf] for leaf in kept]
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
@@ -386,11 +212,11 @@ class ForwardPlan:
     @property
     def slot_bytes(self) -> int:
         kept = [v for entry in self.entries.values() for v in (entry.values, entry.befores) if v is not None]
-        return sum(values.bytes for values in kept) + (0 if self._outputs is None else self._outputs[0].bytes)
+        return sum(values.bytes for values in kept) + (0 if self._output is None else self._output.values.bytes)
 
     @property
     def model_bytes(self) -> int:
-        model = self._model()
+        model = self.forward.reference()
         return 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
 
     @property
@@ -406,18 +232,3 @@ class ForwardPlan:
             for step in self.program.steps
         ]
         return tuple(full - macs for macs in reused), full
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    wide = torch.promote_types(a.dtype, torch.float32)
-    share = SAME.get(a.dtype, SAME[torch.float32])
-    a, b = a.to(wide), b.to(wide)
-    finite = a[a.isfinite()].abs()
-    tolerance = share * finite.max().item() if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
-
-
-def copied_tensors(arguments: Arguments) -> Arguments:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)

@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from harmonica_rt.branch_engine import BranchEngine, BranchRun
 from harmonica_rt.compiled import CompiledTransformer
 from harmonica_rt.cuda_graphs import Recorder
-from harmonica_rt.entry import is_stream
 from harmonica_rt.forecast import forecast
 from harmonica_rt.forward_engine import ForwardCall, ForwardEngine, ForwardRun
-from harmonica_rt.forward_plan import ForwardPlan, copied_tensors
+from harmonica_rt.forward_plan import ForwardPlan
+from harmonica_rt.kept_streams import is_stream
 from harmonica_rt.lowering import lower_forward
 from harmonica_rt.models.base import Inputs, Shape
 from harmonica_rt.schedule import Schedule
+from harmonica_rt.steered_forward import copied_tensors
 
 from .contexts import NumbersOf
 from .denoiser import Denoiser, StandIn
