@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import pipeline_options as own
 from .errors import one_line_errors
+from .pipeline_options import Asked, PipelineDtype, asks
 from .trying import try_schedules
 
 app = typer.Typer(
@@ -83,8 +83,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoin
 
 
 @app.command(no_args_is_help=True)
+@asks
 def learn(
-    pipeline: own.Pipeline,
+    asked: Asked,
+    *,
     out: Annotated[Path, typer.Option(help="The schedule file to write.")],
     target_speedup: Annotated[float | None, typer.Option(help="Theoretical speed-up to reach; 3 unless given.")] = None,
     target: Annotated[
@@ -117,17 +119,6 @@ def learn(
     resume: Resume = False,
     seed: Seed = 0,
     threads: Threads = None,
-    prompts: own.Prompts = None,
-    inputs: own.Inputs = None,
-    negative_prompt: own.NegativePrompt = None,
-    steps: own.Steps = None,
-    guidance: own.Guidance = None,
-    true_cfg: own.TrueCfg = None,
-    height: own.Height = None,
-    width: own.Width = None,
-    frames: own.Frames = None,
-    dtype: own.Dtype = None,
-    call: own.Call = None,
 ) -> None:
     """Learn a schedule for your own pipeline: the weights that what is reused stands on.
 
@@ -145,8 +136,6 @@ def learn(
     from .stopping import EndedEarly
 
     with one_line_errors():
-        options = {"negative_prompt": negative_prompt, "steps": steps, "guidance": guidance, "true_cfg": true_cfg}
-        options |= {"height": height, "width": width, "frames": frames}
         settings = {"minutes": minutes, "iterations": iterations, "order": order, "batch": batch, "lr": lr}
         settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "contexts": contexts.value}
         settings |= {"channels": {"yes": True, "no": False}.get(channels.value), "target": target.value}
@@ -157,13 +146,9 @@ def learn(
             torch.set_num_threads(threads)
         try:
             learn_for_pipeline(
-                pipeline,
+                asked,
                 out,
                 console,
-                dtype,
-                prompts,
-                inputs,
-                own.call_arguments(call, **options),
                 {name: value for name, value in settings.items() if value is not None},
                 init,
                 checkpoint,
@@ -211,7 +196,7 @@ def router(
     ] = None,
     seed: Seed = 0,
     threads: Threads = None,
-    dtype: Annotated[own.PipelineDtype, typer.Option(help="Of the weights.")] = own.PipelineDtype.float32,
+    dtype: Annotated[PipelineDtype, typer.Option(help="Of the weights.")] = PipelineDtype.float32,
     variant: Annotated[str | None, typer.Option(help="Of the weights' files, e.g. fp16.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16: autocast.")] = "no",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")] = False,

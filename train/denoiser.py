@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.models import Adapter, UnsupportedModelError, adapt
-from harmonica_rt.models.base import Branch, Norm, Shape, over_tokens
+from harmonica_rt.models.base import Shape
+from harmonica_rt.models.branch import Branch, Norm, over_tokens
 from harmonica_rt.models.stages import Held
 
 Evaluate = Callable[[], Tensor]

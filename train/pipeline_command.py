@@ -19,20 +19,16 @@ from .contexts import Schedules, every, files_of, save
 from .errors import check_file
 from .memory import Memory
 from .pipeline import learn
-from .pipeline_options import PipelineDtype, torch_dtype
+from .pipeline_options import Asked, torch_dtype
 from .progress import Display
 from .stopping import EndedEarly, stopping
 from .trainer import LossNotFinite
 
 
 def learn_for_pipeline(
-    name: str,
+    asked: Asked,
     out: Path,
     console: Console,
-    dtype: PipelineDtype | None,
-    prompts: Path | None,
-    inputs: Path | None,
-    call: dict[str, Any],
     settings: dict[str, Any],
     init: str | None = None,
     checkpoint: Path | None = None,
@@ -41,8 +37,8 @@ def learn_for_pipeline(
     """Learn, write `out` at each improvement, and say what came of it; own weights of contexts in OUT-cond, OUT-uncond.
 
     Args:
-        name: folder or hub name of the pipeline.
-        call, settings: arguments of its call, and of `learn`. Weights per channel need a .safetensors file.
+        asked: the pipeline and its call.
+        settings: arguments of `learn`. Weights per channel need a .safetensors file.
         init: file to go on from, or cond=FILE,uncond=FILE.
         checkpoint: where the learning is kept until it ends whole; beside `out` unless given.
         resume: go on from there.
@@ -57,15 +53,16 @@ def learn_for_pipeline(
     plain = out.suffix != ".safetensors"
     if settings.setdefault("channels", False if plain else None) and plain:
         raise ValueError(f"--channels yes: expected a .safetensors file as --out, got {out}")
-    own = None if prompts is None else read_prompts(prompts)
+    call = asked.arguments()
+    own = None if asked.prompts is None else read_prompts(asked.prompts)
     start = None if init is None else _start(init)
     wide = (own is not None for first in every(start or {}) for own in (first.channels, first.output_channels))
     if plain and any(wide):
         raise ValueError(f"--init with weights per channel: expected a .safetensors file as --out, got {out}")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with Display(accelerator.is_main_process) as display, stopping(accelerator) as stopped:
-        display.show("pipeline", name)
-        pipeline = load_pipeline(name, torch_dtype(dtype), accelerator.device)
+        display.show("pipeline", asked.pipeline)
+        pipeline = load_pipeline(asked.pipeline, torch_dtype(asked.dtype), accelerator.device)
         display.show("what to compute")
 
         def show(progress: learning.Progress) -> None:
@@ -85,7 +82,7 @@ def learn_for_pipeline(
             schedule = learn(
                 pipeline,
                 own,
-                inputs=inputs,
+                inputs=asked.inputs,
                 accelerator=accelerator,
                 on_progress=show,
                 on_better=write,

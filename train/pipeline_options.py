@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -35,7 +38,6 @@ Height = Annotated[int | None, _option("In pixels.", min=1)]
 Width = Annotated[int | None, _option("In pixels.", min=1)]
 Frames = Annotated[int | None, _option("Of a video, num_frames.", min=1)]
 Dtype = Annotated[PipelineDtype | None, _option("Of the pipeline; bfloat16 on CUDA, else float32.")]
-Seed = Annotated[int, _option("Of the first image's noise.")]
 Call = Annotated[list[str] | None, _option("Another argument of the pipeline's call, key=value; may be repeated.")]
 
 NAMES = {  # option -> argument of the call
@@ -49,8 +51,46 @@ NAMES = {  # option -> argument of the call
 }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A pipeline and its call, as a person asks for them; options of a command that is decorated with `asks`."""
+
+    pipeline: Pipeline
+    prompts: Prompts = None
+    inputs: Inputs = None
+    negative_prompt: NegativePrompt = None
+    steps: Steps = None
+    guidance: Guidance = None
+    true_cfg: TrueCfg = None
+    height: Height = None
+    width: Width = None
+    frames: Frames = None
+    dtype: Dtype = None
+    call: Call = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline's call."""
+        return call_arguments(self.call, **{name: getattr(self, name) for name in NAMES})
+
+
+def asks(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose first parameter is `Asked`, as typer takes it: with its fields as further options."""
+    own = [*inspect.signature(command, eval_str=True).parameters.values()][1:]
+    hints = get_type_hints(Asked, include_extras=True)
+    shared = inspect.signature(Asked).parameters.values()
+    parameters = [*own, *(parameter.replace(annotation=hints[parameter.name]) for parameter in shared)]
+
+    @functools.wraps(command)
+    def asked(**given: Any) -> None:
+        command(Asked(**{field.name: given.pop(field.name) for field in fields(Asked)}), **given)
+
+    options = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    asked.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what inspect looks for
+    return asked
+
+
 def call_arguments(call: Sequence[str] | None, **options: Any) -> dict[str, Any]:
-    """Arguments of a pipeline's call from options: those of `NAMES` that are not None, and key=value of `call`.
+    """Arguments of a pipeline's call: options of `NAMES` that are not None, and key=value of `call`.
 
     Values are read as JSON where they are such, else as text.
     """

@@ -14,8 +14,8 @@ from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
 from harmonica_rt.layout import WHOLE
 from harmonica_rt.models import layout_of
-from harmonica_rt.models.base import NoCarryError
 from harmonica_rt.models.blocks import block_lists
+from harmonica_rt.models.refusals import NoCarryError
 from harmonica_rt.resampling import falling
 from harmonica_rt.schedule import Schedule
 

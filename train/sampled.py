@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from harmonica_rt.compiled import put
 from harmonica_rt.compiling import denoisers_of, put_in, uncompile
@@ -19,8 +19,7 @@ from harmonica_rt.schedule import Schedule
 from .contexts import NumbersOf
 from .converged import converged
 from .learning import LearningTransformer
-
-PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
+from .text_encoders import Away, TextEncoders, can_move
 
 
 class _Stopped(Exception):
@@ -39,17 +38,7 @@ class _Called(Exception):
         self.arguments = args, kwargs
 
 
-class _Away:
-    """In place of a pipeline's text encoder: what is asked of it beside running."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
-class _Latents(_Away):
+class _Latents(Away):
     """In place of a pipeline's VAE: decoding ends the pipeline's call, encoding brings it to the device."""
 
     def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -83,13 +72,9 @@ class Sampled:
         self.loop = getattr(kind.__call__, "__wrapped__", kind.__call__)  # without its torch.no_grad
         self.starts: dict[str, int] = {}
         self._key: Any = None
-        self._memory: dict[Any, Any] = {}
-        self.away: dict[str, nn.Module] = {}  # text encoders that are on the device only while prompts are encoded
-        self._encoding = 0
         if isinstance(vae := getattr(own, "vae", None), nn.Module):
             put(own, "vae", _Latents(vae))
-        if hasattr(own, "encode_prompt"):
-            put(own, "encode_prompt", self._remembered(own.encode_prompt))
+        self.encoders = TextEncoders(own, lambda: self.device)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +85,7 @@ class Sampled:
         """Within, denoisers are on the device, their parameters get no gradient, text encoders and VAE are away."""
         frozen = [p for m in self.denoisers.values() for p in m.parameters() if p.requires_grad]
         with without_model_offload(self.owner) as device, _attention_with_gradients():
-            resting = {name: part for name, part in self.owner.components.items() if _can_move(part, name)}
+            resting = {name: part for name, part in self.owner.components.items() if can_move(part, name)}
             was = {name: next(part.parameters()).device for name, part in resting.items()}
             try:
                 if device is not None:
@@ -108,9 +93,7 @@ class Sampled:
                         model.to(device)
                 for parameter in frozen:
                     parameter.requires_grad_(False)
-                if hasattr(self.pipeline, "encode_prompt"):
-                    self.away = {name: part for name, part in resting.items() if name != "vae"}
-                    self._rest()
+                self.encoders.leave({name: part for name, part in resting.items() if name != "vae"})
                 if "vae" in resting:
                     resting["vae"].to("cpu")
                 yield
@@ -119,17 +102,15 @@ class Sampled:
                 self._key = None
                 for parameter in frozen:
                     parameter.requires_grad_(True)
-                for name, part in self.away.items():
-                    put(self.pipeline, name, part)
-                self.away = {}
+                self.encoders.come_back()
                 for name, part in resting.items():  # at once: a device that is full could not take those of the CPU
                     part.to(was[name])
 
     def encode(self, generation: Generation, size: int) -> None:
         """Encode the prompts of all images, `size` a call, by text encoders that are away otherwise."""
-        if not self.away:
+        if not self.encoders.away:
             return
-        with self._encoders():
+        with self.encoders.present():
             for first in range(0, generation.count, size):
                 self.first_call(generation, range(first, min(first + size, generation.count)))
 
@@ -271,47 +252,6 @@ class Sampled:
         uncompile(self.pipeline)
         self._key = None
 
-    @contextlib.contextmanager
-    def _encoders(self) -> Iterator[None]:
-        """Within, the text encoders are the pipeline's, on its device."""
-        if not self._encoding:
-            for name, part in self.away.items():
-                put(self.pipeline, name, part.to(self.device))
-        self._encoding += 1
-        try:
-            yield
-        finally:
-            self._encoding -= 1
-            if not self._encoding:
-                self._rest()
-
-    def _rest(self) -> None:
-        """Text encoders leave the device."""
-        for name, part in self.away.items():
-            put(self.pipeline, name, _Away(part.to("cpu")))
-
-    def _stay(self) -> None:
-        """Text encoders stay on the device from now on."""
-        with self._encoders():
-            self.away = {}
-
-    def _remembered(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """`encode_prompt`, called once for the same arguments; results wait on the CPU."""
-
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            leaves, spec = tree_flatten((args, kwargs))
-            if not all(isinstance(leaf, PLAIN) for leaf in leaves):  # features, pictures: read anew at each call
-                if kwargs.get("prompt_embeds") is None:
-                    self._stay()
-                return encode(*args, **kwargs)
-            key = (tuple(leaves), str(spec))
-            if key not in self._memory:
-                with torch.no_grad(), self._encoders():
-                    self._memory[key] = tree_map(_to_cpu, encode(*args, **kwargs))
-            return tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) else t, self._memory[key])
-
-        return remembered
-
 
 @contextlib.contextmanager
 def _attention_with_gradients() -> Iterator[None]:
@@ -338,15 +278,3 @@ def _check_stays(name: str, model: nn.Module) -> None:
             f"pipeline: expected a {name} whose weights stay while it learns, got {kind} offloading, which takes them "
             "away before the backward pass reads them: load the pipeline without it, or with enable_model_cpu_offload()"
         )
-
-
-def _can_move(part: Any, name: str) -> bool:
-    """Whether a pipeline's part of that name may leave the device: not quantised, nor spread over devices."""
-    if not (isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder"))):
-        return False
-    fixed = ("hf_quantizer", "hf_device_map", "_hf_hook")
-    return next(part.parameters(), None) is not None and all(getattr(part, name, None) is None for name in fixed)
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value

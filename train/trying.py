@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import pipeline_options as options
 from .errors import check_folder, one_line_errors
+from .pipeline_options import Asked, asks, torch_dtype
 
 
 class Backend(StrEnum):
@@ -22,8 +22,10 @@ class Backend(StrEnum):
     cudagraph = "cudagraph"
 
 
+@asks
 def try_schedules(
-    pipeline: options.Pipeline,
+    asked: Asked,
+    *,
     schedule: Annotated[
         list[str],
         typer.Option(
@@ -33,19 +35,8 @@ def try_schedules(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, the sheet, the figures and the schedules.")],
-    prompts: options.Prompts = None,
-    inputs: options.Inputs = None,
-    negative_prompt: options.NegativePrompt = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    true_cfg: options.TrueCfg = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    dtype: options.Dtype = None,
-    seed: options.Seed = 0,
-    call: options.Call = None,
     backend: Annotated[Backend, typer.Option(help="What runs the schedules.")] = Backend.auto,
+    seed: Annotated[int, typer.Option(help="Of the first image's noise.")] = 0,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, help="Times through all prompts; as many as make 3 calls unless given."),
@@ -69,26 +60,17 @@ def try_schedules(
 
     console = Console()
     with one_line_errors(CompilerMissing, CaptureFailed):
-        given = options.call_arguments(
-            call,
-            negative_prompt=negative_prompt,
-            steps=steps,
-            guidance=guidance,
-            true_cfg=true_cfg,
-            height=height,
-            width=width,
-            frames=frames,
-        )
+        given = asked.arguments()
         check_folder(out)
-        subjects = None if prompts is None else read_prompts(prompts)
+        subjects = None if asked.prompts is None else read_prompts(asked.prompts)
         with Display(True) as display:
-            display.show("reading the pipeline", pipeline)
-            pipe = load_pipeline(pipeline, options.torch_dtype(dtype))
+            display.show("reading the pipeline", asked.pipeline)
+            pipe = load_pipeline(asked.pipeline, torch_dtype(asked.dtype))
             compared = compare(
                 pipe,
                 schedule,
                 subjects,
-                inputs=inputs,
+                inputs=asked.inputs,
                 backend=backend.value,
                 rounds=rounds,
                 seed=seed,

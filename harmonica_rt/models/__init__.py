@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ..layout import BLOCKS, LEVELS, TRUNK, Group
-from .base import Adapter, UnsupportedModelError
+from .base import Adapter
 from .blocks import block_lists, class_name, no_blocks
+from .refusals import UnsupportedModelError
 
 ADAPTERS = {
     "DiTTransformer2DModel": ("dit", "DiTAdapter"),

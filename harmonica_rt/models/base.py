@@ -1,4 +1,4 @@
-"""What an adapter tells about its model: branches as stages, norms and gates as modulation rows, MACs.
+"""What an adapter tells about its model: its branches, what goes into them and comes out, MACs.
 
 The executor runs any model described in these words and knows no model class.
 """
@@ -8,20 +8,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import Tensor
 
 from ..decisions import Decisions
 from ..layout import WHOLE, Group
-from .stages import Held, Stage, walk
+from .branch import Branch, Norm
+from .stages import Held
 
-# The number of a modulation row: of the whole stream, or of its two segments, text and image
-Row = int | tuple[int, int]
+# A module of diffusers, which says no types: torch would have each attribute a Tensor or a Module
+DiffusersModule = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,62 +47,6 @@ class Shape:
         size = "x".join(map(str, self.sample[2:])) if len(self.sample) > 3 else f"{self.sample[1]} tokens"
         context = f", {self.context} context tokens" if self.context else ""
         return f"batch {self.batch}, {size}{context}, {dtype} on {self.device}"
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """y = norm(x) * scale + shift, the norm a layer or rms norm without weights. Scale holds 1 + scale."""
-
-    shift: Row
-    scale: Row
-    eps: float
-    kind: Literal["layer", "rms"] = "layer"
-
-    def apply(self, x: Tensor, rows: Tensor, split: int = 0) -> Tensor:
-        """A new y; differentiable.
-
-        Args:
-            rows: modulation rows of a step, [batch, rows, width].
-            split: tokens of the first segment.
-        """
-        scale, shift = (over_tokens(rows, row, x, split) for row in (self.scale, self.shift))
-        norm = F.layer_norm if self.kind == "layer" else F.rms_norm
-        return torch.addcmul(shift, norm(x.to(rows.dtype), x.shape[-1:], eps=self.eps), scale).to(x.dtype)
-
-
-def over_tokens(rows: Tensor, row: Row, x: Tensor, split: int) -> Tensor:
-    """Row `row` of [batch, rows, width] as tokens of x take it: [batch, 1 or tokens, width]."""
-    if isinstance(row, int):
-        return rows.narrow(1, row, 1)
-    lengths = (split, x.shape[1] - split)
-    return torch.cat([rows.narrow(1, one, 1).expand(-1, length, -1) for one, length in zip(row, lengths)], dim=1)
-
-
-def by_segment(row: Row | None, segments: int) -> tuple[int | None, ...]:
-    """A row for each segment."""
-    return row if isinstance(row, tuple) else (row,) * segments
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Branch:
-    """A residual function before its gate: `stages` on y. x += gate * stages(y).
-
-    Without a norm, y is x; without a gate, the gate is 1.
-    """
-
-    stages: tuple[Stage, ...]
-    norm: Norm | None
-    gate: Row | None
-
-    def compute(self, y: Tensor, held: Held | None) -> Tensor:
-        """[batch, tokens, width] -> a new one; differentiable."""
-        for stage in self.stages:
-            y = stage.compute(y, held)
-        return y
-
-    def macs(self, batch: int, tokens: int, width: int, context: int) -> int:
-        """Multiply-accumulates; `context` tokens are read by cross-attention."""
-        return sum(stage.macs(batch, tokens, columns, context) for stage, columns in walk(self.stages, width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +125,7 @@ class Adapter(ABC):
     branches: ClassVar[tuple[str, ...]]
     end_launches: ClassVar[int]
     embed_launches: ClassVar[int] = 2
-    model: nn.Module
+    model: DiffusersModule
     layers: int
     width: int
     in_channels: int
@@ -231,10 +175,10 @@ class Adapter(ABC):
 
     def hold(self, shape: Shape) -> Held:
         """What stages and `embed` read of a run, still empty."""
-        on = {"dtype": shape.dtype, "device": shape.device}
+        empty = partial(torch.empty, dtype=shape.dtype, device=shape.device)
         return Held(
-            context=torch.empty(self.contexts, 2, shape.batch, shape.context, self.width, **on),
-            bias=torch.empty(shape.batch, 1, 1, shape.context, **on),
+            context=empty((self.contexts, 2, shape.batch, shape.context, self.width)),
+            bias=empty((shape.batch, 1, 1, shape.context)),
         )
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:  # noqa: B027
@@ -288,7 +232,8 @@ class Adapter(ABC):
 
     def macs_of(self, shape: Shape) -> Macs:
         """`macs` of a call of that shape."""
-        return self.macs(*shape.sample[2:], shape.batch, shape.context or None)
+        height, width = shape.sample[2:]
+        return self.macs(height, width, shape.batch, shape.context or None)
 
     def by_entry(self, kinds: Sequence[float]) -> np.ndarray:
         """What is told of a layer's branches, group after group, for each entry."""
@@ -320,48 +265,3 @@ class Adapter(ABC):
 
 def _names(groups: Sequence[Group]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(branch for group in groups for branch in group.branches))
-
-
-class UnsupportedModelError(TypeError):
-    """The model is of a class, or built in a way, that no adapter can express."""
-
-
-class NoCarryError(UnsupportedModelError):
-    """What a group returns is none of the streams that go into it: it can be reused, but not with a carry."""
-
-
-def join_rows(parameters: list[nn.Parameter]) -> Tensor:
-    """One [sum of rows, ...] tensor over `parameters`, which become views of it unless they are neighbours already."""
-    first = parameters[0]
-    end, neighbours = first.storage_offset(), True
-    for p in parameters:
-        same_storage = p.untyped_storage()._cdata == first.untyped_storage()._cdata
-        neighbours &= same_storage and p.storage_offset() == end and p.is_contiguous()
-        end += p.numel()
-    if not neighbours:
-        joined = torch.cat([p.data for p in parameters])
-        start = 0
-        for p in parameters:
-            p.data = joined.narrow(0, start, len(p))
-            start += len(p)
-    shape = (sum(len(p) for p in parameters), *first.shape[1:])
-    return first.data.as_strided(shape, first.stride())
-
-
-def expect_exactly(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """A subclass or wrapper (quantised, LoRA, parallel) computes something else than `kind`: refuse it by name."""
-    if type(module) is not kind:
-        raise UnsupportedModelError(
-            f"{name}: expected a plain {kind.__name__}, got {type(module).__module__}.{type(module).__name__}; "
-            "merge or remove what replaced it before compiling"
-        )
-    for parameter in module.parameters(recurse=False):
-        if is_traceable_wrapper_subclass(parameter):
-            raise UnsupportedModelError(f"{name}: expected plain tensors, got {type(parameter.data).__name__}")
-
-
-def expect_plain_norm(module: nn.Module, name: str, kind: type[nn.LayerNorm] = nn.LayerNorm) -> None:
-    """A LayerNorm without weight and bias, as the blocks' modulation needs it."""
-    expect_exactly(module, kind, name)
-    if module.weight is not None:
-        raise UnsupportedModelError(f"{name}: expected a LayerNorm without weight and bias, got an affine one")

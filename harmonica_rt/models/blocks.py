@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 NOT_A_TRUNK = ("down_blocks", "up_blocks")  # a UNet's: what is between them is in no list
@@ -15,7 +17,7 @@ def block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     projections, which have one part or none, are no blocks.
     """
     if _is_of_peft(model):
-        return block_lists(model.get_base_model())
+        return block_lists(_inner(model))
     if hasattr(model, "_orig_mod") or any(hasattr(model, name) for name in NOT_A_TRUNK):
         return {}  # of a whole that torch.compile took, forward runs no block of its own
     lists = {name: _blocks(child) for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
@@ -40,12 +42,17 @@ def _blocks(child: nn.ModuleList) -> list[nn.Module]:
 def class_name(model: nn.Module) -> str:
     """By which schedules know `model`: that of what torch.compile or peft wrapped, not of the wrapper."""
     if _is_of_peft(model):
-        return class_name(model.get_base_model())
+        return class_name(_inner(model))
     return type(getattr(model, "_orig_mod", model)).__name__
 
 
 def _is_of_peft(model: nn.Module) -> bool:
     return type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model")
+
+
+def _inner(model: Any) -> nn.Module:
+    """What peft wrapped."""
+    return model.get_base_model()
 
 
 def no_blocks(model: nn.Module) -> str:

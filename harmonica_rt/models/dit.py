@@ -12,7 +12,8 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from .base import Branch, Inputs, Macs, Norm, expect_plain_norm
+from .base import DiffusersModule, Inputs, Macs
+from .branch import Branch, Norm
 from .parts import (
     FEED_FORWARD,
     GATE_ATTN,
@@ -32,6 +33,7 @@ from .parts import (
     scale_from,
     self_attention,
 )
+from .refusals import expect_plain_norm
 
 MODEL_PARTS: dict[str, type[nn.Module]] = {
     "": DiTTransformer2DModel,
@@ -54,7 +56,7 @@ class DiTAdapter(PatchAdapter):
     branches = ("attn", "mlp")
     end_launches = 4  # patch embedding, positions; output projection, unpatchify
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model = model
         self.config = model.config
         self.blocks = model.transformer_blocks
@@ -128,7 +130,7 @@ class DiTAdapter(PatchAdapter):
         return Macs(self.branch_macs(batch, n), batch * fixed, batch * around)
 
 
-def _embed_condition(embedder: nn.Module, timesteps: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def _embed_condition(embedder: DiffusersModule, timesteps: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """Timestep and label embeddings of n steps and a batch, [n, batch, width]: n rows of one GEMM, not n * batch."""
     time = embedder.timestep_embedder(embedder.time_proj(timesteps).to(dtype))
     return time.unsqueeze(1) + embedder.class_embedder(labels).unsqueeze(0)

@@ -14,12 +14,14 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformer2DModel,
     FluxTransformerBlock,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layout import Group
-from .base import Branch, Inputs, Macs, Norm, Shape, UnsupportedModelError
+from .base import DiffusersModule, Inputs, Macs, Shape
+from .branch import Branch, Norm
 from .joint import PackedAdapter, expect_plain_norms, expect_unclipped, fill_pair, fill_rows, joint_block
 from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, expect_with, macs_a_row, refuse
+from .refusals import UnsupportedModelError
 from .stages import Call, Held
 
 MODEL_PARTS = {"": FluxTransformer2DModel, "norm_out": AdaLayerNormContinuous}
@@ -38,7 +40,7 @@ class FluxAdapter(PackedAdapter):
     embedder = "x_embedder"
     default_tokens = 4096, 512  # 1024 x 1024 pixels
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model, self.config = model, model.config
         self.joint, self.single = model.transformer_blocks, model.single_transformer_blocks
         self.layers = len(self.joint) + len(self.single)

@@ -10,8 +10,10 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .base import Adapter, Branch, Macs, Norm, Shape, UnsupportedModelError, expect_plain_norm
+from .base import Adapter, DiffusersModule, Macs, Shape
+from .branch import Branch, Norm
 from .parts import GATE_ATTN, GATE_MLP, SCALE_ATTN, SCALE_MLP, SHIFT_ATTN, SHIFT_MLP
+from .refusals import UnsupportedModelError, expect_plain_norm
 from .stages import Call, Held
 
 
@@ -34,13 +36,13 @@ class JointAdapter(Adapter):
         held["text"].copy_(self.model.context_embedder(conditioning[0]))
 
 
-def expect_unclipped(model: nn.Module) -> None:
+def expect_unclipped(model: DiffusersModule) -> None:
     """Its blocks clip their streams in float16, which no row of a program does."""
     if model.dtype == torch.float16:
         raise UnsupportedModelError("expected float32 or bfloat16, got float16: the model clips its streams then")
 
 
-def expect_plain_norms(model: nn.Module) -> None:
+def expect_plain_norms(model: DiffusersModule) -> None:
     """Every LayerNorm but those of attention without weight and bias."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) and ".attn." not in name:
@@ -67,6 +69,7 @@ class PackedAdapter(JointAdapter):
         return shape.context, shape.context + shape.sample[1]
 
     def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
+        assert held is not None, "the text is held"
         return torch.cat([held["text"], getattr(self.model, self.embedder)(sample)], dim=1, out=out)
 
     def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
@@ -96,8 +99,8 @@ def cut(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
 
 
 def joint_block(
-    attn: nn.Module,
-    mlps: tuple[nn.Module, nn.Module],
+    attn: DiffusersModule,
+    mlps: tuple[DiffusersModule, DiffusersModule],
     rows: Sequence[tuple[int, int]],
     eps: tuple[float, float],
     width: int,
@@ -119,8 +122,9 @@ def joint_block(
         image, text = attn(hidden_states=image, encoder_hidden_states=text, **read(held))
         return text, image
 
-    def feed(y: Tensor, held: Held) -> tuple[Tensor, ...]:
-        return tuple(mlp(segment) for mlp, segment in zip(mlps, cut(y, held)))
+    def feed(y: Tensor, held: Held) -> tuple[Tensor, Tensor]:
+        text, image = cut(y, held)
+        return mlps[0](text), mlps[1](image)
 
     attention = Call(attend, (attn,), lambda b, n, _: b * n * (4 * width * width + 2 * n * width), copies=2)
     mlp = Call(feed, mlps, lambda b, n, _: b * n * 2 * width * hidden, copies=2)
@@ -130,7 +134,7 @@ def joint_block(
     ]
 
 
-def fill_rows(layers: Iterable[nn.Module], embedded: Tensor, out: Tensor) -> None:
+def fill_rows(layers: Iterable[DiffusersModule], embedded: Tensor, out: Tensor) -> None:
     """What modulation layers put out, shift, scale and gate by turns, one layer behind the other; scale as 1 + scale.
 
     Args:
@@ -146,7 +150,7 @@ def fill_rows(layers: Iterable[nn.Module], embedded: Tensor, out: Tensor) -> Non
         start += rows.shape[2]
 
 
-def fill_pair(layer: nn.Module, embedded: Tensor, out: Tensor) -> None:
+def fill_pair(layer: DiffusersModule, embedded: Tensor, out: Tensor) -> None:
     """What the layer of an ``AdaLayerNormContinuous`` puts out, scale and shift -> shift and 1 + scale."""
     scale, shift = layer(embedded).view(out.shape).unbind(2)
     out[:, :, 0], out[:, :, 1] = shift, 1 + scale

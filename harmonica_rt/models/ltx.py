@@ -15,10 +15,12 @@ from diffusers.models.transformers.transformer_ltx import (
     LTXVideoTransformer3DModel,
     LTXVideoTransformerBlock,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Adapter, Branch, Inputs, Macs, Norm, Shape, expect_plain_norm
+from .base import Adapter, DiffusersModule, Inputs, Macs, Shape
+from .branch import Branch, Norm
 from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, refuse, scale_from
+from .refusals import expect_plain_norm
 from .stages import Call, Held
 
 MODEL_PARTS = {"": LTXVideoTransformer3DModel, "time_embed": AdaLayerNormSingle, "rope": LTXVideoRotaryPosEmbed}
@@ -39,7 +41,7 @@ class LTXAdapter(Adapter):
     channel_dim = 2
     end_launches = 3  # the input projection and its copy into the stream; the output projection
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model, self.config, self.blocks = model, model.config, model.transformer_blocks
         self.layers = len(self.blocks)
         expect_parts(model, MODEL_PARTS)
@@ -96,9 +98,9 @@ class LTXAdapter(Adapter):
 
     def hold(self, shape: Shape) -> Held:
         batch, tokens, _ = shape.sample
-        on = {"dtype": shape.dtype, "device": shape.device}
+        empty = partial(torch.empty, dtype=shape.dtype, device=shape.device)
         table = torch.empty(2, batch, tokens, self.width, device=shape.device)  # float32, as the model's
-        text, bias = torch.empty(batch, shape.context, self.width, **on), torch.empty(batch, 1, shape.context, **on)
+        text, bias = empty((batch, shape.context, self.width)), empty((batch, 1, shape.context))
         return Held(text=text, bias=bias, cos=table[0], sin=table[1])
 
     def encode(self, conditioning: tuple[Tensor, ...], held: Held) -> None:

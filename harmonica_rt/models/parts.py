@@ -14,7 +14,8 @@ from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .base import Adapter, Shape, UnsupportedModelError, expect_exactly, join_rows
+from .base import Adapter, DiffusersModule, Shape
+from .refusals import UnsupportedModelError, expect_exactly
 from .stages import Gelu, Held, Linear, SelfAttention, Stage
 
 # A wrapper or subclass of any of these may compute something else
@@ -48,7 +49,7 @@ class Patches:
         model: with ``pos_embed`` and ``config.patch_size``; checked.
     """
 
-    def __init__(self, model: nn.Module, name: str = "pos_embed") -> None:
+    def __init__(self, model: DiffusersModule, name: str = "pos_embed") -> None:
         self.module, self.size = model.pos_embed, model.config.patch_size
         self._positions: dict[tuple[int, int], Tensor] = {}
         expect_parts(self.module, {"": PatchEmbed, "proj": nn.Conv2d}, name)
@@ -114,7 +115,8 @@ class PatchAdapter(Adapter):
         return self.patches.embed(sample, out)
 
     def finish(self, y: Tensor, sample: tuple[int, ...]) -> Tensor:
-        return self.patches.join(self.head(y), *sample[2:], self.out_channels)
+        height, width = sample[2:]
+        return self.patches.join(self.head(y), height, width, self.out_channels)
 
     def output(self, sample: Tensor) -> Transformer2DModelOutput:
         return Transformer2DModelOutput(sample=sample)
@@ -123,7 +125,7 @@ class PatchAdapter(Adapter):
 # ---- attention and feed-forward
 
 
-def check_attention(attn: nn.Module, name: str, uses: Counter[int]) -> None:
+def check_attention(attn: DiffusersModule, name: str, uses: Counter[int]) -> None:
     """`uses`: how often each parameter of the model occurs in it, by id."""
     expect_parts(attn, ATTENTION, name)
     for part in ("to_q", "to_k", "to_v"):
@@ -140,7 +142,7 @@ def check_attention(attn: nn.Module, name: str, uses: Counter[int]) -> None:
         raise UnsupportedModelError(f"{name}: expected rescale_output_factor 1, got {attn.rescale_output_factor}")
 
 
-def parameter_uses(model: nn.Module) -> Counter[int]:
+def parameter_uses(model: DiffusersModule) -> Counter[int]:
     return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
 
@@ -157,11 +159,11 @@ def joined(*modules: nn.Linear, join: bool) -> Linear:
     return Linear(join_rows([m.weight for m in modules]), bias)
 
 
-def self_attention(attn: nn.Module, join: bool) -> tuple[Stage, ...]:
+def self_attention(attn: DiffusersModule, join: bool) -> tuple[Stage, ...]:
     return joined(attn.to_q, attn.to_k, attn.to_v, join=join), SelfAttention(attn.heads), linear(attn.to_out[0])
 
 
-def feed_forward(ff: nn.Module) -> tuple[Stage, ...]:
+def feed_forward(ff: DiffusersModule) -> tuple[Stage, ...]:
     gelu = ff.net[0]
     return linear(gelu.proj), Gelu(gelu.approximate), linear(ff.net[2])
 
@@ -248,3 +250,21 @@ def expect_with(option: str, given: bool, name: str, value: Any, shape: tuple[in
 
 def describe(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def join_rows(parameters: Sequence[Tensor]) -> Tensor:
+    """One [sum of rows, ...] tensor over `parameters`, which become views of it unless they are neighbours already."""
+    first = parameters[0]
+    end, neighbours = first.storage_offset(), True
+    for p in parameters:
+        same_storage = p.untyped_storage()._cdata == first.untyped_storage()._cdata
+        neighbours &= same_storage and p.storage_offset() == end and p.is_contiguous()
+        end += p.numel()
+    if not neighbours:
+        joined = torch.cat([p.data for p in parameters])
+        start = 0
+        for p in parameters:
+            p.data = joined.narrow(0, start, len(p))
+            start += len(p)
+    shape = (sum(len(p) for p in parameters), *first.shape[1:])
+    return first.data.as_strided(shape, first.stride())

@@ -12,7 +12,8 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from .base import Branch, Inputs, Macs, Norm, UnsupportedModelError, expect_exactly, expect_plain_norm
+from .base import DiffusersModule, Inputs, Macs
+from .branch import Branch, Norm
 from .parts import (
     FEED_FORWARD,
     PatchAdapter,
@@ -28,6 +29,7 @@ from .parts import (
     scale_from,
     self_attention,
 )
+from .refusals import UnsupportedModelError, expect_exactly, expect_plain_norm
 from .stages import CrossAttention, Held
 
 BLOCK_PARTS: dict[str, type[nn.Module]] = {
@@ -59,7 +61,7 @@ class PixArtAdapter(PatchAdapter):
     branches = ("attn", "cross_attn", "mlp")
     end_launches = 4  # patch embedding, positions; output projection, unpatchify
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model = model
         self.config = model.config
         self.blocks = model.transformer_blocks
@@ -106,7 +108,10 @@ class PixArtAdapter(PatchAdapter):
         single, batch = self.model.adaln_single, out.shape[1]
         time = single.emb.timestep_embedder(single.emb.time_proj(timesteps).to(out.dtype)).unsqueeze(1)
         sizes, _ = self._split(conditioning)
-        embedded = time + self._embed_size(*sizes, out.dtype) if sizes else time  # [n, batch or 1, D]
+        embedded = time  # [n, batch or 1, D]
+        if sizes:
+            resolution, aspect_ratio = sizes
+            embedded = time + self._embed_size(resolution, aspect_ratio, out.dtype)
         rows = single.linear(F.silu(embedded)).unflatten(-1, (6, self.width)).expand(-1, batch, -1, -1)
         for i, block in enumerate(self.blocks):
             own = out.narrow(2, 6 * i, 6)

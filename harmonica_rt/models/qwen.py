@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel, QwenImageTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Branch, Inputs, Macs, Shape, UnsupportedModelError
+from .base import DiffusersModule, Inputs, Macs, Shape
+from .branch import Branch
 from .joint import PackedAdapter, expect_plain_norms, expect_unclipped, fill_pair, fill_rows, joint_block
 from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, expect_with, macs_a_row, refuse
+from .refusals import UnsupportedModelError
 from .stages import Held
 
 UNREAD = ("attention_kwargs", "controlnet_block_samples")
@@ -30,7 +32,7 @@ class QwenAdapter(PackedAdapter):
     embedder = "img_in"
     default_tokens = 4096, 128  # 1024 x 1024 pixels; text is as long as the prompt
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model, self.config, self.blocks = model, model.config, model.transformer_blocks
         self.layers, self.width, self.rows = len(self.blocks), model.inner_dim, ROWS * len(self.blocks) + 2
         self.in_channels, self.out_channels = self.config.in_channels, self.config.patch_size**2 * model.out_channels

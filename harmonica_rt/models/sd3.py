@@ -11,7 +11,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from .base import Branch, Inputs, Macs, Shape, UnsupportedModelError
+from .base import DiffusersModule, Inputs, Macs, Shape
+from .branch import Branch
 from .joint import JointAdapter, expect_plain_norms, fill_pair, fill_rows, joint_block
 from .parts import (
     PatchAdapter,
@@ -24,6 +25,7 @@ from .parts import (
     read_sample,
     refuse,
 )
+from .refusals import UnsupportedModelError
 from .stages import Held
 
 UNREAD = ("joint_attention_kwargs", "block_controlnet_hidden_states", "skip_layers")
@@ -37,7 +39,7 @@ class SD3Adapter(JointAdapter, PatchAdapter):
     branches = ("attn", "mlp")
     end_launches = 8  # patches, positions cut and added, both segments as one; image alone, projected, unpatchify
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model, self.config, self.blocks = model, model.config, model.transformer_blocks
         self.layers, self.width = len(self.blocks), model.inner_dim
         self.in_channels, self.out_channels = self.config.in_channels, model.out_channels
@@ -94,6 +96,7 @@ class SD3Adapter(JointAdapter, PatchAdapter):
         return shape.context, shape.context + self.tokens(*shape.sample[2:])
 
     def embed(self, sample: Tensor, held: Held | None = None, out: Tensor | None = None) -> Tensor:
+        assert held is not None, "the text is held"
         image = self.patches.embed(sample, None).to(sample.dtype)  # positions may be kept in fp32
         return torch.cat([held["text"], image], dim=1, out=out)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,10 @@ class Stage(ABC):
 
     launches: ClassVar[int] = 1
     copies: int = 1
-    weights: int = 0
+
+    @property
+    def weights(self) -> int:
+        return 0
 
     @abstractmethod
     def compute(self, h: Tensor, held: Held | None) -> Tensor:
@@ -163,6 +166,7 @@ class CrossAttention(Stage):
     context: int
 
     def compute(self, h: Tensor, held: Held | None) -> Tensor:
+        assert held is not None, "cross-attention reads what is held"
         keys, values = held.keys_values(self.context, self.heads)
         q = split_heads(h, self.heads)
         return join_heads(F.scaled_dot_product_attention(q, keys, values, attn_mask=held["bias"]))
@@ -187,7 +191,7 @@ class Call(Stage):
         copies: one a segment.
     """
 
-    run: Callable[[Tensor, Held], Tensor | tuple[Tensor, Tensor]]
+    run: Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]]
     modules: tuple[nn.Module, ...]
     counted: Callable[[int, int, int], int]
     copies: int = 1

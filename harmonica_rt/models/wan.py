@@ -12,8 +12,10 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from torch import Tensor, nn
 
 from ..layout import Group
-from .base import Adapter, Branch, Inputs, Macs, Norm, Shape, expect_exactly, expect_plain_norm
+from .base import Adapter, DiffusersModule, Inputs, Macs, Shape
+from .branch import Branch, Norm
 from .parts import expect_dtype, expect_parts, expect_shape, expect_tokens, read_sample, refuse
+from .refusals import expect_exactly, expect_plain_norm
 from .stages import Call, Held
 
 # Rows of a block: those of its modulation table, and behind them the weight and bias that norm2 may have
@@ -32,7 +34,7 @@ class WanAdapter(Adapter):
     float32_parts = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     end_launches = 4  # patch embedding, tokens in rows; output projection, unpatchify
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiffusersModule) -> None:
         self.model, self.config = model, model.config
         self.blocks, self.patch = model.blocks, tuple(self.config.patch_size)
         self.layers = len(self.blocks)

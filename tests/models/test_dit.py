@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
 from harmonica_rt.models import adapt
-from harmonica_rt.models.base import join_rows
+from harmonica_rt.models.parts import join_rows
 
 from ..conftest import make_dit
 

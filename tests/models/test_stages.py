@@ -13,7 +13,8 @@ from harmonica_rt.buffers import Buffers
 from harmonica_rt.counting import CountMacs
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import adapt
-from harmonica_rt.models.base import Branch, Norm, Shape
+from harmonica_rt.models.base import Shape
+from harmonica_rt.models.branch import Branch, Norm
 from harmonica_rt.models.stages import CrossAttention, Gelu, Held, Linear, SelfAttention, Stage, scratch_columns
 
 from ..conftest import BACKENDS, assert_close, make_dit, make_pixart
