@@ -31,9 +31,12 @@ test-oldest: $(OLDEST)/ready  ## The test suite with the oldest versions that se
 	TRITON_INTERPRET=1 $(OLDEST)/bin/pytest tests/interpreted
 	$(OLDEST)/bin/pytest --numprocesses 2 --dist loadfile
 
-lint: .venv/ready  ## ruff, check only
+lint: .venv/ready  ## ruff and mypy, check only; types of the package as it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf $(OUT)/typed
+	$(BIN)/python setup.py -q build --build-base $(OUT)/typed --build-lib $(OUT)/typed/lib
+	$(BIN)/mypy $(OUT)/typed/lib/harmonica_rt
 
 bench: .venv/ready  ## The figures of README.md, the suites, and peers in short (about an hour and a half on two cores)
 	$(BIN)/python bench/targets.py

@@ -1,4 +1,5 @@
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import setup
 
@@ -6,7 +7,7 @@ from setuptools import setup
 # PyPI's `kernels`, which diffusers imports.
 setup(
     name="harmonica_rt",
-    version="0.1.0",
+    version=run_path("harmonica_rt/version.py")["__version__"],
     description="Compiled-kernel acceleration runtime for diffusion transformers: static feature-caching schedules",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -14,7 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=["harmonica_rt", "harmonica_rt.models", "harmonica_rt.kernels", "harmonica_rt.train"],
-    package_data={"harmonica_rt.train": ["captions.txt"]},
+    package_data={"harmonica_rt": ["py.typed"], "harmonica_rt.train": ["captions.txt"]},
     package_dir={"harmonica_rt.kernels": "kernels", "harmonica_rt.train": "train"},
     install_requires=[
         "torch>=2.11,<2.14",
@@ -40,6 +41,7 @@ setup(
             "pytest-xdist>=3.6.1,<4",
             "hypothesis>=6.100,<7",
             "ruff==0.17.6",
+            "mypy==2.4.1",
             "transformers>=5,<6",  # diffusers' text-to-image pipelines
             "peft>=0.21.2,<0.22",  # what people pair with it: tests/pairings
             "torchao>=0.18,<0.19",

@@ -14,7 +14,7 @@ from .buffers import Buffers
 from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
-from .models.base import Branch, Norm, Row, by_segment
+from .models.branch import Branch, Norm, Row, by_segment
 from .models.stages import Gelu, Held, Linear, Stage, scratch_columns
 from .program import STREAM, Gap, Term
 
@@ -49,7 +49,8 @@ class EagerOps:
 
     def branch(self, entry: int) -> BranchCall:
         """The calls of a branch, the last one writing into a slot."""
-        stages, held, calls = self.stages[entry], self.buffers.held, []
+        stages, held = self.stages[entry], self.buffers.held
+        calls: list[Callable[[Tensor], Tensor]] = []
         for stage, columns in zip(stages, scratch_columns(stages)):
             if columns:
                 calls.append(partial(stage.into, held=held, out=self.buffers.scratch_of(columns)))
@@ -93,7 +94,7 @@ class EagerOps:
 
     def _at(self, row: Row | None, step: int) -> Tensor | tuple[Tensor, Tensor] | None:
         """A modulation row of `step`, [batch, 1, width], or of both segments; without text all is the second."""
-        if self._apart(row):
+        if isinstance(row, tuple) and self._apart(row):
             return self.buffers.row(row[0], step), self.buffers.row(row[1], step)
         return None if row is None else self.buffers.row(row[1] if isinstance(row, tuple) else row, step)
 
@@ -116,16 +117,18 @@ class InductorOps(EagerOps):
 
     def gap(self, gap: Gap, step: int) -> GapCall:
         (slots, gates, weights), norm = self._terms(gap), self.norms[gap.norm]
-        calls, start, sizes = [], 0, chunks(len(slots))
+        calls: list[tuple[Callable[..., list[Tensor]], list[Tensor]]] = []
+        start, sizes = 0, chunks(len(slots))
         for n, terms in enumerate(sizes):
-            normed, part = norm is not None and n == len(sizes) - 1, slice(start, start + terms)
+            last, part = norm if n == len(sizes) - 1 else None, slice(start, start + terms)
             start += terms
-            if not terms and not normed:
+            if not terms and last is None:
                 continue
-            rows = [*gates[part], norm.shift, norm.scale] if normed else gates[part]
-            eps, kind = (norm.eps, norm.kind) if normed else (0.0, "layer")
+            rows = gates[part] if last is None else [*gates[part], last.shift, last.scale]
+            eps, kind = (0.0, "layer") if last is None else (last.eps, last.kind)
             scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.buffers.shape.device)
-            calls.append((self._variant(terms, normed, kind), [scalars, *slots[part], *self._rows(rows, step)]))
+            operands = [scalars, *slots[part], *self._rows(rows, step)]
+            calls.append((self._variant(terms, last is not None, kind), operands))
         run = partial(_gap_compiled, calls, bool(slots), norm is not None)
         return run if gap.start == STREAM else partial(_instead, self._start(gap), run)
 
@@ -137,12 +140,11 @@ class InductorOps(EagerOps):
 
     def _rows(self, rows: list[Row | None], step: int) -> list[Tensor]:
         """As a compiled kernel takes them: of one segment, or of the first and then of the second."""
-        if not self.buffers.split:
-            rows = [row[1] if isinstance(row, tuple) else row for row in rows]
-        else:
-            pairs = [by_segment(row, 2) for row in rows]
-            rows = [first for first, _ in pairs] + [second for _, second in pairs]
-        return [self._one if row is None else self.buffers.row(row, step) for row in rows]
+        pairs = [by_segment(row, 2) for row in rows]
+        single = [second for _, second in pairs]
+        if self.buffers.split:
+            single = [first for first, _ in pairs] + single
+        return [self._one if row is None else self.buffers.row(row, step) for row in single]
 
     def _stages(self, branch: Branch) -> tuple[Stage, ...]:
         columns = (*scratch_columns(branch.stages), 0)
@@ -194,8 +196,8 @@ class CudaGraphOps(EagerOps):
         operands = (self._y, buffers.slots, buffers.rows, buffers.step, *self._tables[gap])
         fresh = gap.start != STREAM
         if norm is None:
-            rest = ("none", (-1, -1), (-1, -1), 0.0, buffers.split, fresh)
-            return partial(_gap_op_bare, self._op if gap.terms or fresh else None, operands, rest)
+            none = ("none", (-1, -1), (-1, -1), 0.0, buffers.split, fresh)
+            return partial(_gap_op_bare, self._op if gap.terms or fresh else None, operands, none)
         rest = (norm.kind, self._numbers(norm.shift), self._numbers(norm.scale), norm.eps, buffers.split, fresh)
         return partial(_gap_op, self._op, operands, rest)
 

@@ -21,7 +21,8 @@ from .kernels.inductor import CompilerMissing
 from .loop import LoopGraph
 from .lowering import lower
 from .models import Adapter, adapt, adapt_at_branches
-from .models.base import Branch, Inputs, Norm, Shape
+from .models.base import Inputs, Shape
+from .models.branch import Branch, Norm
 from .program import Program
 from .schedule import Schedule
 
@@ -129,7 +130,7 @@ class BranchEngine(Engine):
 
     def begin(self, call: Inputs, schedule: Schedule, start: int, context: Hashable) -> BranchRun:
         seen = Snapshot.of(self.model)
-        if seen == self._seen:
+        if seen == self._seen and self._kind is not None:
             adapter, kind = self.adapter, self._kind
         else:
             adapter = adapt_at_branches(self.model)
@@ -158,7 +159,7 @@ class BranchEngine(Engine):
         shape = shape_of(self.adapter, call)
         return was == replace(shape, sample=(2 * shape.batch, *shape.sample[1:]))
 
-    def half_run(self, run: BranchRun, call: Inputs, number: int, context: Hashable) -> BranchRun:
+    def half_run(self, run: Any, call: Inputs, number: int, context: Hashable) -> BranchRun:
         old, shape = run.plan, run.shape_of(call)
         plan = self.plan((context, shape, run.start), lambda: self._make_plan(old.program, shape, call))
         for name in ("slots", "outputs"):
@@ -199,6 +200,7 @@ class BranchEngine(Engine):
         return plan
 
     def _plan(self, program: Program, shape: Shape, backend: str, call: Inputs) -> Plan:
+        assert self._bound is not None, "a run binds the model as it begins"
         plan = Plan(*self._bound, program, shape, backend)
         if backend != "cudagraph":
             return plan

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .models.base import Adapter, Row, Shape
+from .models.base import Adapter, Shape
+from .models.branch import Row
 from .program import Program
 
 MODULATION_BYTES = 256 * 2**20  # modulation rows are computed ahead for as many steps as fit in this
@@ -39,7 +42,7 @@ class Buffers:
         self.segments = adapter.segments
         (self.split, tokens), width = adapter.stream(shape), adapter.width
         self.stream = (shape.batch, tokens, width)
-        on = {"dtype": shape.dtype, "device": shape.device}
+        empty = partial(torch.empty, dtype=shape.dtype, device=shape.device)
         self.channels = _table(program.channels, width, "channels", torch.float32, shape.device)
         self.output_channels = _table(
             program.output_channels, adapter.out_channels, "output_channels", shape.dtype, shape.device
@@ -52,11 +55,11 @@ class Buffers:
         self.rows = torch.empty(self.window, shape.batch, count, width, dtype=dtype, device=shape.device)
         self.step = torch.zeros(1, dtype=torch.int32, device=shape.device)
         self.held = adapter.hold(shape)
-        self.x = torch.empty(self.stream, **on)
+        self.x = empty(self.stream)
         # Zeros: a term that adds nothing to a segment is a product with 0 where kernels have no other way
-        self.slots = torch.zeros(program.slots, *self.stream, **on)
-        self.outputs = torch.empty(program.outputs, *adapter.output_shape(shape.sample), **on)
-        self.scratch = torch.empty(shape.batch * tokens * scratch, **on)
+        self.slots = torch.zeros((program.slots, *self.stream), dtype=shape.dtype, device=shape.device)
+        self.outputs = empty((program.outputs, *adapter.output_shape(shape.sample)))
+        self.scratch = empty(shape.batch * tokens * scratch)
 
     def select(self, step: int) -> None:
         """Have kernels that look it up use the modulation rows of `step`."""

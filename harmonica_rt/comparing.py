@@ -62,6 +62,14 @@ def compare(
 
     Raises:
         TypeError, ValueError: naming what was expected and what came, before anything runs.
+
+    Returns:
+        A `Comparison`: `print` it for a table (seconds, MiB, PSNR in dB), `save(folder)` it for a page with pictures.
+
+    Example::
+
+        compared = hrt.compare(pipe, ["uniform:2", "mine.json"], ["a lighthouse at dusk"], num_inference_steps=28)
+        compared.save("out")
     """
     if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
         raise ValueError(f"rounds: expected a positive integer, got {rounds!r}")
@@ -77,7 +85,7 @@ def compare(
     if any(compiling.is_compiled(denoiser) for denoiser in denoisers.values()):
         raise ValueError("pipe: expected the pipeline as it came, got a compiled one: hrt.uncompile(pipe) first")
     model, count = next(iter(denoisers.values())), sampler_steps(generation)
-    known = {"sampler": type(pipe.scheduler).__name__, "guidance_scale": generation.guidance}
+    known: dict[str, Any] = {"sampler": type(pipe.scheduler).__name__, "guidance_scale": generation.guidance}
     with without_model_offload(pipe) as offload:
         candidates = [_Candidate(FULL, another(pipe), None)]
         try:
@@ -281,19 +289,20 @@ class _Comparing:
             row.note = "made images that are not finite"
         else:
             pairs = list(zip(samples, self.reference))
-            measures = {"psnr": psnr_of, "ssim": ssim_of}
+            measures: dict[str, Callable[..., float]] = {"psnr": psnr_of, "ssim": ssim_of}
             measures |= {"lpips": self.distance} if self.distance else {}
             row.quality[number] = {name: sum(of(*pair) for pair in pairs) / len(pairs) for name, of in measures.items()}
-        candidate.last += time.perf_counter() - began
+        candidate.last = (candidate.last or 0.0) + time.perf_counter() - began
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _say(self, phase: str, candidate: _Candidate, number: int = 0) -> None:
-        full = self.candidates[0].last
-        usual = {id(c): full if c.last is None else c.last for c in self.candidates}
-        left = None if full is None else sum(count * usual[key] for key, count in self.calls.items())
+        left, full = None, self.candidates[0].last
+        if full is not None:
+            usual = {id(c): full if c.last is None else c.last for c in self.candidates}
+            left = sum(count * usual[key] for key, count in self.calls.items())
         share = 1 - sum(self.calls.values()) / self.total
         text = f"{candidate.row.name}, prompt {number + 1} of {len(self.numbers)}"
         self.show(phase, text, share, left)

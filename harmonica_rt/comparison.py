@@ -41,9 +41,10 @@ class Comparison(Figures):
             table.add_column(heading, justify="right", no_wrap=True)
         for cells in self.cells():
             table.add_row(*cells)
-        console = Console(width=400, file=io.StringIO(), force_terminal=False)
+        text = io.StringIO()
+        console = Console(width=400, file=text, force_terminal=False)
         console.print(table, markup=False, highlight=False)
-        lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
         return "\n".join([*lines, *self.remarks()])
 
     def json(self) -> str:

@@ -49,6 +49,13 @@ class CompiledTransformer(ModelFace):
     Calls must come in the order of the sampler's steps. On a CPU each call's timestep is read and checked; elsewhere
     calls are counted, and `reset()` starts a run (a pipeline's scheduler does so by itself). The calls a sampler makes
     within a step are told apart by `cache_context`, or by their order: each context has values of its own.
+
+    `compile` makes it and `uncompile` takes it back.
+
+    Attributes:
+        model: the model itself.
+        schedule: its schedule, or one a context.
+        backend: as it was asked for.
     """
 
     _recorder: Callable[[torch.device], Recorder] = CudaRecorder
@@ -66,14 +73,20 @@ class CompiledTransformer(ModelFace):
     ) -> None:
         schedules = [*schedule.values()] if isinstance(schedule, Mapping) else [schedule]
         own = weakref.ref(self)
-        engine = self._engines[schedules[0].level](model, backend, plans, lambda device: own()._recorder(device))
+
+        def recorder(device: torch.device) -> Recorder:
+            compiled = own()
+            assert compiled is not None, "its engine goes with it"
+            return compiled._recorder(device)
+
+        engine = self._engines[schedules[0].level](model, backend, plans, recorder)
         for each in schedules:
             engine.check(each)
         ModelFace.__init__(self, model)
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "backend", backend)
         self._engine = engine
-        self._options = {"backend": backend, "plans": plans, "strict": strict}
+        self._options: dict[str, Any] = {"backend": backend, "plans": plans, "strict": strict}
         self._sampling = Sampling(schedules, strict, None) if sampling is None else sampling
         self._signature = ForwardSignature(model)
         self._runs: dict[Hashable, Run] = {}  # by context
@@ -243,7 +256,8 @@ class CompiledTransformer(ModelFace):
             again = tracker.start is not None and name not in tracker.called
         else:  # calls that are counted are a step each
             again = timestep is not None and tracker.sample is not None
-            same = again and tracker.sample == Seen(call.samples) and not tracker.may_repeat(timestep)
+            same = again and tracker.sample == Seen(call.samples)
+            same = same and timestep is not None and not tracker.may_repeat(timestep)
             again = again and (same or told == tracker.next - 1)
         try:
             place = tracker.locate(timestep, again=again, told=told)

@@ -110,9 +110,11 @@ class CompiledBlocks:
         are two compiles at most, for a batch of 1 and for others. `torch.compile(dynamic=True)` would say it anew, at a
         tenth of a millisecond, for each block.
         """
-        from torch._dynamo import config as dynamo
-        from torch.fx.experimental import _config as shapes
+        from torch._dynamo import config
+        from torch.fx.experimental import _config
 
+        dynamo: Any = config  # `patch` is put into both modules as torch is imported
+        shapes: Any = _config
         with dynamo.patch(assume_static_by_default=False), shapes.patch(use_duck_shape=False):
             yield
 

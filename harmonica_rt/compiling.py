@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -46,6 +46,12 @@ def compile(
 
     Raises:
         TypeError, ValueError: naming what was expected and what came; nothing is changed then.
+
+    Example::
+
+        pipe = hrt.compile(pipe, hrt.Schedule.load("mine.json"))
+        schedule = hrt.Schedule.uniform(model, steps=20, timesteps=scheduler.timesteps)
+        model = hrt.compile(model, schedule, backend="eager")
     """
     if backend not in ("auto", *OPS):
         raise ValueError(f"backend: expected one of {('auto', *OPS)}, got {backend!r}")
@@ -53,7 +59,7 @@ def compile(
         raise ValueError(f"plans: expected a positive integer, got {plans!r}")
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected True or False, got {strict!r}")
-    options = {"backend": backend, "plans": plans, "strict": strict}
+    options: dict[str, Any] = {"backend": backend, "plans": plans, "strict": strict}
     return put_in(
         model_or_pipeline, schedule, strict, lambda model, own, more: CompiledTransformer(model, own, **options, **more)
     )
@@ -89,7 +95,10 @@ def put_in(
 
 
 def uncompile(model_or_pipeline: Any) -> Any:
-    """The model as it was, or the same pipeline with its own denoisers back; other pipelines keep theirs."""
+    """The model as it was, or the same pipeline with its own denoisers back; other pipelines keep theirs.
+
+    What was never compiled is given back as it is. Plans and graphs are freed.
+    """
     if denoisers := denoisers_of(model_or_pipeline):
         for name, current in denoisers.items():
             if is_compiled(current):
@@ -99,7 +108,7 @@ def uncompile(model_or_pipeline: Any) -> Any:
     return model_or_pipeline.uncompile() if is_compiled(model_or_pipeline) else model_or_pipeline
 
 
-def is_compiled(candidate: Any) -> bool:
+def is_compiled(candidate: Any) -> TypeGuard[CompiledTransformer]:
     return issubclass(type(candidate), CompiledTransformer)
 
 

@@ -105,13 +105,8 @@ class Decisions:
             if not isinstance(value, str):
                 raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
         if groups is None and level != "output":
-            groups = [
-                (
-                    "transformer_blocks",
-                    np.shape(compute)[1] or 1 if np.ndim(compute) > 1 else 1,
-                    check_branches(branches),
-                )
-            ]
+            shape = () if compute is None else np.shape(compute)
+            groups = [("transformer_blocks", shape[1] or 1 if len(shape) > 1 else 1, check_branches(branches))]
         elif branches is not None:
             raise TypeError(f"branches: expected none beside groups or at level output, got {branches!r}")
         if not isinstance(order, (int, np.integer)) or isinstance(order, bool) or order not in ORDERS:
@@ -139,7 +134,7 @@ class Decisions:
             output_channels = check_output_channels(output_channels, output, order)
         if guidance_scale is not None:
             guidance_scale = finite("guidance_scale", guidance_scale)
-        values = {
+        values: dict[str, Any] = {
             "compute": _frozen(compute),
             "weights": _frozen(weights),
             "carry": _frozen(carry),
@@ -168,13 +163,20 @@ class Decisions:
         raise AttributeError("Schedule is immutable")
 
     def replace(self, **changes: Any) -> Self:
-        """A changed copy, validated. Learned weights are kept only if what is computed and `order` stay."""
+        """A changed copy, validated. Learned weights are kept only if what is computed and `order` stay.
+
+        Args:
+            changes: fields by name; None for weights and carries takes the forecast's and 0.
+
+        Raises:
+            TypeError, ValueError: there is no such field, or its value does not fit the others.
+        """
         known = {name: getattr(self, name) for name in Decisions.__slots__}
         if unknown := sorted(set(changes) - {*known, "branches"}):
             raise TypeError(f"replace: unknown field {unknown[0]!r}, expected one of {sorted([*known, 'branches'])}")
         if "branches" in changes:
             known["groups"] = None
-        elif "groups" not in changes and len(self.groups) == 1 and np.ndim(changes.get("compute")) == 3:
+        elif "groups" not in changes and len(self.groups) == 1 and np.ndim(changes.get("compute", ())) == 3:
             known["groups"] = (self.groups[0]._replace(layers=np.shape(changes["compute"])[1]),)
         for name in ("weights", "output_weights"):
             if name not in changes and ({"compute", "output", "order", "forecast"} & set(changes) or not self.learned):
@@ -263,13 +265,8 @@ class Decisions:
     # ---- value semantics
 
     def _key(self) -> tuple[Any, ...]:
-        arrays = (self.compute.shape, self.compute.tobytes(), self.weights.tobytes(), self.carry.tobytes())
-        arrays += (self.output.tobytes(), self.output_weights.tobytes())
-        for channels in (self.channels, self.output_channels):
-            arrays += (None,) if channels is None else (channels.shape, channels.tobytes())
-        rest = (self.order, self.model, self.level, self.groups, self.sampler, self.timesteps)
-        rest += (self.log_snr, self.forecast, self.guidance_scale, self.note)
-        return arrays + rest
+        values = (getattr(self, name) for name in Decisions.__slots__)
+        return tuple((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Decisions) else NotImplemented

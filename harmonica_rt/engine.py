@@ -113,7 +113,7 @@ class Engine(ABC):
         """Whether `call` is for half of the samples of a plan for `was`, and the same otherwise."""
 
     @abstractmethod
-    def half_run(self, run: Run, call: Any, number: int, context: Hashable) -> Run:
+    def half_run(self, run: Any, call: Any, number: int, context: Hashable) -> Run:
         """`run` for half `number` of its batch, with the values it holds."""
 
     def loop(

@@ -13,8 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .kept_streams import Blank, ForwardChanged, Sum, Values, expect_tensors, is_stream, kind_of, weighted_sum
 from .kernels.combine_torch import combine_eager
-from .models import UnsupportedModelError
-from .models.base import NoCarryError
+from .models.refusals import NoCarryError, UnsupportedModelError
 from .program import Combine
 
 
@@ -141,12 +140,22 @@ class Entry:
             )
         return min(alike, key=lambda i: (self.x[i].float() - stream.float()).norm().item())
 
+    def keep(self, slot: int, values: list[Tensor], befores: list[Tensor]) -> None:
+        """The streams after the group, and where it carries those before it."""
+        self._settled(self.values).keep(slot, values)
+        if self.carries:
+            self._settled(self.befores).keep(slot, befores)
+
+    def _settled(self, values: Values | None) -> Values:
+        assert values is not None, f"{self.name} has no buffers yet"
+        return values
+
     def half(self, number: int, batch: int, scratch: dict[Blank, Tensor]) -> Entry:
         """The same for one half of a batch, with the values it holds."""
         own = Entry(self.name, self.carries)
         own.kept, own.sources = self.kept, self.sources
         own.given = {name: blank.half(batch) for name, blank in self.given.items()}
-        own.values = self.values.half(number, batch)
+        own.values = self._settled(self.values).half(number, batch)
         own.befores = None if self.befores is None else self.befores.half(number, batch)
         for result in self.calls:
             leaves = [leaf.half(batch) if isinstance(leaf, Blank) else leaf for leaf in result.leaves]
@@ -159,7 +168,7 @@ class Entry:
     def compute(self, slot: int | None, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = self._next()
         if number == 0 and slot is not None and self.carries:
-            self.befores.keep(slot, self.before(args, kwargs))
+            self._settled(self.befores).keep(slot, self.before(args, kwargs))
         result = run(*args, **kwargs)
         leaves, spec = tree_flatten(result)
         was = self.calls[number]
@@ -172,7 +181,7 @@ class Entry:
         if slot is not None:
             for stream, (call, leaf) in enumerate(self.kept):
                 if call == number:
-                    self.values.keep(slot, [leaves[leaf]], stream)
+                    self._settled(self.values).keep(slot, [leaves[leaf]], stream)
         return result
 
     def reuse(
@@ -212,8 +221,11 @@ class Entry:
         return tree_unflatten(leaves, result.spec)
 
     def _combine(self, stream: int, combination: Combine, channels: Tensor | None, combine: Sum) -> Tensor:
-        like, sources = self.values.slots[0][stream], {"value": self.values, "before": self.befores}
-        values = [self.x[stream] if t.of == "now" else sources[t.of].slots[t.slot][stream] for t in combination.terms]
+        like, sources = self._settled(self.values).slots[0][stream], {"value": self.values, "before": self.befores}
+        values = [
+            self.x[stream] if t.of == "now" else self._settled(sources[t.of]).slots[t.slot][stream]
+            for t in combination.terms
+        ]
         return weighted_sum(combination.terms, values, like, channels, self.name, combine)
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -249,5 +261,5 @@ class Entry:
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Blank]:
     """The streams that are arguments themselves, by position or name."""
-    arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-    return {name: Blank(t.shape, t.dtype, t.device) for name, t in arguments.items() if is_stream(t) and t.ndim >= 3}
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {name: Blank(t.shape, t.dtype, t.device) for name, t in arguments if is_stream(t) and t.ndim >= 3}

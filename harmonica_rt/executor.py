@@ -14,9 +14,10 @@ from .backends import OPS, BranchCall, GapCall
 from .buffers import Buffers
 from .cuda_graphs import InputGraphs, Recorder, StepGraphs
 from .loop import LoopGraph, Loops, loop_key
-from .models.base import Adapter, Branch, Norm, Shape, by_segment
+from .models.base import Adapter, Shape
+from .models.branch import Branch, Norm, by_segment
 from .models.stages import scratch_columns
-from .program import Program, ReuseOutput
+from .program import Program, ReuseOutput, Step
 from .streams import Streams
 
 Built = tuple[list[tuple[GapCall, Callable[[Tensor], None]]], GapCall]
@@ -100,6 +101,7 @@ class Plan:
             if term.channel is None:
                 total.add_(output, alpha=term.weight)
             else:
+                assert channels is not None, "weights per channel are of a table"
                 size = [1] * output.ndim
                 size[self.adapter.channel_dim] = -1
                 total.addcmul_(output, channels.select(0, term.channel).view(size))
@@ -128,19 +130,20 @@ class Plan:
         self.adapter.modulate(timesteps, conditioning, rows.narrow(2, 0, self.adapter.rows))
         if self.buffers.channels is not None:
             for ahead in range(min(len(rows), len(self.program.steps) - step)):
-                self._fold(step + ahead, rows.select(0, ahead))
+                self._fold(step + ahead, rows.select(0, ahead), self.buffers.channels.select(0, step + ahead))
 
-    def _fold(self, step: int, rows: Tensor) -> None:
-        """Multiply gates by the weights per channel of `step`: a Gap then has one row a term, as without them."""
+    def _fold(self, step: int, rows: Tensor, channels: Tensor) -> None:
+        """Multiply gates by `channels`, `step`'s weights per channel: a Gap then has one row a term, as without."""
         for gap in self.program.steps[step].gaps:
             for term in gap.terms:
                 if term.channel is not None:
-                    weights = self.buffers.channels.select(0, step).select(0, term.channel).to(rows.dtype)
+                    weights = channels.select(0, term.channel).to(rows.dtype)
                     gate = None if term.entry is None else self.branches[term.entry].gate
                     gates = by_segment(gate, self.buffers.segments)
                     into = by_segment(self.buffers.channel_row(term.channel), self.buffers.segments)
-                    for gate, row in zip(gates, into):
-                        rows.select(1, row).copy_(weights if gate is None else rows.select(1, gate) * weights)
+                    for own, row in zip(gates, into):
+                        assert row is not None
+                        rows.select(1, row).copy_(weights if own is None else rows.select(1, own) * weights)
 
     def encode(self, conditioning: tuple[Tensor, ...]) -> None:
         """Fill what cross-attention reads in the run that begins."""
@@ -171,6 +174,7 @@ class Plan:
 
     def measure(self, rounds: int = 3) -> bool:
         """Time whole runs replayed and launched plainly, in turn, for `measured`. Is replay the faster?"""
+        assert self.graphs is not None, "nothing is captured"
         self.measured = self.graphs.measure(self.run_plainly, rounds)
         replayed, launched = self.measured
         return replayed <= launched
@@ -181,11 +185,11 @@ class Plan:
         Raises:
             CaptureFailed: the sampler's updates cannot be captured.
         """
-        size = (images, *self.shape.sample[1:])
+        assert self.graphs is not None, "nothing is captured"
+        size, recorder = (images, *self.shape.sample[1:]), self.graphs.recorder
 
         def make() -> LoopGraph:
             noise = torch.zeros(size, dtype=self.shape.dtype, device=self.shape.device)
-            recorder = self.graphs.recorder
             return LoopGraph(self.run_plainly, self.streams, recorder, scheduler, guidance_scale, noise)
 
         return self.loops.get(loop_key(scheduler, guidance_scale), make)
@@ -194,8 +198,10 @@ class Plan:
         """Free the memory of the captured steps, and launch plainly from now on."""
         if self.graphs is not None:
             self.graphs.release()
+            self.graphs = None
+        if self.inputs is not None:
             self.inputs.free()
-            self.graphs = self.inputs = None
+            self.inputs = None
 
     def release(self) -> None:
         """Free the graphs' memory now; a plan without graphs goes with its last reference."""
@@ -223,10 +229,11 @@ class Plan:
         if (built := self._steps[step]) is not None:
             return built
         instructions = self.program.steps[step]
-        body = []
+        assert isinstance(instructions, Step), "reuse of the output runs nothing"
+        body: list[tuple[GapCall, Callable[[Tensor], None]]] = []
         for gap, compute in instructions.body:
             out = self.buffers.slots.select(0, compute.slot)
             body.append((self.ops.gap(gap, step), partial(self._computes[compute.entry], out)))
-        built = (body, self.ops.gap(instructions.last, step))
-        self._steps[step] = built
-        return built
+        made = (body, self.ops.gap(instructions.last, step))
+        self._steps[step] = made
+        return made

@@ -36,7 +36,8 @@ class ModelFace(nn.Module, metaclass=LooksLike):
     """A module with the forward signature, class, attributes, parameters and names of another, its `model`."""
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> ModelFace:
-        return super().__new__(looking_like(cls, type(model)))
+        kind: type = type(model)
+        return super().__new__(looking_like(cls, kind))
 
     def __init__(self, model: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -46,11 +47,11 @@ class ModelFace(nn.Module, metaclass=LooksLike):
         keep("__module__", type(model).__module__)  # where a pipeline looks up what it saves
 
     @property
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]  # a module's may be set
         """Same signature as the model's."""
         return Forward(self)
 
-    @property
+    @property  # type: ignore[misc]  # it may be set on other objects
     def __class__(self) -> type:
         """The model's: `isinstance` checks hold, and a pipeline saves its transformer as what it is."""
         return type(self.__dict__["model"]) if "model" in self.__dict__ else type(self)
@@ -90,7 +91,7 @@ class ModelFace(nn.Module, metaclass=LooksLike):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         return self.model.named_children()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> ModelFace:

@@ -214,7 +214,7 @@ class ForwardEngine(Engine):
     def halves(self, was: CallShape, call: ForwardCall) -> bool:
         return call.shape.halves(was)
 
-    def half_run(self, run: ForwardRun, call: ForwardCall, number: int, context: Hashable) -> ForwardRun:
+    def half_run(self, run: Any, call: ForwardCall, number: int, context: Hashable) -> ForwardRun:
         key, batch = (context, call.shape, run.start), 2 * call.batch
         if (stale := self.plans.pop(key, None)) is not None:
             stale.release()

@@ -41,15 +41,15 @@ class ForwardGraphs:
     def __init__(
         self,
         launch: Callable[[ForwardStep, tuple[Any, ...], dict[str, Any]], Any],
-        model: nn.Module,
+        model: Callable[[], nn.Module],
         steps: int,
         recorder: Recorder,
     ) -> None:
         self.launch, self.recorder, self.limit = launch, recorder, 2 * steps
-        self.graphs: dict[Hashable, tuple[Replayable, Any]] = {}
+        self.graphs: dict[tuple[ForwardStep, Hashable], tuple[Replayable, Any]] = {}
         self.loops = Loops()
         self._inputs: dict[Hashable, _Inputs] = {}
-        self._model, self._state = weakref.ref(model), state_of(model)
+        self._model, self._state = model, state_of(model())
 
     def follow(self, model: nn.Module) -> None:
         """Drop graphs of a model that has changed since: other modules, tensors, hooks, numbers (a LoRA's scale)."""
@@ -99,8 +99,8 @@ class ForwardGraphs:
             return loop
 
         loop = self.loops.get((key, call), captured)
-        used = {call for _, call in (*self.graphs, *self.loops.graphs)}
-        self._inputs = {call: inputs for call, inputs in self._inputs.items() if call in used}
+        used = {own for _, own in (*self.graphs, *self.loops.graphs)}
+        self._inputs = {own: inputs for own, inputs in self._inputs.items() if own in used}
         return loop
 
     def _fill(self, call: Hashable, leaves: list[Any], spec: TreeSpec) -> _Inputs:
@@ -129,7 +129,7 @@ class ForwardGraphs:
         except Exception as error:
             raise capture_failed(error, "a call of the model's own forward") from error
 
-    def _capture(self, key: Hashable, step: ForwardStep, inputs: _Inputs) -> tuple[Replayable, Any]:
+    def _capture(self, key: tuple[ForwardStep, Hashable], step: ForwardStep, inputs: _Inputs) -> tuple[Replayable, Any]:
         try:
             graph = self.recorder.capture(lambda: self.launch(step, *tree_unflatten(inputs.leaves, inputs.spec)))
         except Exception as error:

@@ -76,10 +76,10 @@ class ForwardPlan:
             from .kernels.combine import combine  # imports triton
 
             self._combine = combine
-        owner = weakref.proxy(self)  # the plan owns its graphs
+        owner, forward = weakref.proxy(self), self.forward  # the plan owns its graphs
         self.graphs = ForwardGraphs(
             lambda step, args, kwargs: owner.launch(step, (args, kwargs)),
-            self.forward.model,
+            lambda: forward.model,
             len(self.program.steps),
             recorder,
         )
@@ -99,6 +99,7 @@ class ForwardPlan:
     def _run(self, step: int, arguments: Arguments, graphs: ForwardGraphs | None) -> Any:
         instructions = self.program.steps[step]
         if isinstance(instructions, ReuseOutput):
+            assert self._output is not None, "the first step computes its output"
             return self._output.combined(instructions.terms, self._output_channels, self._combine, self.shape.listed)
         if not self.learned:
             output = self.learn(arguments)
@@ -124,7 +125,9 @@ class ForwardPlan:
         Raises:
             CaptureFailed: a step or the sampler's updates cannot be captured.
         """
+        assert self.graphs is not None, "nothing is captured"
         self.streams.enter()
+        recorder = self.graphs.recorder
         (sample,), conditioning = arguments
         conditioning = {name: value for name, value in conditioning.items() if name != "timestep"}
 
@@ -137,7 +140,7 @@ class ForwardPlan:
                 return self._run(step, ((x,), {"timestep": now, **kwargs}), None)[0]
 
             noise = torch.zeros((images, *sample.shape[1:]), dtype=sample.dtype, device=sample.device)
-            return LoopGraph(denoise, self.streams, self.graphs.recorder, scheduler, guidance_scale, noise)
+            return LoopGraph(denoise, self.streams, recorder, scheduler, guidance_scale, noise)
 
         key = (tuple(sample.shape), sample.dtype, *loop_key(scheduler, guidance_scale))
         return self.graphs.loop(key, (conditioning, timesteps), lambda: self._run(0, arguments, None), make)
@@ -183,10 +186,10 @@ class ForwardPlan:
 
     def _keep_learned(self, step: ForwardStep) -> None:
         for number, entry in self.entries.items():
-            if (slot := step.entries[number].slot) is not None:
-                entry.values.keep(slot, [entry.latest[key] for key in entry.kept])
-                if entry.carries:
-                    entry.befores.keep(slot, entry.x)
+            what = step.entries[number]
+            assert isinstance(what, Keep), "the first step computes everything"
+            if what.slot is not None:
+                entry.keep(what.slot, [entry.latest[key] for key in entry.kept], entry.x)
             entry.latest, entry.x = {}, []
 
     # ---- the rest

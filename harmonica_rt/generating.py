@@ -259,11 +259,13 @@ class Generation:
         labels = [int(label) if isinstance(label, str) and label.isdecimal() else label for label in labels]
         if not labels:
             raise ValueError(f"prompts: expected at least one class for {self._kind}, got none")
+        numbers: list[int] = []
         for label in labels:
             if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
                 kinds = "a class's name or number" if names else "a class's number"
                 raise ValueError(f"prompts: expected {kinds}, 0 to {count - 1}, for {self._kind}, got {label!r}")
-        return labels
+            numbers.append(label)
+        return numbers
 
     def _check(self, arguments: dict[str, Any]) -> None:
         mine = (*OWN, self._name, *(["image"] if self.images else []))

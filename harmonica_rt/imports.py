@@ -56,13 +56,14 @@ def from_ecad(kind: type[S], path: str | os.PathLike[str], model: nn.Module, fie
     """`Schedule.from_ecad`."""
     plan = read_json(path, "schedule of ECAD")
     plan = plan.get("cache_schedule") if isinstance(plan, dict) else None
-    steps = plan.get("schedule") if isinstance(plan, dict) else None
+    plan = plan if isinstance(plan, dict) else {}
+    steps = plan.get("schedule")
     if not isinstance(steps, dict) or not steps or not all(isinstance(blocks, dict) for blocks in steps.values()):
         raise ValueError(f'{path}: expected steps under "cache_schedule", "schedule" (ECAD), got {short(steps)}')
     if not all(key.isdecimal() and len(key) < 6 for key in steps) or sorted(map(int, steps)) != list(range(len(steps))):
         raise ValueError(f"{path}: expected steps 0 to {len(steps) - 1}, got {short(list(steps))}")
     rows = [blocks for _, blocks in sorted(steps.items(), key=lambda step: int(step[0]))]
-    own = {"order": 0, "note": f"ECAD, {plan.get('name')}"} | fields
+    own: dict[str, Any] = {"order": 0, "note": f"ECAD, {plan.get('name')}"} | fields
     if "single_0" not in rows[0]:
         adapter = adapt_at_branches(model)
         named = {COMPONENTS[component]: component for component in ECAD_BRANCHES}
@@ -157,5 +158,5 @@ def from_smoothcache(kind: type[S], path: str | os.PathLike[str], model: nn.Modu
             compute[:, row, column] = np.array(steps) == 1
     if not compute[0].all():
         raise ValueError(f"{path}: expected 1 at step 0 of each component, where nothing is cached yet, got 0")
-    own = {"order": 0, "note": "SmoothCache"} | fields
+    own: dict[str, Any] = {"order": 0, "note": "SmoothCache"} | fields
     return kind(compute, model=adapter.model_class, branches=adapter.branches, **own)

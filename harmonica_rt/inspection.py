@@ -129,7 +129,8 @@ def check_model(model: nn.Module, float32_parts: Collection[str] = ()) -> tuple[
     check_eval(model)
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError("expected ordinary parameters, got some made under torch.inference_mode()")
-    kinds, wide = set(), set()
+    kinds: set[tuple[torch.dtype, torch.device]] = set()
+    wide: set[tuple[torch.dtype, torch.device]] = set()
     for name, p in model.named_parameters():
         if not p.dtype.is_floating_point:  # packed: the layer that holds it makes it plain
             wide.add((p.dtype, p.device))

@@ -127,6 +127,7 @@ def weighted_sum(
         return torch.zeros_like(like)
     rows, inner = [-1 if term.channel is None else term.channel for term in terms], 1
     if max(rows) >= 0:
+        assert channels is not None, "weights per channel are of a table"
         count = channels.shape[1]
         axis = like.ndim + axis if axis < 0 else axis
         if like.shape[axis] != count:

@@ -61,6 +61,7 @@ class LoopGraph:
         """The sampler's result from `noise`, a new tensor."""
         self.streams.enter()
         self.noise.copy_(noise)
+        assert self.graph is not None, "released"
         self.graph.replay()
         return self.output.clone()
 

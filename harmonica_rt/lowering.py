@@ -28,7 +28,8 @@ Value = tuple[int, int]  # (entry, step that computed it)
 BEFORE = -1  # in place of an entry: the stream before the first branch
 # Before slots are known: [(entry to compute, [(value, what of it), ...] to add first), ...]; the head is entry L B, and
 # its value the stream that it reads
-Draft = list[list[tuple[int, list[tuple[Value, Any]]]]]
+Terms = list[tuple[Value, Any]]  # values, and what of them is added
+Draft = list[list[tuple[int, Terms]]]
 
 
 class _Weight(NamedTuple):
@@ -73,7 +74,8 @@ def lower(schedule: Schedule) -> Program:
         if schedule.output[i]:
             steps.append(ReuseOutput(outputs[i]))
             continue
-        gaps, elsewhere = [], reused[i] or drafted[0][0] == BEFORE  # the sample is embedded into a slot, if at all
+        gaps: list[Gap] = []
+        elsewhere = reused[i] or drafted[0][0] == BEFORE  # the sample is embedded into a slot, if at all
         for entry, addends in drafted:
             if entry != BEFORE:
                 terms = [
@@ -134,7 +136,8 @@ def _draft_carried(
         for k, value in enumerate([] if computed[i] else cached):
             a = _weight(weights[i, k], None if channels is None else channels[i, k])
             w = float(unlearned[i, k])
-            theirs = _Weight(-w * carries[i].number, None if carries[i].row is None else -w * carries[i].row)
+            row = carries[i].row
+            theirs = _Weight(-w * carries[i].number, None if row is None else -w * row)
             if _counts(a) or _counts(theirs):
                 terms.append((value, (a, theirs)))
         draft.append([(0, terms)])
@@ -173,8 +176,9 @@ def _lower_outputs(
 
 
 def _weight(number: float, channels: np.ndarray | None) -> _Weight:
-    per_channel = channels is not None and channels.any()
-    return _Weight(float(number), float(number) + channels.astype(np.float64) if per_channel else None)
+    if channels is None or not channels.any():
+        return _Weight(float(number), None)
+    return _Weight(float(number), float(number) + channels.astype(np.float64))
 
 
 def _counts(weight: _Weight) -> bool:
@@ -194,7 +198,8 @@ def _draft(schedule: Schedule) -> Draft:
     cached: list[list[Value]] = [[] for _ in range(entries)]  # newest first
     draft: Draft = []
     for i in range(steps):
-        drafted, terms = [], []
+        drafted: list[tuple[int, Terms]] = []
+        terms: Terms = []
         if schedule.output[i] or reused[i]:
             draft.append(trunk[i])
             continue

@@ -37,7 +37,9 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device)
         if self.kind.startswith("not"):
             return None
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)[1])
+        found = re.search(r"^VmHWM:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
+        assert found, "proc(5): a process has one"
+        return 1024 * int(found[1])
 
     @staticmethod
     def _reset() -> bool:

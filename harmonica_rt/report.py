@@ -80,7 +80,7 @@ class PlanReport:
             mean = sum(self.launches) / len(self.launches)
             lines[-1] += f"; modulation rows {_mib(self.modulation_bytes)}"
             lines.append(f"  launches a step: mean {mean:.1f}, {min(self.launches)} to {max(self.launches)}")
-        if self.macs:
+        if self.macs and self.full_macs:
             lines.append(
                 f"  {self.macs / 1e9:.2f} of {self.full_macs / 1e9:.2f} GMACs a run: "
                 f"theoretical {self.full_macs / self.macs:.2f}x"
@@ -88,7 +88,7 @@ class PlanReport:
         elif self.uncounted:
             lines.append(f"  MACs not counted: {self.uncounted}")
         lines.append(f"  made in {self.seconds:.2f} s" + (f", {self.graphs} graphs" if self.graphs else ""))
-        if self.graph_seconds is not None:
+        if self.graph_seconds is not None and self.launch_seconds is not None:
             lines[-1] += (
                 f"; a run takes {1e3 * self.graph_seconds:.2f} ms replayed, {1e3 * self.launch_seconds:.2f} ms launched"
             )
@@ -129,14 +129,14 @@ def theoretical_speedup(reports: Sequence[Report]) -> float | None:
         reports: of its denoisers. One that another goes on from runs the steps until then.
     """
     plans = [(number, plan) for number, report in enumerate(reports) for plan in report.plans]
-    if not plans or any(not plan.macs for _, plan in plans):
-        return None
     macs = full = 0
     for number, plan in plans:
+        if not plan.macs or plan.step_macs is None or plan.full_step_macs is None:
+            return None
         later = (other.start - plan.start for by, other in plans if by != number and other.start > plan.start)
         own = plan.step_macs[: min(later, default=plan.steps)]
         macs, full = macs + sum(own), full + len(own) * plan.full_step_macs
-    return full / macs
+    return full / macs if plans else None
 
 
 def describe_plan(plan: Any, context: Hashable, start: int) -> PlanReport:

@@ -35,7 +35,7 @@ def from_router(
     if method not in ("harmonica", "l2c"):
         raise ValueError(f"method: expected 'harmonica' or 'l2c', got {method!r}")
     tau, adapter = finite("tau", tau), adapt(model)
-    own = {"note": f"{method} router, tau {tau:g}", "order": 0} | fields
+    own: dict[str, Any] = {"note": f"{method} router, tau {tau:g}", "order": 0} | fields
     compute = _computed(path, adapter, method, tau)
     return kind(compute, model=adapter.model_class, branches=adapter.branches, **own)
 

@@ -144,7 +144,7 @@ def _from_fields(kind: type[S], fields: Any) -> S:
     level, groups = _read_layout(fields)
     if not groups and steps > MAX_STEPS:  # no row a step, whose number would say so
         raise ValueError(f"steps: expected at most {MAX_STEPS}, got {steps}")
-    by_row = _read_compute(fields.get("compute"), steps, groups) if groups else None
+    by_row = _read_compute(fields.get("compute"), steps, groups) if groups else np.zeros((steps, 0), dtype=bool)
     flat = np.argsort(reading_order(groups))
     shape = (steps, groups[0].layers, len(groups[0].branches)) if len(groups) == 1 else (steps, len(flat))
     weights = carry = None
@@ -165,7 +165,7 @@ def _from_fields(kind: type[S], fields: Any) -> S:
             raise TypeError(f"{name}: expected a list, got {type(fields[name]).__name__}")
     meta = {name: fields.get(name) for name in ("sampler", "timesteps", "log_snr", "guidance_scale")}
     return kind(
-        np.zeros((steps, 0), dtype=bool) if by_row is None else by_row[:, flat].reshape(shape),
+        by_row[:, flat].reshape(shape),
         model=fields["model"],
         level=level,
         groups=groups,

@@ -81,8 +81,8 @@ def parse_schedule(
         if name in LEVELS and which and len(orders) <= 1:
             level, kinds = LEVELS[name]
             taken = _options(text, dict(options), kinds, specs) | ({"trunk": True} if name == "trunk" else {})
-            taken |= dict(zip(("order",), orders))
-            return Schedule.uniform(model, steps, **which, level=level or uniform, **taken, **fields)
+            taken |= which | dict(zip(("order",), orders))
+            return Schedule.uniform(model, steps, level=level or uniform, **taken, **fields)
     if not Path(text).is_file():
         raise _unknown(text, specs)
     return Schedule.load(text)

@@ -19,12 +19,12 @@ class Streams:
 
     def enter(self) -> None:
         """Before work on the buffers: the current stream waits for the one that worked on them last."""
-        if self.needed and (current := torch.cuda.current_stream(self.device)) != self.last:
+        if self.last is not None and (current := torch.cuda.current_stream(self.device)) != self.last:
             current.wait_stream(self.last)
             self.last = current
 
     def leave(self) -> None:
         """Before the buffers are given up: their memory goes to whoever asks next on the stream they were made on."""
-        if self.needed and self.last != self.first:
+        if self.first is not None and self.last is not None and self.last != self.first:
             self.first.wait_stream(self.last)
             self.last = self.first

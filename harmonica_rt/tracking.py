@@ -48,7 +48,8 @@ class RunTracker:
         self.called: list[Any] = []
         self.sample: Any = None
         self._most = 0  # calls of an earlier step of the run
-        self._first = self._latest = None  # timesteps of the run under way
+        self._first: float | None = None  # timesteps of the run under way
+        self._latest: float | None = None
         self._listed = True  # whether its timesteps are those of `timesteps`
         self._short = 0  # runs in a row that a risen timestep ended at their first step
         self._begun_at: float | None = None  # the first timestep of the last of them
@@ -71,16 +72,15 @@ class RunTracker:
         Raises:
             RuntimeError: this call does not follow from the ones before.
         """
-        fresh = self.start is None
-        if timestep is not None and self.timesteps is not None and (fresh or self._listed):
+        if timestep is not None and self.timesteps is not None and (self.start is None or self._listed):
             known = any(_close(timestep, t) for t in self.timesteps)
             if known or told is None:
-                return self._by_list(timestep, fresh, again)
+                return self._by_list(timestep, self.timesteps, again)
         if told is not None:
-            return self._as_told(told, fresh)
+            return self._as_told(told)
         if timestep is None:
-            return self._by_count(fresh, again)
-        return self._by_order(timestep, fresh, again)
+            return self._by_count(again)
+        return self._by_order(timestep, again)
 
     def may_repeat(self, timestep: float) -> bool:
         """Whether a call at the same timestep, and on the same sample, may be of the next step.
@@ -88,16 +88,17 @@ class RunTracker:
         Samplers that repeat timesteps do so on the same sample where the step between was reused. It is, once the step
         under way has had as many calls as one before.
         """
-        listed = self.timesteps is not None and self.next < self.steps
-        return listed and _close(timestep, self.timesteps[self.next]) and 0 < self._most <= len(self.called)
+        if self.timesteps is None or self.next >= self.steps:
+            return False
+        return _close(timestep, self.timesteps[self.next]) and 0 < self._most <= len(self.called)
 
     def commit(self, place: Place, timestep: float | None, context: Any = None, sample: Any = None) -> None:
         step, start, again = place
         if not again:
             self._most = 0 if step == start else max(self._most, len(self.called))
             self.called, self.sample = [], sample
-            rose = self.start is not None and step == start and None not in (timestep, self._latest)
-            rose = rose and self.next == 1 and timestep > self._latest
+            rose = self.start is not None and step == start and self.next == 1
+            rose = rose and timestep is not None and self._latest is not None and timestep > self._latest
             if rose:
                 self._begun_at = self._first
             self._short = self._short + 1 if rose else self._short if step == start else 0
@@ -109,17 +110,17 @@ class RunTracker:
             self._latest = timestep
         self.start, self.next, self._abandoned = start, step + 1, None
 
-    def _as_told(self, told: int, fresh: bool) -> Place:
+    def _as_told(self, told: int) -> Place:
         if told >= self.steps:
             raise self._beyond("another call")
-        if fresh or told < self.next - 1:
+        if self.start is None or told < self.next - 1:
             return Place(told, told)
         return Place(told, self.start, told == self.next - 1)
 
-    def _by_count(self, fresh: bool, again: bool) -> Place:
+    def _by_count(self, again: bool) -> Place:
         if self._abandoned is not None:
             raise RuntimeError("the run was cut short by an error: call reset() to start a new one")
-        if fresh:
+        if self.start is None:
             return Place(self.next, self.next)
         if again:
             return Place(self.next - 1, self.start, True)
@@ -127,15 +128,14 @@ class RunTracker:
             raise self._beyond("another call")
         return Place(self.next, self.start)
 
-    def _by_list(self, timestep: float, fresh: bool, again: bool) -> Place:
-        expected = self.timesteps
-        if again and not fresh and _close(timestep, expected[self.next - 1]):
+    def _by_list(self, timestep: float, expected: tuple[float, ...], again: bool) -> Place:
+        if again and self.start is not None and _close(timestep, expected[self.next - 1]):
             return Place(self.next - 1, self.start, True)
         if self.next < self.steps and _close(timestep, expected[self.next]):
-            return Place(self.next, self.next if fresh else self.start)
+            return Place(self.next, self.next if self.start is None else self.start)
         if _close(timestep, expected[0]):
             return Place(0, 0)
-        if fresh:
+        if self.start is None:
             for step, t in enumerate(expected):
                 if _close(timestep, t):
                     return Place(step, step)
@@ -150,16 +150,16 @@ class RunTracker:
             f"{timestep:g}; call reset() to start a run midway"
         )
 
-    def _by_order(self, timestep: float, fresh: bool, again: bool) -> Place:
+    def _by_order(self, timestep: float, again: bool) -> Place:
         """Timesteps fall: one that rises, or the first one again, starts a new run."""
         if self._abandoned is not None:
             first, latest = self._abandoned
-            if timestep != first and timestep <= latest:
+            if first is not None and latest is not None and timestep != first and timestep <= latest:
                 raise RuntimeError(
                     f"the run was cut short by an error: expected its first timestep, {first:g}, for a new one, got "
                     f"{timestep:g}; call reset() to take that as the first"
                 )
-        if fresh:
+        if self.start is None:
             return Place(self.next, self.next)
         if again and timestep == self._latest:
             return Place(self.next - 1, self.start, True)

@@ -22,7 +22,7 @@ def combine_reference(
     total = torch.zeros(values[0].shape, dtype=torch.float64)
     for value, weight, row in zip(values, weights, rows, strict=True):
         value = value.double()
-        total += weight * value if row < 0 else _over(value, channels[row].double(), inner)
+        total += weight * value if row < 0 else _over(value, _row(channels, row).double(), inner)
     return total
 
 
@@ -44,8 +44,13 @@ def combine_eager(
         if row < 0:
             total.add_(value, alpha=weight)
         else:
-            total.add_(_over(value.to(kind), channels[row].to(kind), inner))
+            total.add_(_over(value.to(kind), _row(channels, row).to(kind), inner))
     return total.to(values[0].dtype)
+
+
+def _row(channels: Tensor | None, row: int) -> Tensor:
+    assert channels is not None, "weights per channel are of a table"
+    return channels[row]
 
 
 def _over(value: Tensor, row: Tensor, inner: int) -> Tensor:

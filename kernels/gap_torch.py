@@ -45,8 +45,8 @@ def gap_reference(
 
     def every(row: Gate, default: float) -> Tensor:  # [batch, tokens, width]
         pair = row if isinstance(row, tuple) else (row, row)
-        full = [torch.full_like(x, default) if r is None else r + torch.zeros_like(x) for r in pair]
-        return torch.where(torch.arange(x.shape[1], device=x.device)[:, None] < split, *full)
+        first, second = (torch.full_like(x, default) if r is None else r + torch.zeros_like(x) for r in pair)
+        return torch.where(torch.arange(x.shape[1], device=x.device)[:, None] < split, first, second)
 
     x = x.double()
     for slot, gate, weight in zip(slots, gates, weights, strict=True):
@@ -87,8 +87,8 @@ def gap_eager(
     if not isinstance(shift, tuple) and not isinstance(scale, tuple) and normed.dtype == x.dtype:
         return x, _modulated(normed, shift, scale)
     y = normed if normed.dtype == x.dtype else torch.empty_like(x)
-    for part, out, *pair in zip(_cut(normed, split), _cut(y, split), _pair(shift), _pair(scale)):
-        _modulated(part, *pair, out=out)
+    for part, out, own_shift, own_scale in zip(_cut(normed, split), _cut(y, split), _pair(shift), _pair(scale)):
+        _modulated(part, own_shift, own_scale, out=out)
     return x, y
 
 
@@ -127,7 +127,7 @@ def _cut(stream: Tensor, split: int) -> tuple[Tensor, Tensor]:
 
 def chunks(terms: int) -> list[int]:
     """How many terms each launch of a compiled Gap adds; the last launch also norms. [0] if there are none."""
-    sizes = []
+    sizes: list[int] = []
     for size in CHUNKS:
         sizes += [size] * ((terms - sum(sizes)) // size)
     return sizes or [0]
