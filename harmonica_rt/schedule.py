@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 class Schedule(Decisions):
     """Which entries a sampler computes at which step, and what stands in for those it reuses.
 
+    Immutable, and equal by value; `print` shows a row a step. Made by `uniform`, `load`, `from_hub`, of another
+    method's file, or from arrays: two branches of a three-layer model, computed at steps 0 and 2 of 4::
+
+        compute = np.zeros((4, 3, 2), dtype=bool)
+        compute[[0, 2]] = True
+        Schedule(compute, model="DiTTransformer2DModel", branches=("attn", "mlp"))
+
     Args:
         compute: bool, True where the entry is computed: [T, L, B] of one group, [T, entries] of several, group after
             group, a layer's branches side by side. Step 0 (pure noise) must compute everything. May be left out at
@@ -95,6 +102,15 @@ class Schedule(Decisions):
             carry: of the reused trunk or groups. Unless given 1 for several groups, and for the trunk 0, or 0.5 where
                 `guidance_scale` is at least 3 and the order not 0 (`bench/README.md`, which level for whom).
             fields: further arguments of the constructor (sampler, timesteps, note, ...).
+
+        Raises:
+            UnsupportedModelError: the model cannot have that level; the message says which it can.
+            TypeError, ValueError: an argument is none, or does not go with another.
+
+        Example::
+
+            Schedule.uniform(pipe.transformer, steps=28, every=2)  # every second step
+            Schedule.uniform(pipe.transformer, steps=60, computed=10, order=2, level="blocks")  # 10 of 60
         """
         return builders.uniform(cls, model, steps, every, computed, order, level, groups, trunk, carry, fields)
 
@@ -116,6 +132,11 @@ class Schedule(Decisions):
             path: a torch file holding ``{"routers": {"<k>.prob": [layers * branches] logits, ...}, ...}``.
             model: the diffusers model whose layers and branches it must match.
             method: ``"harmonica"`` or ``"l2c"``.
+            tau: from 0 to 1; what is above it is computed.
+            fields: further arguments of the constructor.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it is no router for the model.
         """
         return router_files.from_router(cls, path, model, method, tau, fields)
 
@@ -123,17 +144,46 @@ class Schedule(Decisions):
     def from_mask(
         cls, mask: Any, model: nn.Module, level: str = "blocks", order: int = 0, carry: float = 1.0, **fields: Any
     ) -> Self:
-        """All of `model` computed at the steps where `mask`, text or numbers, is 1, reused at those where it is 0."""
+        """All of `model` computed at the steps where `mask` is 1, reused at those where it is 0.
+
+        Args:
+            mask: a digit a step as text, ``"1101 0100"``, or [T] numbers; step 0 is 1.
+            level: ``"blocks"``, one group of all blocks, or as in `uniform`.
+            order: as in the constructor; 0 is the last value itself.
+            carry: of reused groups; 1 keeps what they add, as other caches do.
+            fields: further arguments of the constructor.
+
+        Raises:
+            ValueError, UnsupportedModelError: it is no mask, or the model cannot have that level.
+        """
         return imports.from_mask(cls, mask, model, level, order, carry, fields)
 
     @classmethod
     def from_ecad(cls, path: str | os.PathLike[str], model: nn.Module, **fields: Any) -> Self:
-        """Read a schedule of ECAD's: of PixArt the branches, of Flux the blocks, computed if a component of one is."""
+        """Read a schedule of ECAD's: of PixArt the branches, of Flux the blocks, computed if a component of one is.
+
+        Args:
+            path: a JSON file with ``{"cache_schedule": {"schedule": {"<step>": {"<block>": {component: bool}}}}}``.
+            model: the diffusers model that it is for.
+            fields: further arguments of the constructor.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it is none of ECAD's for the model.
+        """
         return imports.from_ecad(cls, path, model, fields)
 
     @classmethod
     def from_smoothcache(cls, path: str | os.PathLike[str], model: nn.Module, **fields: Any) -> Self:
-        """Read a schedule of SmoothCache's, at level branches; what it does not list is computed."""
+        """Read a schedule of SmoothCache's, at level branches; what it does not list is computed.
+
+        Args:
+            path: a JSON file with ``{"<component>" or "<component>-<layer>": [1 (computed) or 0, a step each]}``.
+            model: the diffusers model that it is for.
+            fields: further arguments of the constructor.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it is none of SmoothCache's for the model.
+        """
         return imports.from_smoothcache(cls, path, model, fields)
 
     # ---- changed copies
@@ -143,6 +193,9 @@ class Schedule(Decisions):
 
         Its step 0 computes everything. Entries whose cached values are the same keep their weights; the others, whose
         history has changed, take the forecast's.
+
+        Raises:
+            ValueError: there is no such step.
         """
         return resampling.starting_at(self, step)
 
@@ -151,6 +204,9 @@ class Schedule(Decisions):
 
         Weights are the forecast's, timesteps gone, unless given: `fields` are as in `replace`. Carries come along, but
         a learned schedule's, which fit its weights: it has those of `uniform` then, and order 1 at most.
+
+        Raises:
+            ValueError: `steps` is no positive integer, or a field does not fit.
         """
         return resampling.between(self, steps, fields)
 
@@ -182,34 +238,69 @@ class Schedule(Decisions):
             height, width: size of the model's input; its ``config.sample_size`` unless given.
             batch: samples a call; every MAC of a transformer is per sample, so the ratio does not depend on it.
             context: tokens of a prompt, for a model that reads text; PixArt-alpha's 120 unless given.
+
+        Raises:
+            UnsupportedModelError: a model without an adapter: its MACs are counted as it runs, `report()` tells them.
         """
         return theory.speedup(self, model, height, width, batch, context)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file a person can read and diff: one row of 0/1 text per step.
 
-        Weights per channel need the name of a ``.safetensors`` file; that text is its metadata.
+        Weights per channel need the name of a ``.safetensors`` file; that text is its metadata. A file of that name is
+        replaced once the new one is whole.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such folder, or a ``.json`` cannot hold weights per channel.
         """
         schedule_files.write(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a file written by `save`. Never runs code; raises ValueError naming what is wrong with the file."""
+        """Read a file written by `save`. Nothing in it is run.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is no schedule, naming the file and what is wrong with it.
+        """
         return schedule_files.read(cls, path)
 
     def push_to_hub(
         self, repo: str, filename: str | None = None, revision: str | None = None, token: str | bool | None = None
     ) -> str:
-        """Commit what `save` writes to a repository of the Hub, made if need be, and its figures to the card there."""
+        """Commit what `save` writes to a repository of the Hub, made if need be, and its figures to the card there.
+
+        Args:
+            repo: ``"user/name"``.
+            filename: there; ``schedule.json``, or ``.safetensors`` with weights per channel, unless given.
+            revision: a branch; the main one unless given.
+            token: as huggingface_hub takes it; the one a login left unless given.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            FileNotFoundError, PermissionError: the token may not see the repository, or not write to it.
+        """
         return hub.push(self, repo, filename, revision, token)
 
     @classmethod
     def from_hub(cls, repo: str, file: str, revision: str | None = None, token: str | bool | None = None) -> Self:
-        """`load` of a file in a repository of the Hub. FileNotFoundError says what of these is not there."""
+        """`load` of a file in a repository of the Hub.
+
+        Args:
+            repo: ``"user/name"``; revision: a branch, tag or commit; token: as in `push_to_hub`.
+            file: its name there, which ends in ``.json`` or ``.safetensors``.
+
+        Raises:
+            FileNotFoundError: repository, revision or file is not there. ValueError: the file is no schedule.
+        """
         return hub.pull(cls, repo, file, revision, token)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Heatmap, steps by layers, one panel a branch; written to `path` if given. Needs matplotlib."""
+        """Heatmap, steps across by layers up, one panel a branch, dark where computed; written to `path` if given.
+
+        Learned weights have a second row: how far the newest value's weight is from the forecast's.
+        """
         from .plotting import plot_schedule  # imports matplotlib
 
         return plot_schedule(self, path)
