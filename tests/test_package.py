@@ -11,6 +11,7 @@ from pathlib import Path
 
 import harmonica_rt
 
+from . import import_picture
 from .import_graph import circles, imports, modules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,33 +64,6 @@ def test_the_package_imports_nothing_that_is_only_in_a_checkout() -> None:
     assert [file for file in files if imported(file) & {"bench", "tests", "kernels", "train"}] == []
 
 
-def test_what_a_wheel_holds_works_without_the_checkout(tmp_path: Path) -> None:
-    build = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "b", "--build-lib", tmp_path / "lib"]
-    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    code = f"""
-import importlib, pkgutil, sys
-sys.path.insert(0, {str(tmp_path / "lib")!r})
-import harmonica_rt
-for part in pkgutil.walk_packages(harmonica_rt.__path__, "harmonica_rt."):
-    if part.name != "harmonica_rt.train.__main__":
-        importlib.import_module(part.name)
-from harmonica_rt.train import models
-try:
-    models.load("dit-fashion", "ddim")
-except FileNotFoundError as error:
-    print(error)
-ours = [m for name, m in sys.modules.items() if name.split(".")[0] == "harmonica_rt"]
-assert len(ours) > 40 and all(m.__file__.startswith({str(tmp_path / "lib")!r}) for m in ours), ours
-assert "bench" not in sys.modules and {str(ROOT)!r} not in sys.path, sys.path
-"""
-    assert python(code, cwd=elsewhere) == (
-        "model: expected a reference model (none here), a folder or a hub name, got 'dit-fashion'"
-    )
-
-
 def test_public_names_have_docstrings() -> None:
     assert set(harmonica_rt.__all__) >= {"Schedule", "compile", "uncompile"}
     for name in harmonica_rt.__all__:
@@ -115,6 +89,21 @@ def test_no_two_modules_import_one_another() -> None:
     assert len(graph) > 80 and "harmonica_rt.layout" in graph["harmonica_rt.decisions"]
     assert "harmonica_rt.plotting" in graph["harmonica_rt.schedule"], "within a function"
     assert circles(graph) == []
+
+
+def test_the_picture_of_imports_colours_modules_that_are_there(tmp_path: Path) -> None:
+    graph = import_picture.shown(imports(modules()))
+    coloured = [name for names in import_picture.PARTS.values() for name in names.split()]
+    assert set(coloured) <= graph.keys() and len(set(coloured)) == len(coloured)
+    without = import_picture.implied(graph)
+    assert "layout" in graph["builders"] and "layout" in without["builders"] and "schedule" not in without["engine"]
+    import_picture.main([str(tmp_path / "picture.svg")])
+    assert (tmp_path / "picture.svg").read_text(encoding="utf-8").count("<text") == len(graph)
+
+
+def test_no_file_is_longer_than_a_reader_keeps_in_mind() -> None:
+    lengths = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in modules().items()}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 
 def test_circles_are_found(tmp_path: Path) -> None:
