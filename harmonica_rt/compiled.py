@@ -321,6 +321,6 @@ class CompiledTransformer(ModelFace):
         return self.schedule[context]
 
 
-def put(pipeline: Any, name: str, denoiser: nn.Module) -> None:
+def put(pipeline: Any, name: str, component: Any) -> None:
     """Set a component past DiffusionPipeline.__setattr__, which would write its class into the saved config."""
-    object.__setattr__(pipeline, name, denoiser)
+    object.__setattr__(pipeline, name, component)

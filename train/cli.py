@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -136,7 +136,13 @@ def learn(
     from .stopping import EndedEarly
 
     with one_line_errors():
-        settings = {"minutes": minutes, "iterations": iterations, "order": order, "batch": batch, "lr": lr}
+        settings: dict[str, Any] = {
+            "minutes": minutes,
+            "iterations": iterations,
+            "order": order,
+            "batch": batch,
+            "lr": lr,
+        }
         settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "contexts": contexts.value}
         settings |= {"channels": {"yes": True, "no": False}.get(channels.value), "target": target.value}
         settings |= {"level": level.value, "groups": groups, "seed": seed}
@@ -213,7 +219,14 @@ def router(
     from .router_command import Request, learn_router
 
     with one_line_errors():
-        settings = {"iterations": iterations, "batch": batch, "lr": lr, "seed": seed, "refresh": refresh, "beta": beta}
+        settings: dict[str, Any] = {
+            "iterations": iterations,
+            "batch": batch,
+            "lr": lr,
+            "seed": seed,
+            "refresh": refresh,
+            "beta": beta,
+        }
         settings["estimator"] = estimator and estimator.value
         request = Request(
             model=model,

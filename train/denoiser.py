@@ -96,7 +96,7 @@ class Denoiser:
             h = x
             for entry, branch in enumerate(self.branches):
 
-                def evaluate(h: Tensor = h, branch=branch) -> Tensor:
+                def evaluate(h: Tensor = h, branch: Branch = branch) -> Tensor:
                     if self.checkpointing and torch.is_grad_enabled():
                         return checkpoint(_branch, h, rows, held, branch, split, use_reentrant=False)
                     return _branch(h, rows, held, branch, split)

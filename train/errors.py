@@ -17,7 +17,7 @@ class one_line_errors:
     """
 
     def __init__(self, *more: type[BaseException]) -> None:
-        self.kinds = (ValueError, TypeError, OSError, FloatingPointError, *more)
+        self.kinds: tuple[type[BaseException], ...] = (ValueError, TypeError, OSError, FloatingPointError, *more)
 
     def __enter__(self) -> None:
         pass

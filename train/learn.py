@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -142,9 +143,12 @@ def learn(
     trial = min(TRIAL, settings.iterations)
     first = replace(settings, iterations=trial, every=trial)
     try:
-        leader, channels, told = course.leader, course.channels, {"on_target": targets, "on_better": better}
+        leader, channels = course.leader, course.channels
+        told: dict[str, Any] = {"on_target": targets, "on_better": better}
         own = replace(first, channels=channels)
-        trainer = WeightTrainer(task, tries[leader], own, accelerator, **told, state=kept and kept.best)
+        trainer = WeightTrainer(
+            task, tries[leader], own, accelerator, **told, state=None if kept is None else kept.best
+        )
     except EndedEarly:
         return _nothing(starts[0], settings, time.perf_counter() - began)
     if kept is None:

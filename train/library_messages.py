@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 LIBRARIES = ("diffusers", "transformers")
 
@@ -46,7 +47,7 @@ def each_once() -> Iterator[None]:
         yield
 
 
-def _without_bars(said: object) -> None:
+def _without_bars(said: Any) -> None:
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
     before = are_progress_bars_disabled()

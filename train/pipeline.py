@@ -133,6 +133,7 @@ def learn(
     if init is not None:
         level, groups, order, contexts = _as_in(init, level, groups, order, contexts, target_speedup, channels)
     target_speedup, order = 3.0 if target_speedup is None else target_speedup, 2 if order is None else order
+    rate: dict[str, Any] = {} if lr is None else {"lr": lr}
     settings = WeightSettings(
         target=target,
         iterations=MOST if iterations is None else iterations,
@@ -142,7 +143,7 @@ def learn(
         validation=validation,
         checkpointing="steps" if checkpointing == "auto" else checkpointing,
         seed=seed,
-        **({} if lr is None else {"lr": lr}),
+        **rate,
     )
     if checkpoint is not None:
         check_file(checkpoint := Path(checkpoint))
@@ -184,6 +185,7 @@ def learn(
         asked = asdict(settings) | {"target_speedup": target_speedup, "order": order, "minutes": minutes}
         asked |= {"contexts": contexts, "init": None if init is None else _told(init)}
         record = Record(checkpoint, resume, task, asked)
+        starts: Sequence[Schedules]
         if record.starts is None:
             few = task.starts("full", TRIED, TRIED_SEED)
             task.start = _best_start(task, every(wanted)[0], few, accelerator)

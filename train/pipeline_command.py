@@ -104,8 +104,8 @@ def learn_for_pipeline(
             checkpoint.unlink(missing_ok=True)
         elif checkpoint.exists():
             display.console.print(f"--resume goes on from {checkpoint}", highlight=False, markup=False, soft_wrap=True)
-        for path, own in files_of(schedule, out).items():
-            console.print(f"wrote {path}: {own!r}\n{own.note}", highlight=False, markup=False, soft_wrap=True)
+        for path, made in files_of(schedule, out).items():
+            console.print(f"wrote {path}: {made!r}\n{made.note}", highlight=False, markup=False, soft_wrap=True)
     if every(schedule)[0].note.startswith("ended early"):
         names = " and ".join(str(path) for path in files_of(schedule, out))
         raise EndedEarly(f"ended early, nothing better than the forecast yet: {names} has the forecast's weights")

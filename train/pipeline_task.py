@@ -128,7 +128,7 @@ class PipelineTask:
     def unlearned(self, schedules: Schedules) -> Schedule:
         """What `schedules` are compared with: the same computed, `start`."""
         schedule = every(schedules)[0]
-        what = {"output": schedule.output} if schedule.output.any() else {}
+        what: dict[str, Any] = {"output": schedule.output} if schedule.output.any() else {}
         if schedule.level != "output":
             what |= {"compute": schedule.compute, "groups": schedule.groups}
         return self._from_start(schedule.order, *self.start, **what)
@@ -140,7 +140,7 @@ class PipelineTask:
     def check(self, schedule: Schedule) -> None:
         """Raise ValueError unless one can learn from `schedule` on."""
         fields = self.fields()
-        own = {"model": self.layout.model, "level": self.layout.level}
+        own: dict[str, Any] = {"model": self.layout.model, "level": self.layout.level}
         if schedule.groups != (*self.layout.groups, WHOLE) or self.layout.level != "branches":  # the trunk beside them
             own["groups"] = self.layout.groups
         own |= {"steps": self.steps, "sampler": fields["sampler"], "timesteps": tuple(self.timesteps)}

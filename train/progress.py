@@ -24,7 +24,8 @@ class Display:
     def __init__(self, shown: bool, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._shown, self._phase = shown, ""
-        self._text, self._left, self._at = "", None, time.monotonic()
+        self._left: float | None = None
+        self._text, self._at = "", time.monotonic()
         columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), _Line(self))
         self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
         self._task = self._bar.add_task("", total=1.0)

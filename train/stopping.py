@@ -18,7 +18,8 @@ class EndedEarly(RuntimeError):
 @contextmanager
 def stopping(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM came to any of the processes; the second one ends the program as usual."""
-    asked = []
+    asked: list[int] = []
+    before: dict[int, Any] = {}
     try:
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 

@@ -18,7 +18,7 @@ PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 class Away:
     """In place of a pipeline's module: what is asked of it beside running."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
     def __getattr__(self, name: str) -> Any:

@@ -283,7 +283,8 @@ class WeightTrainer:
 
     def _iterate(self, share: float) -> Tensor:
         """One step of the weights; its runs' errors with the weights as they were, dB."""
-        gradients, errors = [], []
+        gradients: list[Tensor] = []
+        errors: list[Tensor] = []
         for start, end in self._parts(self.iteration):
             change = self.weights.change.repeat(end - start, 1).requires_grad_()
             numbers, checkpointing = self.weights(change), self.settings.checkpointing
