@@ -187,8 +187,9 @@ class ImageMaker:
     def warm_up(self) -> dict[str, float]:
         """Make the plans that requests without settings of their own need; seconds that each took."""
         taken: dict[str, float] = {}
+        sizes: list[tuple[int, int] | None] = [*self.sizes] or [None]
         for name, pipeline in self.pipelines.items():
-            for size in self.sizes or [None]:
+            for size in sizes:
                 settings = {} if size is None else {"height": size[0], "width": size[1]}
                 for batch in self.batches:
                     began = time.perf_counter()
@@ -220,8 +221,9 @@ class ImageMaker:
         return dict(zip(("height", "width"), self.sizes[self.sizes.index(wanted)]))
 
     def _plans(self, schedule: str) -> set[tuple[int, Any]]:
-        denoisers = enumerate(compiling.denoisers_of(self.pipelines[schedule]).values())
-        return {(number, key) for number, denoiser in denoisers for key in denoiser._plans}
+        found = compiling.denoisers_of(self.pipelines[schedule]).values()
+        compiled = [denoiser for denoiser in found if compiling.is_compiled(denoiser)]
+        return {(number, key) for number, denoiser in enumerate(compiled) for key in denoiser._plans}
 
     @staticmethod
     def _example(pipeline: Any) -> str | int:
