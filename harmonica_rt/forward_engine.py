@@ -139,7 +139,7 @@ class ForwardEngine(Engine):
         if self.backend == "inductor" and not block_lists(self.model):
             raise ValueError(
                 f"backend: expected 'auto', 'eager' or 'cudagraph' for {name}, got 'inductor', which compiles blocks: "
-                "it has no lists of them"
+                "it has no lists of them; torch.compile of the model itself goes with 'eager'"
             )
         if schedule.model != name:
             raise ValueError(f"schedule does not fit the model: model expected {name}, got {schedule.model}")

@@ -109,6 +109,24 @@ def test_a_pipeline_whose_transformer_torch_compiles_whole() -> None:
     assert type(hrt.uncompile(pipe).transformer).__name__ == "OptimizedModule"
 
 
+def test_a_transformer_compiled_in_place() -> None:
+    """`pipe.transformer.compile()`: what computed steps run, and level blocks says that it cannot look within."""
+    pipe, plain, graphs = make_pipe(), make_pipe(), []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.transformer.compile(backend=backend)
+    schedule = hrt.Schedule.uniform(plain.transformer, STEPS, level="output")
+    got = latents(hrt.compile(pipe, schedule))
+    assert_close([got], [latents(hrt.compile(plain, schedule))], 1e-6)
+    assert graphs
+    hrt.compile(pipe, hrt.Schedule.uniform(plain.transformer, STEPS, level="blocks"))
+    with pytest.raises(hrt.UnsupportedModelError, match="got no call of any: level 'output' takes this model"):
+        latents(pipe)
+
+
 def test_torch_compile_of_what_is_compiled_is_refused() -> None:
     for way in WAYS.values():
         fast = compiled(make_flux(), way)
