@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def imports(files: dict[str, Path]) -> dict[str, set[str]]:
 def _imports(name: str, file: Path, files: dict[str, Path]) -> set[str]:
     found: set[str] = set()
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -40,6 +41,21 @@ def _imports(name: str, file: Path, files: dict[str, Path]) -> set[str]:
             members = {f"{module}.{alias.name}" for alias in node.names}
             found |= (members & files.keys()) | ({module} if members - files.keys() else set())
     return found & files.keys()
+
+
+def parsed(file: Path) -> ast.Module:
+    """A source's tree.
+
+    Nothing is collected meanwhile: a traceback that is printed then parses too, and Python 3.11 takes both for one
+    ("AST constructor recursion depth mismatch").
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"))
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

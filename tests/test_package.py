@@ -12,7 +12,7 @@ from pathlib import Path
 import harmonica_rt
 
 from . import import_picture
-from .import_graph import circles, imports, modules
+from .import_graph import circles, imports, modules, parsed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +50,7 @@ def test_kernels_is_ours_only_under_our_name(tmp_path: Path) -> None:
 def imported(file: Path) -> set[str]:
     """Top-level names of what a file imports, wherever in it; relative imports have none."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -125,6 +125,6 @@ def test_what_runs_a_program_imports_one_way() -> None:
     """Each knows only what it is given: buffers, rows, a launch function; not even for annotations what gives it."""
     order = ("buffers", "backends", "cuda_graphs", "loop", "executor", "branch_engine")
     for number, name in enumerate(order):
-        tree = ast.parse((ROOT / "harmonica_rt" / f"{name}.py").read_text(encoding="utf-8"))
+        tree = parsed(ROOT / "harmonica_rt" / f"{name}.py")
         siblings = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
         assert not siblings & set(order[number:]), name
