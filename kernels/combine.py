@@ -95,7 +95,13 @@ def launch_arguments(
 
 @torch.library.custom_op("harmonica_rt::combine", mutates_args=(), device_types="cuda")
 def combine(values: list[Tensor], weights: list[float], rows: list[int], channels: Tensor | None, inner: int) -> Tensor:
-    """A new tensor; arguments as `combine_torch.combine_eager`'s, values contiguous."""
+    """A new tensor; arguments as `combine_torch.combine_eager`'s, values contiguous.
+
+    Values of other dtypes than the kernel's, float64 and complex ones, are added up by plain ops, which a graph holds
+    as well.
+    """
+    if values[0].dtype not in DTYPES:
+        return combine_eager(values, weights, rows, channels, inner)
     out = torch.empty_like(values[0])
     grid, arguments, constants = launch_arguments(out, values, weights, rows, channels, inner)
     with torch.cuda.device_of(out):  # Triton launches on the current device, wherever its arguments lie
@@ -105,11 +111,13 @@ def combine(values: list[Tensor], weights: list[float], rows: list[int], channel
 
 @combine.register_kernel("cpu")
 def _(values, weights, rows, channels, inner):
-    launch_arguments(values[0], values, weights, rows, channels, inner)
+    if values[0].dtype in DTYPES:
+        launch_arguments(values[0], values, weights, rows, channels, inner)
     return combine_eager(values, weights, rows, channels, inner)
 
 
 @combine.register_fake
 def _(values, weights, rows, channels, inner):
-    launch_arguments(values[0], values, weights, rows, channels, inner)
+    if values[0].dtype in DTYPES:
+        launch_arguments(values[0], values, weights, rows, channels, inner)
     return torch.empty_like(values[0])

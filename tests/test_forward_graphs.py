@@ -43,6 +43,19 @@ def test_replays_equal_launches(make: Any, groups: int) -> None:
             calls_for(model, 7, seed=90 + seed).call(fast, step)
 
 
+@pytest.mark.parametrize("level", ["blocks", "output"])
+def test_models_in_float64_are_captured(level: str) -> None:
+    """The kernel of sums takes no float64: plain ops do that."""
+    model, calls = make_dit().double(), Calls(4)
+    calls.samples = calls.samples.double()
+    schedule = hrt.Schedule.uniform(model, 4, 2, level=level)
+    wanted = calls.run(hrt.compile(model, schedule, backend="eager"))
+    fast, _ = compile_graphs(model, schedule)
+    for _ in range(2):
+        assert_close(calls.run(fast), wanted, 1e-12)
+    assert fast.report().plans[0].backend == "cudagraph"
+
+
 def test_as_many_graphs_as_distinct_steps_and_later_runs_replay() -> None:
     model, calls = make_dit(), Calls(9)
     schedule = hrt.Schedule.uniform(model, 9, 3, level="blocks")

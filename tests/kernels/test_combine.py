@@ -7,7 +7,7 @@ import torch
 
 from harmonica_rt.kernels.combine_torch import combine_eager, combine_reference
 
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -24,6 +24,16 @@ def test_against_float64(kind: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     assert (actual.dtype, actual.shape) == (dtype, values[0].shape)
     error = (actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < TOLERANCE[dtype]
+
+
+def test_complex_values() -> None:
+    pytest.importorskip("triton")
+    from harmonica_rt.kernels.combine import combine
+
+    values = [torch.randn(2, 6, 4, dtype=torch.complex64) for _ in range(2)]
+    arguments = [0.5, -1.5], [-1, 0], torch.randn(1, 4), 1
+    wanted = 0.5 * values[0] + arguments[2][0] * values[1]
+    torch.testing.assert_close(combine(values, *arguments), wanted)
 
 
 def test_values_keep_what_they_hold() -> None:
