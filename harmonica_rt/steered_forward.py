@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .chains import Chains, kind_of_block
 from .compiled_blocks import CompiledBlocks
 from .entry import Entry
 from .interception import intercepted
+from .layout import TRUNK
+from .models.blocks import block_lists
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -63,10 +66,28 @@ class SteeredForward:
         return output
 
     def watched(self, arguments: Arguments, handle: Callable[..., Any]) -> Any:
-        """The model's output, with no word on whether each entry made as many calls as before."""
+        """The model's output, with no word on whether each entry made as many calls as before.
+
+        Entries are told in which place blocks such as theirs hand their streams on, also to blocks of no entry.
+        """
         args, kwargs = arguments
-        with intercepted(self._blocks, lambda number, *call: handle(self._owners[number], *call)):
-            return self.model(*args, **kwargs)
+        others = (block for own in block_lists(self.model).values() for block in own)
+        chains, blocks = Chains(), list(dict.fromkeys([*self._blocks, *others]))
+        kinds = [kind_of_block(block) for block in blocks]
+
+        def watch(number: int, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            spec = chains.enter(kinds[number], args, kwargs)
+            owned = number < len(self._owners)
+            result = handle(self._owners[number], run, args, kwargs) if owned else run(*args, **kwargs)
+            chains.leave(kinds[number], spec, result)
+            return result
+
+        with intercepted(blocks, watch):
+            output = self.model(*args, **kwargs)
+        for number, entry in self.entries.items():
+            if entry.name != TRUNK:  # whose own calls are chained as far as they are of one list
+                entry.chain = {**chains.by_kind[kinds[self._owners.index(number)]], **entry.chain}
+        return output
 
 
 def copied_tensors(arguments: Arguments) -> Arguments:

@@ -191,6 +191,34 @@ def test_what_hides_tensors_is_refused(pack: Callable, unpack: Callable) -> None
             compiled(Hides(), level=level)(noise(1, 3, 8), 6.0)
 
 
+def test_a_group_of_one_block_carries_what_the_blocks_hand_on() -> None:
+    """Not what it happens to return something near to: here its other argument, of the same shape."""
+
+    class Adds(Block):
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return x + other + 0.1 * self.b(torch.tanh(self.a(x)))
+
+    class Two(Small):
+        def forward(self, x: Tensor, timestep: Any, other: Tensor) -> Any:
+            for block in self.blocks:
+                x = block(x, other)
+            return (self.out(x),)
+
+    model, other = Two(Adds), 100 * noise(1, 3, 8)
+    full = hrt.Schedule.full(model, 2, level="blocks", groups=4)
+    for entry in range(4):
+        compute = full.compute.copy()
+        compute[1, entry] = False
+        schedule = full.replace(compute=compute, carry=np.where(compute, 0.0, 1.0))
+        fast, (x, now) = hrt.compile(model, schedule, backend="eager"), (noise(1, 3, 8), noise(1, 3, 8))
+        fast(x, 2.0, other)
+        got = fast(now, 1.0, other)[0]
+        for number, block in enumerate(model.blocks):
+            now = block(x, other) + (now - x) if number == entry else block(now, other)
+            x = block(x, other)
+        torch.testing.assert_close(got, model.out(now))
+
+
 def test_complex_streams_are_streams() -> None:
     model = returning(torch.view_as_complex, torch.view_as_real)
     for block in model.blocks:
