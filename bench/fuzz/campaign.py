@@ -8,11 +8,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bench.module_reuse import MODULES
+
 from .case import Case, script
 from .drawing import draw
 from .playing import OracleFailed, Tally, Wrong, play
 from .shrinking import failure_of, shrink
-from .subject import NAMES, Subject
+from .subject import NAMES, NOT_AT_BRANCHES, Subject
 
 LEVELS = ("branches", "blocks", "output")
 BACKENDS = ("eager", "inductor", "cudagraph")
@@ -63,6 +65,16 @@ class Chunk:
         return asdict(self) | {"refused": dict(self.refused), "events": dict(self.events)}
 
 
+def names_at(level: str) -> list[str]:
+    """Models that have a level, unless their configuration is one that it refuses."""
+    at_branches = [name for name in NAMES if name.split(",")[0] in MODULES and name not in NOT_AT_BRANCHES]
+    return {
+        "branches": at_branches,
+        "blocks": [name for name in NAMES if "UNet" not in name],
+        "output": list(NAMES),
+    }[level]
+
+
 def play_chunk(
     seed: int,
     number: int,
@@ -82,12 +94,10 @@ def play_chunk(
         shrinking: seconds for making a failing case smaller.
     """
     rng = random.Random(f"{seed} {number} {level} {backend}")
-    chosen = rng.choice(list(NAMES) if backend != "inductor" else FEW)
-    chosen = chosen if model is None else model
+    chosen = rng.choice(FEW if backend == "inductor" else names_at(level)) if model is None else model
     dtype = "float32" if backend == "inductor" else rng.choices([*DTYPES], [*DTYPES.values()])[0]
     if dtype == "float64" and level == "branches":  # documented
         dtype = "float32"
-    started, cpu = time.monotonic(), time.process_time()
     subject = Subject(chosen, dtype)
     if not subject.runs and dtype != "float32":
         dtype = "float32"
@@ -95,6 +105,7 @@ def play_chunk(
     if level not in subject.levels or not subject.runs:
         return None
     chunk = Chunk(seed, number, level, backend, chosen, dtype)
+    started, cpu = time.monotonic(), time.process_time()
     while chunk.cases < cases and time.process_time() - cpu < seconds:
         if subject.dirty:
             subject = Subject(chosen, dtype)
