@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 
 from bench.fuzz.campaign import BACKENDS, LEVELS, play_chunk
+from bench.fuzz.models import NAMES
 from bench.fuzz.page import page
-from bench.fuzz.subject import NAMES
 
 PAGE = Path(__file__).resolve().parent / "FUZZ.md"
 
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)
     done = _numbers(arguments.out, arguments.seed)
+    commit = _commit()  # of the code that is loaded now
     failures, until = 0, time.monotonic() + arguments.seconds
     for number in itertools.count(max(done, default=-1) + 1):
         if time.monotonic() >= until:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             chunk = play_chunk(arguments.seed, number, level, backend, model=own, seconds=arguments.chunk)
             if chunk is None:
                 continue
-            chunk.commit = _commit()
+            chunk.commit = commit
             failures += len(chunk.failures)
             print(
                 f"{number} {level} {backend} {chunk.dtype} {chunk.model}: {chunk.cases} cases, {chunk.runs} runs, "

@@ -12,9 +12,10 @@ from bench.module_reuse import MODULES
 
 from .case import Case, script
 from .drawing import draw
+from .models import NAMES, NOT_AT_BRANCHES
 from .playing import OracleFailed, Tally, Wrong, play
 from .shrinking import failure_of, shrink
-from .subject import NAMES, NOT_AT_BRANCHES, Subject
+from .subject import Subject
 
 LEVELS = ("branches", "blocks", "output")
 BACKENDS = ("eager", "inductor", "cudagraph")

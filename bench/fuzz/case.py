@@ -88,7 +88,7 @@ Event = Run | Change | Recompile
 class Case:
     """
     Attributes:
-        model: one of `subject.NAMES`.
+        model: one of `models.NAMES`.
         groups: at level blocks, how many groups a list is split into.
         trunk: at level branches, the trunk is an entry beside them.
         sampler: class of diffusers whose timesteps the calls have; evenly falling ones unless given.

@@ -14,43 +14,17 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import harmonica_rt as hrt
 from bench.module_reuse import MODULES
-from tests.models.adapter_cases import STEPS, Calls, Case
-from tests.models.denoisers import DENOISERS, Denoiser
-from tests.models.test_flux import FLUX
-from tests.models.test_ltx import LTX
-from tests.models.test_qwen import QWEN
-from tests.models.test_sd3 import SD3
-from tests.models.test_wan import WAN
 
+from .calls import as_it_is, between, generator, less_text, rows_of, same, smaller, tensors_of
+from .models import NAMES, NOT_AT_BRANCHES
 from .oracle import entries_of, find_sources, is_value, tensors
 
 CLOCKS = ("time", "sigma")  # in the names of arguments that tell the time, and no other changes from step to step
 TIMED = ("timestep", "t", "timesteps", "time", "timestep_img", "sigma", "decoder_noise_time", "timestep_ratio")
 TIMED += ("vision_timesteps",)
 TEXTS = ("text", "prompt", "caption", "pooled", "encoder_hidden_states")
-TEXT_TOKENS = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
 UNITS = 5.5  # from the first of a small denoiser's timesteps to 0, in steps of its own clock
 ALL_STEPS = 6
-
-
-def _of(case: Case, kind: dict[str, Any]) -> Denoiser:
-    def call(model: nn.Module, step: int) -> dict[str, Any]:
-        calls = Calls(case, model)
-        return calls.arguments(step) | {"hidden_states": Calls(case, model, seed=step).samples[step % STEPS]}
-
-    return Denoiser(lambda: case.make(**kind), call)
-
-
-KINDS = {
-    f"{case.model.__name__}, {name}": _of(case, kind)
-    for case in (FLUX, LTX, QWEN, SD3, WAN)
-    for name, kind in case.kinds.items()
-}
-NAMES: dict[str, Denoiser] = {**DENOISERS, **KINDS}
-NOT_AT_BRANCHES = {  # as the documentation says; other kinds of these classes are without it
-    "QwenImageTransformer2DModel": "padded text",
-    "WanTransformer3DModel": "timesteps a token",
-}
 
 
 class Subject:
@@ -79,7 +53,7 @@ class Subject:
         self._originals = [_state(model) for model in (self.model, self.twin)]
         leaves, others = tree_leaves(self._calls[0]), tree_leaves(self._calls[1])
         self._names = [key for key, value in self._calls[0].items() for _ in tree_leaves(value)]
-        self._changing = [not _equal(a, b) for a, b in zip(leaves, others, strict=True)]
+        self._changing = [not same(a, b) for a, b in zip(leaves, others, strict=True)]
         self.timed = any(self._calls[0].get(key) is not None for key in TIMED)
         self.batch = self._batch_of_calls()
         self.rising = False
@@ -88,7 +62,7 @@ class Subject:
             self.rising = second > first
         self.conditioned = any(map(self._is_text, range(len(leaves)))) or "class_labels" in self._calls[0]
         self.runs = self._output() is not None
-        self._shapes = [how for how in (_as_it_is, _less_text, _smaller) if self._runs(how)] if self.runs else []
+        self._shapes = [how for how in (as_it_is, less_text, smaller) if self._runs(how)] if self.runs else []
         self.variants = len(self._shapes)
         self.batched = self.runs and self._is_batched()
         self._sources: dict[Any, dict[Any, int]] = {}
@@ -175,11 +149,11 @@ class Subject:
         for number, (leaf, a, b) in enumerate(zip(leaves, early, later)):
             name = self._names[number]
             if self._changing[number] and any(clock_name in name or name == "t" for clock_name in CLOCKS):
-                out.append(_between(a, b, clock[step]))
+                out.append(between(a, b, clock[step]))
             elif self._changing[number] and is_value(leaf):
-                out.append(torch.randn(leaf.shape, generator=_generator(seed, step, number)).to(leaf.dtype))
+                out.append(torch.randn(leaf.shape, generator=generator(seed, step, number)).to(leaf.dtype))
             elif self._is_text(number):
-                noise = torch.randn(leaf.shape, generator=_generator(seed, 977 + context, number))
+                noise = torch.randn(leaf.shape, generator=generator(seed, 977 + context, number))
                 out.append(leaf + 0.3 * noise.to(leaf.dtype))
             elif name == "class_labels":
                 out.append((leaf + torch.arange(len(leaf)) * (1 + seed % 2) + seed + 2 * context) % 5)
@@ -221,11 +195,11 @@ class Subject:
     def _rows(self, call: dict[str, Any], batch: int | None) -> dict[str, Any]:
         if batch is None or batch == self.batch:
             return call
-        return _indexed(call, [i % self.batch for i in range(batch)], self._calls[0], self.batch)
+        return rows_of(call, [i % self.batch for i in range(batch)], self._calls[0], self.batch)
 
     def _half(self, call: dict[str, Any], which: int, batch: int) -> dict[str, Any]:
         rows = list(range(which * batch // 2, (which + 1) * batch // 2))
-        return _indexed(call, rows, self._calls[0], self.batch)
+        return rows_of(call, rows, self._calls[0], self.batch)
 
     # ---- what it can do, tried once
 
@@ -246,7 +220,9 @@ class Subject:
             return False
         if [t.shape[:1] for t in out] != [t.shape[:1] for t in plain]:  # it took a part of a picture for a picture
             return False
-        return how is _as_it_is or [t.shape for t in _all(shaped)] != [t.shape for t in _all(self.call(0, 0, [0.0]))]
+        return how is as_it_is or [t.shape for t in tensors_of(shaped)] != [
+            t.shape for t in tensors_of(self.call(0, 0, [0.0]))
+        ]
 
     def _is_batched(self) -> bool:
         """Whether rows of a batch of 4 are what halves and singles of it are, alone."""
@@ -285,69 +261,8 @@ def _put_back(model: nn.Module, state: list[tuple[nn.Module, str, nn.Parameter, 
             parameter.data.copy_(value)
 
 
-def _generator(*seeds: int) -> torch.Generator:
-    number = 0
-    for seed in seeds:
-        number = (number * 1_000_003 + seed + 1) % 2**62
-    return torch.Generator().manual_seed(number)
-
-
-def _indexed(call: dict[str, Any], rows: list[int], like: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Those rows of whatever in `like`, a call of such a batch, is over the batch."""
-
-    def pick(value: Any, was: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[rows].clone() if value.ndim and len(was) == batch else value
-        if isinstance(value, dict):
-            return {key: pick(each, was[key]) for key, each in value.items()}
-        if isinstance(value, list) and len(was) == batch and all(isinstance(each, Tensor) for each in value):
-            return [value[row].clone() for row in rows]
-        return value
-
-    return {key: pick(value, like[key]) for key, value in call.items()}
-
-
-def _between(a: Any, b: Any, u: float) -> Any:
-    if not isinstance(a, Tensor):
-        return type(a)(a + (b - a) * u)
-    moved = a.double() + (b.double() - a.double()) * u
-    return (moved if a.is_floating_point() else moved.round()).to(a.dtype)
-
-
-def _as_it_is(call: dict[str, Any]) -> dict[str, Any]:
-    return call
-
-
-def _less_text(call: dict[str, Any]) -> dict[str, Any]:
-    """One token less."""
-    out = dict(call)
-    for name, value in call.items():
-        if name in TEXT_TOKENS and isinstance(value, Tensor) and value.ndim >= 2:
-            out[name] = value.narrow(1, 0, value.shape[1] - 1).contiguous()
-        if name == "txt_ids" and isinstance(value, Tensor):
-            axis = value.ndim - 2
-            out[name] = value.narrow(axis, 0, value.shape[axis] - 1).contiguous()
-    return out
-
-
-def _smaller(call: dict[str, Any]) -> dict[str, Any]:
-    """Pictures of half the width, in whole patches."""
-    name = next(iter(call))
-    if not isinstance(value := call[name], Tensor) or value.ndim < 4 or value.shape[-1] % 8:
-        return call
-    return call | {name: value.narrow(-1, 0, value.shape[-1] // 2).contiguous()}
-
-
-def _all(call: dict[str, Any]) -> list[Tensor]:
-    return [t for t in tree_leaves(call) if isinstance(t, Tensor)]
-
-
 def _only(found: set[int]) -> int | None:
     return found.pop() if len(found) == 1 else None
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
