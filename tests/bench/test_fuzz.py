@@ -26,8 +26,8 @@ from bench.fuzz.rounding import allowed, error, reach
 from bench.fuzz.shrinking import failure_of, shrink, simpler
 from bench.fuzz.subject import Subject
 from harmonica_rt import branch_engine, forward_engine
-from harmonica_rt.entry import Values
 from harmonica_rt.executor import Plan as BranchPlan
+from harmonica_rt.kept_streams import Values
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIT, FLUX, WAN = "DiTTransformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel, text to video"
