@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,16 @@ def section(file: Path, page: Path) -> list[str]:
             plot(some, axis, f"{model}: {AXES[axis].label}{sized}", picture)
             parts += [f"### {AXES[axis].label}{sized}", table(some, axis)]
             parts.append(f"![{model}, {AXES[axis].label}]({os.path.relpath(picture, page.parent)})")
-    if failed := dict.fromkeys(f"* {row['name']}: {row['error']}" for row in lines if row["error"] is not None):
+    failures = Counter((*_without_setting(row["name"]), row["error"]) for row in lines if row["error"] is not None)
+    if failed := [f"* {who} on {run}, {n} of its runs: {error}" for (run, who, error), n in failures.items()]:
         parts += ["What did not run, in its own words:", "\n".join(failed)]
     return parts
+
+
+def _without_setting(name: str) -> tuple[str, str]:
+    """A candidate's run, and what runs it."""
+    run, _, rest = name.partition(", ")
+    return run, rest.split(":")[0] or "diffusers"
 
 
 def _missing(screened: list[dict[str, Any]], measured: list[dict[str, Any]], steps: int) -> list[str]:

@@ -58,8 +58,9 @@ def loss(pipeline: PixelPipeline, images: Tensor, wanted: list[str]) -> Tensor:
             img_ids=places,
         ).sample
         return F.mse_loss(found, pipeline.packed(noise - images))
-    step = torch.randint(pipeline.scheduler.config.num_train_timesteps, (len(images),))
-    mixed = pipeline.scheduler.add_noise(images, noise, step)
+    step = torch.randint(len(pipeline.scheduler.alphas_cumprod), (len(images),))
+    kept = pipeline.scheduler.alphas_cumprod[step][:, None, None, None]  # add_noise looks among the timesteps of a run
+    mixed = kept.sqrt() * images + (1 - kept).sqrt() * noise
     found = model(mixed, timestep=step, **pipeline.conditioning(wanted, 0.0)).sample
     return F.mse_loss(found[:, : images.shape[1]], noise)
 
