@@ -230,6 +230,16 @@ def test_the_table_says_who_is_ahead_and_the_plot_is_drawn(tmp_path: Path) -> No
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_failures_are_counted_by_peer_and_reason(tmp_path: Path) -> None:
+    store = Store(tmp_path / "frontier-dit-fashion.jsonl", JOB, "the command", key=("stage", "name"))
+    for setting in ("0.1", "0.2"):
+        failed = Candidate("ddim", "leading", 4, "smooth-cache", setting)
+        store.add({"stage": SCREEN, **known(failed), "error": "ValueError: no", "seconds": 1.0})
+    frontier_page.write([tmp_path / "frontier-dit-fashion.jsonl"], tmp_path / "FRONTIER.md")
+    page = (tmp_path / "FRONTIER.md").read_text()
+    assert "* SmoothCache on ddim leading 4, 2 of its runs: ValueError: no\n" in page
+
+
 def test_sets_of_different_sizes_are_not_compared() -> None:
     measured = [row("a", 0.5), row("b", 0.4)]
     sets = [{**row("a", 0.5, frechet=5.0), "stage": "sets 100"}, {**row("b", 0.4, frechet=4.0), "stage": "sets 100"}]
