@@ -291,8 +291,11 @@ def test_another_number_of_steps(seed: int) -> None:
         assert other.steps == steps
         assert not other.compute[other.trunk].any()
         assert other.trunk.sum() == pytest.approx(schedule.trunk.sum() * steps / 10, abs=1.5)
-        assert set(other.carry[other.trunk, -1]) <= set(schedule.carry[schedule.trunk, -1])
+        own = set(schedule.carry[schedule.trunk, -1])
+        assert set(other.carry[other.trunk, -1]) <= (own if steps == 10 else {0.0})  # it fits the learned weights
         assert not other.carry[:, :-1].any()
+        guided = schedule.replace(guidance_scale=4.5).between(steps)
+        assert set(guided.carry[guided.trunk, -1]) <= (own if steps == 10 else {0.5 if schedule.order else 0.0})
 
 
 @pytest.mark.parametrize("kind", MAKERS)
