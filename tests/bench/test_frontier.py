@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bench.sampling import Sampling
 from bench.schedule_specs import parse_schedule
 from bench.sets import Sets
 from bench.store import Store
+from harmonica_rt.measuring import Timing
 
 JOB = Job("dit-fashion", steps=4, count=2, screen=2, batch=1, rounds=1)
 OWN = Candidate("ddim", "leading", 4)
@@ -387,6 +389,13 @@ def test_the_best_of_the_screen_of_each_family_are_measured(tmp_path: Path) -> N
     assert frontier.bases(reusing=True) == [("ddim", "leading")]  # branches, blocks, output every 2nd of all steps
 
 
+def halved(runs: dict[str, Callable[[], Any]], *rest: Any) -> dict[str, Timing]:
+    """Each candidate has run, and took half of the reference's time."""
+    for run in runs.values():
+        run()
+    return {name: Timing((1.0 if name == "reference" else 0.5,) * 3) for name in runs}
+
+
 def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest run there is, of everything; then it is there."""
     job = Job("dit-fashion", steps=4, count=2, screen=2, batch=1, rounds=1)
@@ -394,6 +403,7 @@ def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytes
     frontier = Frontier(job, Store(file, job, "the command", key=("stage", "name")))
     frontier.costs = {EAGER: 1.0, WHOLE: 0.8, OURS: 0.7, "seconds": 1.0}
     monkeypatch.setattr("bench.frontier.backend", lambda candidate: "eager")
+    monkeypatch.setattr("bench.frontier.interleave", halved)  # whatever else the machine does
     monkeypatch.setattr("bench.frontier_page.SHOWN", ("converged_worst", "frechet"))
     monkeypatch.setattr(frontier, "judged", lambda: [OWN, OWN.on(WHOLE)])  # the same images
     some = [OWN, Candidate("unipc", "linspace", 2), OWN.on(OURS, "output:2:1")]
@@ -407,7 +417,7 @@ def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytes
     assert own["seconds"] > 10 * whole["seconds"]
     assert 0 < own["precision"] <= 1
     reused = frontier.rows(MEASURE)[2]
-    assert reused["latency"] < 0.9
+    assert reused["latency"] == 0.5
     assert 20 < reused["psnr"] < 60
     frontier_page.write([file], tmp_path / "FRONTIER.md")
     page = (tmp_path / "FRONTIER.md").read_text()
@@ -415,5 +425,5 @@ def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytes
     assert "ddim leading 4, output:2:1" in page
     short = [line for line in page.splitlines() if line.startswith("| dit-fashion | ")]
     assert [line.split(" | ")[1] for line in short] == ["2x", "3x", "4x"]
-    assert f"**{reused['psnr']:.1f} ± {reused['psnr_spread']:.1f}** / " in short[0] or reused["latency"] > 0.51
+    assert f"**{reused['psnr']:.1f} ± {reused['psnr_spread']:.1f}** / " in short[0]
     assert (tmp_path / "frontier-dit-fashion-converged-worst.png").is_file()
