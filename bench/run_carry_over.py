@@ -15,7 +15,7 @@ import copy
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def best(home: Condition, of: Callable[[], Iterator[hrt.Schedule]], few: int) -> hrt.Schedule:
-    """The forecast that is best where it was learned, on a few images."""
+def best(home: Condition, found: Iterable[hrt.Schedule], few: int) -> hrt.Schedule:
+    """Of `found` the best where it was learned, on a few images."""
     some = replace(home, count=few)
     full = some.images(None)
-    return max(of(), key=lambda own: psnr(some.images(own), full).mean().item())
+    return max(found, key=lambda own: psnr(some.images(own), full).mean().item())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         learned, rows, forecast = hrt.Schedule.load(file), [], None
         found = conditions(arguments.model, learned.steps, arguments.count, arguments.lora)
         for condition in itertools.islice(found, arguments.only):
-            forecast = forecast or best(condition, lambda own=learned: forecasts(own), arguments.few)
+            forecast = forecast or best(condition, forecasts(learned), arguments.few)
             rows.append(row(condition, learned, forecast))
             print(rows[-1], file=sys.stderr, flush=True)
         kind = f"order {forecast.order}, carry {forecast.carry.max():g}"
