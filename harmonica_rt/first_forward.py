@@ -123,14 +123,19 @@ class FirstForward:
         return min(sorted(sets - {frozenset()}, key=sorted), [frozenset([k]) for k in self.entries], key=len)
 
     def _is_same_reusing(self, numbers: frozenset[int], output: Any, arguments: Arguments) -> bool:
-        """Whether the output, and what goes into groups with a carry, stay with groups `numbers` reused."""
+        """Whether what is used stays with groups `numbers` reused: the output, what others keep, what is carried."""
         pairs: list[tuple[Any, Any]] = []
 
         def handle(number: int, run: Any, *call: Any) -> Any:
             entry = self.entries[number]
             if entry.carries and entry.done == 0:
                 pairs.extend((a, b.clone()) for a, b in zip(entry.x, entry.before(*call)))
-            return entry.reuse(None, *call) if number in numbers else entry.compute(None, run, *call)
+            if number in numbers:
+                return entry.reuse(None, *call)
+            made, result = entry.done, entry.compute(None, run, *call)
+            leaves = tree_flatten(result)[0]
+            pairs.extend((entry.latest[key], leaves[key[1]].clone()) for key in entry.kept if key[0] == made)
+            return result
 
         try:
             reused = self.forward(arguments, handle)

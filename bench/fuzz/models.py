@@ -33,3 +33,6 @@ NOT_AT_BRANCHES = {  # as the documentation says; other kinds of these classes a
     "QwenImageTransformer2DModel": "padded text",
     "WanTransformer3DModel": "timesteps a token",
 }
+NOT_HALVED = {  # at level blocks, where half of a batch is refused by what comes
+    "LatteTransformer3DModel": "its blocks see frames or tokens as their batch",
+}

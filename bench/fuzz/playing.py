@@ -19,6 +19,7 @@ from tests.emulator import Emulator
 
 from . import changes
 from .case import Case, Change, Recompile, Run
+from .models import NOT_HALVED
 from .oracle import Reuse, Unclear, tensors
 from .rounding import allowed, error, reach
 from .schedules import build, clock_of
@@ -151,7 +152,8 @@ class _Play:
         self.midway = run.start > 0 and not self.case.listed
         if self.midway and names == [None, None]:
             names = [*CONTEXTS]
-        halving = run.half if self.subject.batched and run.batch % 2 == 0 else None
+        halved = self.subject.batched and (self.case.level == "output" or self.subject.kind not in NOT_HALVED)
+        halving = run.half if halved and run.batch % 2 == 0 else None
         self.count(run, stop < steps, two)
         for fast in (self.fast, self.beside) if run.beside is not None else (self.fast,):
             if not self.subject.timed or run.start:

@@ -84,6 +84,16 @@ def test_rounding_reaches_as_far_as_a_dtype_rounds() -> None:
     assert allowed(torch.float32) < 1e-5
 
 
+# ---- what it found
+
+
+def test_groups_in_turn_keep_what_they_should_while_others_are_reused() -> None:
+    """Latte's blocks alternate between two lists: what one keeps at a step is of the other's stand-ins."""
+    plan = Plan(("1111", "1101", "0111"), "000", order=0)
+    tally = play(Case("LatteTransformer3DModel", "blocks", (plan,), groups=2), Subject("LatteTransformer3DModel"))
+    assert (tally.calls, tally.refused) == (3, None)
+
+
 # ---- what is planted is caught
 
 PLAN = {
