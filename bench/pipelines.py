@@ -219,19 +219,19 @@ class PixelPixArtPipeline(LoopPipeline):
         return type(self)(self.transformer, scheduler, self.prompts)
 
     def conditioning(self, wanted: list[str], guidance_scale: float) -> dict[str, Any]:
-        model, images = self.transformer, len(wanted)
+        model, images, device = self.transformer, len(wanted), self._execution_device  # which walks all modules
         states, mask = self.prompts(wanted)
         if guidance_scale > 1:
             empty, empty_mask = self.prompts([""] * images)
             states, mask = torch.cat([states, empty]), torch.cat([mask, empty_mask])
         arguments = {
-            "encoder_hidden_states": states.to(self._execution_device, model.dtype),
-            "encoder_attention_mask": mask.to(self._execution_device),
+            "encoder_hidden_states": states.to(device, model.dtype),
+            "encoder_attention_mask": mask.to(device),
         }
         if self.sized:
             side = 8.0 * model.config.sample_size  # pixels of a latent's side
             sizes = {"resolution": [side, side], "aspect_ratio": [1.0]}
-            on = {"device": model.device, "dtype": model.dtype}
+            on = {"device": device, "dtype": model.dtype}
             arguments["added_cond_kwargs"] = {k: torch.tensor([v] * len(states), **on) for k, v in sizes.items()}
         return arguments
 
