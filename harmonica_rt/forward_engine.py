@@ -30,6 +30,8 @@ TIMESTEPS = (
     "vision_timesteps",
 )
 
+DENOISED = ("decoder_input_tokens",)  # names of the argument that is denoised where that is not the first
+
 
 @dataclass(frozen=True, slots=True)
 class CallShape:
@@ -77,7 +79,7 @@ class ForwardCall:
     """A call of the model's own forward.
 
     Attributes:
-        samples: tensors of its first argument.
+        samples: tensors of the argument that is denoised.
         timestep: its timestep; None where it has no argument of such a name.
         conditioning: all other tensors among its arguments.
         batch: how many samples there are: of a tensor its first dimension, of a list its tensors.
@@ -130,7 +132,8 @@ class ForwardEngine(Engine):
     ) -> None:
         super().__init__(model, backend, capacity, recorder)
         self.compiled = CompiledBlocks(model) if backend == "inductor" else None
-        self._first = next(iter(inspect.signature(model.forward).parameters), "")  # the argument that is denoised
+        names = inspect.signature(model.forward).parameters
+        self._first = next((name for name in (*DENOISED, *names) if name in names), "")  # the argument that is denoised
 
     def check(self, schedule: Schedule) -> None:
         if not isinstance(self.model, nn.Module):
