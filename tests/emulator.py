@@ -86,7 +86,7 @@ class EmulatedGraph(TorchDispatchMode):
             if _storage(result) not in taken:
                 self.made.setdefault(_storage(result), result)
         if not func.is_view and name not in ALLOCATIONS:
-            self.ops.append((func, args, kwargs, results))
+            self.ops.append((func, args, kwargs, [t.detach() for t in results]))  # whose shapes stay: matmul squeezes
         return out
 
     def replay(self) -> None:

@@ -62,6 +62,15 @@ def test_multiple_outputs_and_attention() -> None:
     torch.testing.assert_close(output, launch())
 
 
+def test_what_is_squeezed_in_place_after_it_was_made() -> None:
+    """A matrix times a vector, say: what the product made loses a dimension."""
+    x, matrix = torch.randn(4), torch.randn(4, 3)
+    graph, output = capture(lambda: torch.mm(x[None], matrix).squeeze_(0) * 2)
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(output, 2 * x @ matrix)
+
+
 def test_memory_the_graph_has_not_written_is_poison() -> None:
     graph, output = capture(lambda: torch.empty(3) + 0)
     graph.replay()
