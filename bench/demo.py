@@ -21,9 +21,10 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import run_latency
-from bench.reference import CLASSES, noise
-from bench.sampling import Sampling
-from bench.schedule_specs import parse_schedule
+from bench.arguments import positive
+from bench.models.reference import CLASSES, noise
+from bench.models.sampling import Sampling
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.measuring import psnr
 
 MODEL, STEPS = "dit-fashion", 20
@@ -111,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--schedule", default=SCHEDULE, help="uniform:N[:ORDER] or a schedule file")
-    parser.add_argument("--count", type=run_latency.positive, default=64, help="noises that PSNR is taken on")
-    parser.add_argument("--rounds", type=run_latency.positive, default=5)
+    parser.add_argument("--count", type=positive, default=64, help="noises that PSNR is taken on")
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--backend", choices=("auto", "eager"), default="auto", help="eager compiles nothing")
-    parser.add_argument("--threads", type=run_latency.positive, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console, out = Console(width=160), arguments.out

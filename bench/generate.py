@@ -37,10 +37,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import harmonica_rt as hrt
-from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, TRAINED, load_pipeline, weights_digest
-from bench.run_latency import positive
-from bench.schedule_specs import parse_schedule
+from bench.arguments import positive
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import REFERENCES, TRAINED, load_pipeline, weights_digest
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
 from harmonica_rt.shards import begin, check, missing, shard_path, write

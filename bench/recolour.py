@@ -19,11 +19,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.flux_pipeline import PixelFluxPipeline
-from bench.judges import SIDE, glyphs
-from bench.pipelines import PixelPipeline
-from bench.reference import load_pipeline
-from bench.run_latency import positive
+from bench.arguments import positive
+from bench.measure.judges import SIDE, glyphs
+from bench.models.flux_pipeline import PixelFluxPipeline
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import load_pipeline
 
 MODELS = ("pixart-emoji", "flux-emoji")
 LORA = LoraConfig(

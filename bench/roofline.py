@@ -33,9 +33,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
-from bench.reference import REFERENCES
-from bench.run_latency import positive
+from bench.arguments import positive
+from bench.by_hand.module_reuse import ModuleReuse
+from bench.models.reference import REFERENCES
 from harmonica_rt.backends import fused
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import Adapter, adapt

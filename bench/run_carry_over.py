@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import harmonica_rt as hrt
-from bench.comparison import HELD_OUT
-from bench.flux_pipeline import PixelVae
-from bench.pipelines import PixelPipeline
+from bench.arguments import positive
+from bench.compare.comparison import HELD_OUT
+from bench.models.flux_pipeline import PixelVae
+from bench.models.pipelines import PixelPipeline
+from bench.models.sampling import Sampling, accelerated
 from bench.recolour import MODELS, fused
-from bench.run_latency import positive
-from bench.sampling import Sampling, accelerated
 from harmonica_rt.checks import may_carry
 from harmonica_rt.measuring import psnr
 

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 from rich.console import Console
 
-from bench import candidates, frontier_page
-from bench.candidates import FULL, OURS, PEER
-from bench.frontier import SCREEN, Frontier
-from bench.frontier_runs import Job
-from bench.reference import TRAINED
-from bench.run_latency import positive
-from bench.store import Store
+from bench.arguments import positive
+from bench.compare import candidates, frontier_page
+from bench.compare.candidates import FULL, OURS, PEER
+from bench.compare.frontier import SCREEN, Frontier
+from bench.compare.frontier_runs import Job
+from bench.compare.store import Store
+from bench.models.reference import TRAINED
 
 ELSEWHERE = 1  # samplers beside the model's own for all kinds of schedules and peers: without reuse the best, and with
 QUICK = 6  # candidates of each kind

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from bench.arguments import positive
 from bench.gpu import capture, correct, environment, gap, latency, learning, levels, profile, report
 from bench.gpu.machine import Machine, Rehearsal
 from bench.gpu.record import STAGES, Case, DeviceLost, Record, Stopped
-from bench.run_latency import positive
 
 DRY_PACE = 0.2  # tiny sizes
 

@@ -26,13 +26,16 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import breakdown, costs
-from bench.block_reuse import by_hand
-from bench.measure import CountLaunches, count_generated, environment, interleave
-from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise
-from bench.schedule_specs import SPECS, parse_schedule
-from bench.wrapper import Wrapper
+from bench.arguments import positive
+from bench.by_hand.block_reuse import by_hand
+from bench.by_hand.wrapper import Wrapper
+from bench.measure import breakdown, costs
+from bench.measure.environment import environment
+from bench.measure.launches import CountLaunches, count_generated
+from bench.measure.timing import interleave
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import REFERENCES, load_pipeline, noise
+from bench.models.schedule_specs import SPECS, parse_schedule
 from harmonica_rt.cuda_graphs import CaptureFailed
 from harmonica_rt.kernels.inductor import CompilerMissing
 from harmonica_rt.measuring import Timing, psnr, ratio
@@ -47,13 +50,6 @@ GATE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 class WrongResult(RuntimeError):
     """A candidate does not compute what it should: nothing is timed."""
-
-
-def positive(text: str) -> int:
-    """An argparse type."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
 
 
 def measure(

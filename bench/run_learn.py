@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 
 import harmonica_rt as hrt
-from bench.reference import TRAINED
-from bench.run_latency import positive
-from bench.sampling import Sampling
-from bench.schedule_specs import parse_schedule
+from bench.arguments import positive
+from bench.models.reference import TRAINED
+from bench.models.sampling import Sampling
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.train import models
 from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 
 import harmonica_rt as hrt
-from bench.measure import interleave
-from bench.reference import TRAINED, noise
-from bench.run_latency import positive
-from bench.sampling import Sampling
-from bench.schedule_specs import parse_schedule
+from bench.arguments import positive
+from bench.measure.timing import interleave
+from bench.models.reference import TRAINED, noise
+from bench.models.sampling import Sampling
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.measuring import psnr
 
 BATCH = 4  # images a call

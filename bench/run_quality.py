@@ -5,8 +5,9 @@
     python bench/run_quality.py --model pixart-emoji --schedule bench/schedules/pixart-emoji-dpmsolver++20-3x.json
 
 Fewer steps of the same sampler is the baseline to beat. CUR counts what is skipped of the full run's branches. With
-``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.frechet`. ``--twins`` shows
-what learned reuse weights bring over the forecast's; ``--target converged`` counts the sampler's own error too.
+``--frechet``, the images are also compared as a set, by a classifier's features: see `bench.measure.frechet`.
+``--twins`` shows what learned reuse weights bring over the forecast's; ``--target converged`` counts the sampler's own
+error too.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import comparison, costs, results, run_latency
-from bench.frechet import WIDTH
-from bench.judges import Frechet
-from bench.measure import environment
+from bench.arguments import positive
+from bench.compare import comparison, peers_page
+from bench.measure import costs
+from bench.measure.environment import environment
+from bench.measure.frechet import WIDTH
+from bench.measure.judges import Frechet
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import CLASSES, TRAINED, noise
+from bench.models.sampling import Sampling, accelerated
+from bench.models.schedule_specs import parse_schedule
 from bench.peers import PEERS
-from bench.pipelines import PixelPipeline
-from bench.reference import CLASSES, TRAINED, noise
-from bench.sampling import Sampling, accelerated
-from bench.schedule_specs import parse_schedule
 from harmonica_rt.measuring import pooled_psnr, psnr
 from harmonica_rt.train import models
 
@@ -224,13 +227,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="1 turns guidance off; unless given, the model's own")
     parser.add_argument("--classes", type=_classes, metavar="I,J,...", help="labels to sample in turn; default: all")
     parser.add_argument("--twins", action="store_true", help="learned schedules also with the forecast's weights")
-    parser.add_argument("--steps", type=run_latency.positive, default=20)
-    parser.add_argument("--count", type=run_latency.positive, default=64, help="noises")
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--count", type=positive, default=64, help="noises")
     parser.add_argument("--frechet", type=int, default=0, metavar="N", help="images a row for its distance; 0: none")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=run_latency.positive, default=1, metavar="N", help="seeds from --seed on")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds from --seed on")
     parser.add_argument("--fewer", type=int, action="append", help="steps of a shorter run to compare; 0: none")
-    parser.add_argument("--threads", type=run_latency.positive, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--peers", metavar="A,B,...", help=f"compare with peers instead: all, or of {', '.join(PEERS)}")
     parser.add_argument("--judged", type=int, metavar="N", help="peers: images a row to judge as a set; 0: none")
@@ -302,9 +305,9 @@ def _peers(arguments: argparse.Namespace, argv: list[str], console: Console) -> 
             return 130
     files = sorted(path for path in out.glob("peers-*.jsonl") if bool(quick) == path.stem.endswith("-quick"))
     page = out / "RESULTS.md" if arguments.page is None else arguments.page
-    results.write(files, page)
-    console.print(results.table(rows), highlight=False, markup=False, soft_wrap=True)
-    console.print(results.failures(rows), highlight=False, markup=False, soft_wrap=True)
+    peers_page.write(files, page)
+    console.print(peers_page.table(rows), highlight=False, markup=False, soft_wrap=True)
+    console.print(peers_page.failures(rows), highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {file}, its pictures beside it, and {page}", soft_wrap=True)
     return 0
 

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 import harmonica_rt as hrt
-from bench.measure import environment, interleave
-from bench.reference import REFERENCES
-from bench.run_latency import positive
+from bench.arguments import positive
+from bench.measure.environment import environment
+from bench.measure.timing import interleave
+from bench.models.reference import REFERENCES
 from harmonica_rt.lowering import lower
 
 BASE = {"batch": 2, "tokens": 256, "layers": 4, "steps": 20}

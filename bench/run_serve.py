@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import numpy as np
 from PIL import Image
 
-from bench.reference import REFERENCES, TRAINED, load_pipeline
-from bench.run_latency import positive
+from bench.arguments import positive
+from bench.models.reference import REFERENCES, TRAINED, load_pipeline
 from harmonica_rt.image_maker import ImageMaker
 from harmonica_rt.serve import application
 

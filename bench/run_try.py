@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 import torch
 
 import harmonica_rt as hrt
-from bench.reference import REFERENCES, TRAINED
-from bench.run_latency import positive
-from bench.sampling import Sampling
+from bench.arguments import positive
+from bench.models.reference import REFERENCES, TRAINED
+from bench.models.sampling import Sampling
 from harmonica_rt.train.progress import Display
 
 

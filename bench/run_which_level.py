@@ -28,14 +28,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import costs, level_tables
-from bench.level_tables import LEVELS
-from bench.measure import interleave
-from bench.reference import REFERENCES, TRAINED, noise, weights_digest
-from bench.run_latency import positive
-from bench.sampling import Sampling, accelerated
-from bench.schedule_specs import parse_schedule
-from bench.store import Store
+from bench.arguments import positive
+from bench.compare import level_tables
+from bench.compare.level_tables import LEVELS
+from bench.compare.store import Store
+from bench.measure import costs
+from bench.measure.timing import interleave
+from bench.models.reference import REFERENCES, TRAINED, noise, weights_digest
+from bench.models.sampling import Sampling, accelerated
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.measuring import psnr, ratio
 from harmonica_rt.models import ADAPTERS
 from harmonica_rt.report import Report

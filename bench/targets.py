@@ -24,10 +24,12 @@ import torch
 from rich.console import Console
 
 import harmonica_rt as hrt
-from bench import breakdown, run_latency, run_learn, run_quality
-from bench.measure import interleave
-from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise
+from bench import run_latency, run_learn, run_quality
+from bench.arguments import positive
+from bench.measure import breakdown
+from bench.measure.timing import interleave
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import REFERENCES, load_pipeline, noise
 from harmonica_rt.lowering import lower
 from harmonica_rt.measuring import ratio
 
@@ -217,7 +219,7 @@ COLD = """
 import sys, time
 import torch
 import harmonica_rt as hrt
-from bench.reference import load_pipeline
+from bench.models.reference import load_pipeline
 torch.set_num_threads(1)
 model = load_pipeline("dit-s-2").transformer
 call = (torch.randn(2, 4, 32, 32), torch.tensor([900, 900]), torch.tensor([1, 1000]))
@@ -267,8 +269,8 @@ def _row(result: dict, name: str) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=run_latency.positive, default=7)
-    parser.add_argument("--threads", type=run_latency.positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--only", metavar="A,B,...", help="some of the parts; a wrong name lists them")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import harmonica_rt as hrt
-from bench.block_reuse import BlockReuse
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.block_reuse import BlockReuse
+from bench.by_hand.module_reuse import ModuleReuse
 from harmonica_rt.forecast import history
 from harmonica_rt.lowering import lower, lower_forward
 

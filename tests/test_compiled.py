@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
 
 from .conftest import BACKENDS, Calls, assert_close, make_dit, needs_compiler, random_schedule
 

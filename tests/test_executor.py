@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from bench.measure import CountLaunches
+from bench.measure.launches import CountLaunches
 from harmonica_rt.lowering import lower
 
 from .conftest import BACKENDS, Calls, make_dit, random_schedule

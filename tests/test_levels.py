@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import harmonica_rt as hrt
-from bench.block_reuse import BlockReuse
+from bench.by_hand.block_reuse import BlockReuse
 from harmonica_rt.layout import split_evenly
 
 from .conftest import Calls, TextCalls, assert_close, make_dit, make_pixart

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
 from harmonica_rt.lowering import lower
 from harmonica_rt.program import ReuseOutput
 

@@ -91,6 +91,20 @@ def test_no_two_modules_import_one_another() -> None:
     assert circles(graph) == []
 
 
+def test_folders_of_bench_stand_upon_one_another() -> None:
+    """What is run is a file of bench/ itself; a folder imports none of those files, and of folders those before it."""
+    order = ("models", "by_hand", "measure", "peers", "compare")
+    graph = imports(modules(folders={"bench": "bench"}))
+    assert circles(graph) == []
+    for number, folder in enumerate(order):
+        own = {name: others for name, others in graph.items() if name.startswith(f"bench.{folder}.")}
+        assert len(own) > 2, folder
+        below = tuple(f"bench.{name}" for name in order[: number + 1])
+        for name, others in own.items():
+            if ".train_" not in name and ".draw_" not in name:  # commands too
+                assert [other for other in others if not other.startswith(below)] == [], name
+
+
 def test_the_picture_of_imports_colours_modules_that_are_there(tmp_path: Path) -> None:
     graph = import_picture.shown(imports(modules()))
     coloured = [name for names in import_picture.PARTS.values() for name in names.split()]

@@ -21,8 +21,8 @@ from diffusers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
-from bench.pipelines import PixelDiTPipeline
+from bench.by_hand.module_reuse import ModuleReuse
+from bench.models.pipelines import PixelDiTPipeline
 
 from .conftest import assert_close, make_dit, random_schedule, relative_error
 

@@ -21,8 +21,8 @@ from diffusers import (
 )
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
-from bench.reference import load_pipeline
+from bench.by_hand.module_reuse import ModuleReuse
+from bench.models.reference import load_pipeline
 
 from .conftest import make_pixart, needs_compiler, random_schedule, relative_error
 

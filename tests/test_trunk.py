@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import nn
 
 import harmonica_rt as hrt
-from bench.block_reuse import TrunkReuse
-from bench.measure import CountLaunches
-from bench.reference import load_pipeline
-from bench.schedule_specs import parse_schedule
+from bench.by_hand.block_reuse import TrunkReuse
+from bench.measure.launches import CountLaunches
+from bench.models.reference import load_pipeline
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.forecast import history
 from harmonica_rt.lowering import lower
 from harmonica_rt.program import STREAM, Step

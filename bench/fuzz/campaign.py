@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.module_reuse import MODULES
+from bench.by_hand.module_reuse import MODULES
 
 from .case import Case, script
 from .drawing import draw

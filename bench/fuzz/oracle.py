@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from bench.module_reuse import MODULES
+from bench.by_hand.module_reuse import MODULES
 
 UNCLEAR = -1  # a source, where a tensor continues none of the arguments it might
 NEAR = 0.3  # to 1, of how far what continues an argument moves with it

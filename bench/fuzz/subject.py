@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import harmonica_rt as hrt
-from bench.module_reuse import MODULES
+from bench.by_hand.module_reuse import MODULES
 
 from .calls import as_it_is, between, generator, less_text, rows_of, same, smaller, tensors_of
 from .models import NAMES, NOT_AT_BRANCHES

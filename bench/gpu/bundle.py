@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGE = ("torch", "triton", "transformers", "accelerate", "safetensors", "huggingface_hub", "typer", "rich", "tqdm")
 IMAGE += ("matplotlib", "numpy")  # what is there already, with all that these need
 LIMIT = 40 * 2**20
-NOT_OF_BENCH = ("models", "results", "schedules", "suites", "h100", "h200", "__pycache__")
+TRAINED = tuple(folder.parent.name for folder in (ROOT / "bench" / "models").glob("*/training.json"))
+NOT_OF_BENCH = (*TRAINED, "results", "schedules", "suites", "h100", "h200", "__pycache__")
 REHEARSAL = ("tests/__init__.py", "tests/emulator.py")  # what --dry-run takes for CUDA's graphs
 STARTERS = ("run.sh", "install.py")  # of this folder
 # Pure Python, whatever the version over there

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
-from bench.pipelines import PixelPipeline
+from bench.by_hand.module_reuse import ModuleReuse
+from bench.models.pipelines import PixelPipeline
 from bench.run_latency import GATE, WrongResult
 
 from .machine import Machine

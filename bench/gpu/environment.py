@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.measure import environment, interleave
+from bench.measure.environment import environment
+from bench.measure.timing import interleave
 
 from .machine import Machine
 from .record import Case, Log

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.measure import interleave
+from bench.measure.timing import interleave
 from harmonica_rt.measuring import Timing
 
 from .machine import Machine

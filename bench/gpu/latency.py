@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import harmonica_rt as hrt
-from bench.measure import interleave
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
+from bench.measure.timing import interleave
+from bench.models.pipelines import PixelPipeline
 from bench.peers import taylorseer
-from bench.pipelines import PixelPipeline
 from bench.run_latency import COMPILED, EAGER, GATE, NAIVE, WrongResult
 from harmonica_rt.measuring import Timing, ratio
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench.measure import interleave
+from bench.measure.timing import interleave
 from bench.run_latency import EAGER
 from harmonica_rt.compiled import put
 from harmonica_rt.measuring import Timing, ratio

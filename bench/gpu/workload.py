@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import harmonica_rt as hrt
-from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise
-from bench.schedule_specs import parse_schedule
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import REFERENCES, load_pipeline, noise
+from bench.models.schedule_specs import parse_schedule
 
 from .machine import Machine
 

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from ..module_reuse import MODULES
-from ..pipelines import PixelPipeline
-from ..wrapper import Wrapper
+from bench.by_hand.module_reuse import MODULES
+from bench.by_hand.wrapper import Wrapper
+from bench.models.pipelines import PixelPipeline
 
 LISTS = {"WanTransformer3DModel": "blocks"}  # the one of a class whose list has another name
 # Names of a block's branch modules, by model class and list of blocks

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer, Running, with_denoiser
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer, with_denoiser
 
 

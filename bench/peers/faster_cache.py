@@ -9,7 +9,8 @@ from diffusers import FasterCacheConfig
 from diffusers.hooks import apply_faster_cache
 from torch import Tensor, nn
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer, expect_batched_guidance, with_denoiser
 from .hooked import Hooked, hooked
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_first_block_cache
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer
 from .hooked import hooked
 

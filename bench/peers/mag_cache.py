@@ -9,8 +9,9 @@ import io
 from diffusers import MagCacheConfig
 from diffusers.hooks import apply_mag_cache
 
-from ..pipelines import PixelPipeline
-from ..reference import noise
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import noise
+
 from .base import Peer
 from .hooked import hooked
 

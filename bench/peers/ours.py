@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import harmonica_rt as hrt
+from bench.models.pipelines import PixelPipeline
 from harmonica_rt.train import models
 
-from ..pipelines import PixelPipeline
 from .base import Peer
 
 SHIPPED = Path(__file__).parent.parent / "schedules"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_pyramid_attention_broadcast
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer, branch_modules, expect_batched_guidance
 from .hooked import Hooked, hooked
 

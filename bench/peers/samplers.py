@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from bench.models import samplers
+from bench.models.pipelines import PixelPipeline
 from harmonica_rt.train import models
 
-from .. import samplers
-from ..pipelines import PixelPipeline
 from .base import Peer
 
 

@@ -8,7 +8,8 @@ from diffusers import SeaCacheConfig
 from diffusers.hooks import HookRegistry, apply_sea_cache
 from torch import Tensor, nn
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer, with_denoiser
 from .hooked import Hooked
 

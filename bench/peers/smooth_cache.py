@@ -13,8 +13,9 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ..pipelines import PixelPipeline
-from ..reference import noise
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import noise
+
 from .base import Peer, Running, branch_names, with_denoiser
 
 FURTHEST = 3  # steps that one value may serve

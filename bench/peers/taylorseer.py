@@ -9,7 +9,8 @@ from diffusers import TaylorSeerCacheConfig
 from diffusers.hooks import apply_taylorseer_cache
 from torch import nn
 
-from ..pipelines import PixelPipeline
+from bench.models.pipelines import PixelPipeline
+
 from .base import Peer, branch_modules
 from .hooked import Hooked, hooked
 

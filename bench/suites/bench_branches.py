@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench.pipelines import PixelPipeline
-from bench.reference import load_pipeline
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import load_pipeline
 from harmonica_rt.executor import Plan
 from harmonica_rt.kernels.gelu import compiled_gelu
 from harmonica_rt.lowering import lower

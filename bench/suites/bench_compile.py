@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
-from bench.reference import load_pipeline
+from bench.models.reference import load_pipeline
 
 from .conftest import inductor, needs_compiler
 
@@ -28,7 +28,7 @@ STEPS = 10
 CHILD = f"""
 import time, torch
 import harmonica_rt as hrt
-from bench.reference import load_pipeline
+from bench.models.reference import load_pipeline
 torch.set_num_threads(1)
 model = load_pipeline("dit-s-2", layers={TINY["layers"]}, size={TINY["size"]}).transformer
 schedule = hrt.Schedule.uniform(model, {STEPS}, every=2)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import harmonica_rt as hrt
-from bench.pipelines import PixelPipeline
-from bench.reference import load_pipeline
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import load_pipeline
 
 from .conftest import inductor
 

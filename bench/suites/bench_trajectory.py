@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import harmonica_rt as hrt
-from bench.pipelines import PixelPipeline
-from bench.reference import REFERENCES, load_pipeline, noise
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import REFERENCES, load_pipeline, noise
 
 from .conftest import inductor
 

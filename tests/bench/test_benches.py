@@ -12,10 +12,11 @@ import torch
 
 import harmonica_rt as hrt
 from bench import demo, run_latency, run_quality
-from bench.measure import CountLaunches, interleave
-from bench.module_reuse import ModuleReuse
-from bench.reference import load_pipeline, noise
-from bench.schedule_specs import parse_schedule
+from bench.by_hand.module_reuse import ModuleReuse
+from bench.measure.launches import CountLaunches
+from bench.measure.timing import interleave
+from bench.models.reference import load_pipeline, noise
+from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.generating import Generation
 from harmonica_rt.measuring import Timing, psnr, ratio
 from harmonica_rt.train import converged

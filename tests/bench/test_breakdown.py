@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from bench import breakdown, run_latency, run_scale
-from bench.reference import load_pipeline, noise
+from bench import run_latency, run_scale
+from bench.measure import breakdown
+from bench.models.reference import load_pipeline, noise
 
 
 def test_parts_add_up_and_results_stay() -> None:

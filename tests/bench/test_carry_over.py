@@ -10,8 +10,8 @@ import torch
 
 import harmonica_rt as hrt
 from bench import recolour, run_carry_over
-from bench.judges import SIDE, glyphs
-from bench.reference import load_pipeline
+from bench.measure.judges import SIDE, glyphs
+from bench.models.reference import load_pipeline
 
 SHIPPED = Path(run_carry_over.__file__).parent / "schedules"
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import comparison, results, run_quality
-from bench.comparison import Bench, Job, Store, compare
+from bench import run_quality
+from bench.compare import comparison, peers_page
+from bench.compare.comparison import Bench, Job, Store, compare
+from bench.models.pipelines import PixelPipeline
 from bench.peers import PEERS, Peer
 from bench.peers.base import branch_modules, with_denoiser
-from bench.pipelines import PixelPipeline
 from harmonica_rt.measuring import ssim
 
 from ..models.adapter_cases import Case
@@ -142,21 +143,21 @@ def test_the_page_shows_every_point_and_who_is_outside(tmp_path: Path) -> None:
         row("another", "fast", 0.3, 20.0, images=torch.rand(2, 1, 28, 28)),
         {"peer": "absent", "setting": "x", "error": "package absent is not installed"},
     ]
-    assert [row["peer"] for row in results.outside(rows)] == ["another"]
-    best = results.at_speedup(rows, 2.0)
+    assert [row["peer"] for row in peers_page.outside(rows)] == ["another"]
+    best = peers_page.at_speedup(rows, 2.0)
     assert {name: row["setting"] for name, row in best.items()} == {
         "ours": "2x",
         "best peer": "fast",
         "fewer steps": "10",
     }
-    assert results.at_speedup(rows, 3.0)["ours"] is None
+    assert peers_page.at_speedup(rows, 3.0)["ours"] is None
     store = Store(tmp_path / "peers-dit-fashion.jsonl", JOB, "a command")
     for each in rows:
         store.add(each)
     strip = Image.open(tmp_path / "peers-dit-fashion" / store.rows[2]["strip"])
     assert strip.size == (56, 28) and strip.getextrema() == (0, 0) and "images" not in store.rows[2]
     (tmp_path / "pages").mkdir()
-    results.write([store.path], tmp_path / "pages" / "RESULTS.md")
+    peers_page.write([store.path], tmp_path / "pages" / "RESULTS.md")
     page = (tmp_path / "pages" / "RESULTS.md").read_text()
     assert "| fewer steps | 10 | 0.50 |" in page and "* absent, x: package absent is not installed" in page
     assert "outside our curve by PSNR to the full run, dB: another: fast (0.30, 20.00)." in page
@@ -172,14 +173,14 @@ def test_our_curve_is_drawn_between_our_points() -> None:
     ours = [row("harmonica_rt, learned", f"{x}", x, y) for x, y in ((0.2, 30.0), (0.4, 50.0), (0.7, 45.0))]
     theirs = [row("p", name, x, y) for name, x, y in (("in", 0.3, 39.0), ("out", 0.3, 41.0), ("slow", 0.9, 49.0))]
     theirs += [row("p", "fast", 0.19, 10.0), row("diffusers, eager", "full", 0.97, 206.0), row("p", "1", 0.99, 60.0)]
-    assert [r["setting"] for r in results.outside(ours + theirs)] == ["out", "fast"]
-    assert len(results.outside(theirs)) == 4, "all, where there is nothing of ours"
+    assert [r["setting"] for r in peers_page.outside(ours + theirs)] == ["out", "fast"]
+    assert len(peers_page.outside(theirs)) == 4, "all, where there is nothing of ours"
 
 
 def test_lower_is_better_for_a_distance() -> None:
     ours = row("harmonica_rt, learned", "2x", 0.4, 50.0, frechet_full=0.11)
     near, far = row("p", "a", 0.5, 40.0, frechet_full=0.10), row("p", "b", 0.5, 40.0, frechet_full=0.2)
-    assert [r["setting"] for r in results.outside([ours, near, far], "frechet_full")] == ["a"]
+    assert [r["setting"] for r in peers_page.outside([ours, near, far], "frechet_full")] == ["a"]
 
 
 def test_compiled_twins_of_peers() -> None:

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import costs, generate, run_latency, run_quality
-from bench.block_reuse import by_hand
-from bench.comparison import Bench, Job
-from bench.flux_pipeline import PixelFluxPipeline, PixelVae
+from bench import generate, run_latency, run_quality
+from bench.by_hand.block_reuse import by_hand
+from bench.compare.comparison import Bench, Job
+from bench.measure import costs
+from bench.models.flux_pipeline import PixelFluxPipeline, PixelVae
+from bench.models.reference import load_pipeline, noise
+from bench.models.schedule_specs import parse_schedule
 from bench.peers import PEERS
-from bench.reference import load_pipeline, noise
-from bench.schedule_specs import parse_schedule
 
 from ..conftest import relative_error
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import run_quality
-from bench.frechet import FOLDER, WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
-from bench.reference import load_pipeline, noise
+from bench.measure.frechet import FOLDER, WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
+from bench.models.reference import load_pipeline, noise
 
 COUNT = 70  # the least round number above the classifier's width
 

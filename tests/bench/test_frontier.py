@@ -12,19 +12,21 @@ import pytest
 import torch
 
 import harmonica_rt as hrt
-from bench import candidates, frontier_page, run_frontier, samplers
-from bench.candidates import EAGER, FULL, LEARNED, OURS, PEER, PLAIN, UNLEARNED, WHOLE, Candidate
-from bench.frontier import COSTS, MEASURE, SCREEN, Frontier, known
-from bench.frontier_best import AXES, best, verdict
-from bench.frontier_runs import Job, Runner
-from bench.judges import NearestGlyph
+from bench import run_frontier
+from bench.compare import candidates, frontier_page
+from bench.compare.candidates import EAGER, FULL, LEARNED, OURS, PEER, PLAIN, UNLEARNED, WHOLE, Candidate
+from bench.compare.frontier import COSTS, MEASURE, SCREEN, Frontier, known
+from bench.compare.frontier_best import AXES, best, verdict
+from bench.compare.frontier_runs import Job, Runner
+from bench.compare.sets import Sets
+from bench.compare.store import Store
+from bench.measure.judges import NearestGlyph
+from bench.measure.precision_recall import inside, precision_recall
+from bench.models import samplers
+from bench.models.reference import load_pipeline, noise
+from bench.models.sampling import Sampling
+from bench.models.schedule_specs import parse_schedule
 from bench.peers import PEERS
-from bench.precision_recall import inside, precision_recall
-from bench.reference import load_pipeline, noise
-from bench.sampling import Sampling
-from bench.schedule_specs import parse_schedule
-from bench.sets import Sets
-from bench.store import Store
 from harmonica_rt.measuring import Timing
 
 JOB = Job("dit-fashion", steps=4, count=2, screen=2, batch=1, rounds=1)
@@ -402,9 +404,9 @@ def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "frontier-dit-fashion.jsonl"
     frontier = Frontier(job, Store(file, job, "the command", key=("stage", "name")))
     frontier.costs = {EAGER: 1.0, WHOLE: 0.8, OURS: 0.7, "seconds": 1.0}
-    monkeypatch.setattr("bench.frontier.backend", lambda candidate: "eager")
-    monkeypatch.setattr("bench.frontier.interleave", halved)  # whatever else the machine does
-    monkeypatch.setattr("bench.frontier_page.SHOWN", ("converged_worst", "frechet"))
+    monkeypatch.setattr("bench.compare.frontier.backend", lambda candidate: "eager")
+    monkeypatch.setattr("bench.compare.frontier.interleave", halved)  # whatever else the machine does
+    monkeypatch.setattr("bench.compare.frontier_page.SHOWN", ("converged_worst", "frechet"))
     monkeypatch.setattr(frontier, "judged", lambda: [OWN, OWN.on(WHOLE)])  # the same images
     some = [OWN, Candidate("unipc", "linspace", 2), OWN.on(OURS, "output:2:1")]
     frontier.screen(some)

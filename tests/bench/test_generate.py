@@ -22,8 +22,8 @@ from torch import Tensor
 import harmonica_rt as hrt
 from bench import generate
 from bench.generate import Job, noise, prepare
-from bench.pipelines import PixelPipeline
-from bench.reference import load_pipeline
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import load_pipeline
 from harmonica_rt.shards import OtherJob
 
 ROOT = Path(generate.__file__).parent.parent

@@ -47,7 +47,8 @@ def test_a_bundle_holds_what_a_cuda_image_lacks(built: tuple[Path, list[str]]) -
     names = {pinned.split("==")[0] for pinned in asked[1:]}
     assert {"diffusers", "importlib-metadata"} <= names
     assert not names & {"torch", "triton", "numpy", "transformers", "huggingface-hub"}
-    assert not (folder / "bench" / "models").exists()
+    assert (folder / "bench" / "models" / "reference.py").exists()
+    assert {path.suffix for path in (folder / "bench" / "models").iterdir()} == {".py", ".md"}
     assert (folder / "bench" / "COMMIT").read_text().strip()
     assert os.access(folder / "run.sh", os.X_OK)
 
@@ -59,7 +60,8 @@ def test_its_wheel_installs_and_runs_without_the_repository(built: tuple[Path, l
     assert (site / "harmonica_rt" / "kernels" / "gap.py").exists()
     assert (site / "harmonica_rt" / "train" / "cli.py").exists()
     where = (
-        "import harmonica_rt.train.models as ours, bench.measure as bench; print(ours.__file__, bench.environment())"
+        "import harmonica_rt.train.models as ours; from bench.measure.environment import environment;"
+        "print(ours.__file__, environment())"
     )
     found = subprocess.run(
         [sys.executable, "-c", where],

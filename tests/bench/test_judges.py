@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.judges import BATCH, Frechet, NearestGlyph
-from bench.sampling import Sampling
+from bench.measure.judges import BATCH, Frechet, NearestGlyph
+from bench.models.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

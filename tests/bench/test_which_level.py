@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import run_which_level
-from bench.level_tables import LEVELS, page
+from bench.compare.level_tables import LEVELS, page
 from bench.run_which_level import main
 
 SMALL = ["--steps", "4", "--count", "2", "--batch", "2", "--every", "2", "--order", "1", "--guidance", "1", "3"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.measure import CountLaunches
+from bench.measure.launches import CountLaunches
 from harmonica_rt.kernels.gap_torch import CHUNKS, NOTHING, chunks, compiled_gap, gap_eager, gap_reference
 
 from ..conftest import needs_compiler

@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
 from harmonica_rt.layout import shape_of_entries
 from harmonica_rt.models import adapt
 

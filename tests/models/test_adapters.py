@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
-from bench.block_reuse import TrunkReuse
-from bench.measure import CountLaunches
+from bench.by_hand.block_reuse import TrunkReuse
+from bench.measure.launches import CountLaunches
 from harmonica_rt.branch_engine import BranchRun
 from harmonica_rt.models import ADAPTERS, UnsupportedModelError, adapt, layout_of
 from tests.conftest import BACKENDS, assert_close, relative_error

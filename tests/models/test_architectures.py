@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
-from bench.reference import REFERENCES
+from bench.models.reference import REFERENCES
 from harmonica_rt.lowering import lower
 from harmonica_rt.models import adapt
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
 from tests.conftest import assert_close, relative_error
 from tests.emulator import Emulator
 from tests.pairings.made import MODELS, STEPS, Sampler

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
 from harmonica_rt.models import adapt
 
 from ..conftest import BACKENDS, TextCalls, assert_close, make_pixart, needs_compiler, random_schedule

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench.measure import CountLaunches
+from bench.measure.launches import CountLaunches
 from harmonica_rt.backends import OPS, LinearGelu, fused
 from harmonica_rt.buffers import Buffers
 from harmonica_rt.counting import CountMacs

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import harmonica_rt as hrt
-from bench.module_reuse import ModuleReuse
+from bench.by_hand.module_reuse import ModuleReuse
 
 from ..conftest import BACKENDS, relative_error
 from .made import MADE

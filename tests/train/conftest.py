@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-from bench.pipelines import PixelDiTPipeline
+from bench.models.pipelines import PixelDiTPipeline
 from harmonica_rt.generating import Generation
 from harmonica_rt.train import denoiser as denoiser_module
 from harmonica_rt.train.denoiser import compute

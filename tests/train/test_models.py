@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.reference import MODELS, REFERENCES, TRAINED, load_pipeline, prompt_features
+from bench.models.reference import MODELS, REFERENCES, TRAINED, load_pipeline, prompt_features
 from harmonica_rt.models import UnsupportedModelError, adapt
 from harmonica_rt.train import models
 from harmonica_rt.train.denoiser import SAMPLED

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.pipelines import PixelDiTPipeline
+from bench.models.pipelines import PixelDiTPipeline
 from harmonica_rt.train.denoiser import compute
 from harmonica_rt.train.models import LINEAR, SAMPLERS, scheduler
 from harmonica_rt.train.task import Batch, Task, Trajectory

@@ -1,4 +1,4 @@
-"""Train the classifier behind bench/frechet.py on Fashion-MNIST, on CPU, and store the features' statistics.
+"""Train the classifier behind bench/measure/frechet.py on Fashion-MNIST, on CPU, and store the features' statistics.
 
     python bench/models/fashion-classifier/train_fashion_classifier.py FOLDER [EPOCHS] [DATA]
 
@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from bench.fashion_images import ROOT, images as load
 from safetensors.torch import save_file
-from bench.frechet import Classifier, Statistics, class_accuracy, features, frechet_distance
+from bench.measure.frechet import Classifier, Statistics, class_accuracy, features, frechet_distance
 
 out = Path(sys.argv[1]); epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 6
 root = Path(sys.argv[3]) if len(sys.argv) > 3 else ROOT

@@ -16,9 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 import harmonica_rt as hrt
+from bench.models.pipelines import PixelPipeline
 from harmonica_rt.executor import Built, Plan
-
-from .pipelines import PixelPipeline
 
 PARTS = ("branches", "Gaps", "ends", "modulation", "host")
 

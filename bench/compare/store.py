@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from .measure import environment
+from bench.measure.environment import environment
 
 
 class Store:

@@ -1,8 +1,8 @@
 """What a set of a model's images is worth beside real ones: nearness, precision and recall, what they show.
 
-Features are those of `bench.judges`: dit-fashion's of its classifier, emoji's pixels; for their Fréchet distance the
-first 64 principal components of all glyphs, or covariances would be singular. The real ones are Fashion-MNIST and the
-glyphs that the models were trained on.
+Features are those of `bench.measure.judges`: dit-fashion's of its classifier, emoji's pixels; for their Fréchet
+distance the first 64 principal components of all glyphs, or covariances would be singular. The real ones are
+Fashion-MNIST and the glyphs that the models were trained on.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.measure.frechet import FOLDER, WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
+from bench.measure.judges import APART, BATCH, NearestGlyph
+from bench.measure.precision_recall import precision_recall
+from bench.models.reference import noise
+from bench.models.sampling import Sampling
+
 from .comparison import HELD_OUT
-from .frechet import FOLDER, WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
-from .judges import APART, BATCH, NearestGlyph
-from .precision_recall import precision_recall
-from .reference import noise
-from .sampling import Sampling
 
 RESAMPLES = 20
 

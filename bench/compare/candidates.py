@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harmonica_rt as hrt
-
-from . import samplers
-from .peers import PEERS
-from .peers.ours import SAMPLERS, SHIPPED
-from .pipelines import PixelPipeline
-from .reference import REFERENCES
+from bench.models import samplers
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import REFERENCES
+from bench.peers import PEERS
+from bench.peers.ours import SAMPLERS, SHIPPED
 
 PLAIN, PEER, UNLEARNED, LEARNED = FAMILIES = ("plain sampler", "peers", "ours, unlearned", "ours, learned")
 EAGER, WHOLE, OURS = "eager", "compile", "ours"  # beside these, peers by their names
@@ -55,7 +54,7 @@ class Candidate:
     """One way to sample a model.
 
     Attributes:
-        sampler, spacing: as in `bench.samplers`.
+        sampler, spacing: as in `bench.models.samplers`.
         steps: of a run, those that reuse too.
         by: `EAGER` or `WHOLE` (torch.compile), all computed by diffusers; `OURS`; or a peer of `PEERS`.
         setting: ours: a spec of `schedule_specs` or a schedule's file, those in the repository by their path there; a

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
+from bench.models import samplers
+from bench.models.pipelines import PixelPipeline
+from bench.models.reference import TRAINED
+from bench.models.sampling import Sampling, accelerated
+from bench.models.schedule_specs import parse_schedule
+from bench.peers import PEERS
 from harmonica_rt.measuring import psnr
 from harmonica_rt.models import layout_of
 
-from . import candidates, samplers
+from . import candidates
 from .candidates import FULL, OURS, WHOLE, Candidate
-from .peers import PEERS
-from .pipelines import PixelPipeline
-from .reference import TRAINED
-from .sampling import Sampling, accelerated
-from .schedule_specs import parse_schedule
 
 BATCH = 16  # of what is measured, but not timed
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .prompts import PromptFeatures
 
-EMOJI = Path(__file__).parent / "models" / "pixart-emoji"
+EMOJI = Path(__file__).parent / "pixart-emoji"
 OnStepEnd = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], dict[str, Tensor]]
 
 

@@ -12,9 +12,15 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from bench.measure.judges import APART
+from bench.measure.timing import interleave
+from bench.models import samplers
+from bench.models.reference import noise
+from bench.models.sampling import Sampling
+from bench.peers import PEERS
 from harmonica_rt.measuring import Timing
 
-from . import candidates, samplers
+from . import candidates
 from .candidates import (
     EAGER,
     FIRST_SPECS,
@@ -29,11 +35,6 @@ from .candidates import (
 from .comparison import HELD_OUT
 from .frontier_best import TELLING, best
 from .frontier_runs import Job, Runner, backend
-from .judges import APART
-from .measure import interleave
-from .peers import PEERS
-from .reference import noise
-from .sampling import Sampling
 from .sets import Sets
 from .store import Store
 

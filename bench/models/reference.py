@@ -26,7 +26,7 @@ from .flux_pipeline import PixelFluxPipeline
 from .pipelines import PixelDiTPipeline, PixelPipeline, PixelPixArtPipeline
 from .prompts import PromptFeatures
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parent
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # as DiT and PixArt were trained
 TRANSFORMERS = {"dit": DiTTransformer2DModel, "pixart": PixArtTransformer2DModel, "flux": FluxTransformer2DModel}

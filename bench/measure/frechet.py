@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FOLDER = Path(__file__).parent / "models" / "fashion-classifier"
+FOLDER = Path(__file__).parent.parent / "models" / "fashion-classifier"
 WIDTH = 64
 
 

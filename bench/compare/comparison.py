@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.measure.frechet import WIDTH
+from bench.measure.judges import JUDGES
+from bench.measure.timing import interleave
+from bench.models.reference import TRAINED, noise
+from bench.models.sampling import Sampling
+from bench.peers import PEERS, Peer
+from bench.peers.base import branch_modules
 from harmonica_rt.measuring import Timing, pooled_psnr, psnr, ssim
 
-from .frechet import WIDTH
-from .judges import JUDGES
-from .measure import interleave
-from .peers import PEERS, Peer
-from .peers.base import branch_modules
-from .reference import TRAINED, noise
-from .sampling import Sampling
 from .store import Store
 
 SHOWN = 8  # images of a row that picture sheets may show
@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
         count: noises that PSNR is taken on.
-        judged: images that are judged as a set (`bench.judges`); 0 for none.
+        judged: images that are judged as a set (`bench.measure.judges`); 0 for none.
         batch, rounds: of the timings: images a call, interleaved with diffusers' own.
     """
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .candidates import FAMILIES, LEARNED, PEER, PLAIN, UNLEARNED, WHOLE
 from .frontier import finalists
 from .frontier_best import AXES, BUDGETS, best, verdict
-from .results import read
+from .peers_page import read
 
 COLOURS = {PLAIN: "#c0392b", PEER: "#7f8c8d", UNLEARNED: "#5b8db8", LEARNED: "#1f4e79"}
 MARKERS = {PLAIN: "s", PEER: "^", UNLEARNED: "o", LEARNED: "D"}

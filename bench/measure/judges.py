@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bench.models.pipelines import EMOJI
+from bench.models.reference import noise
+from bench.models.sampling import Sampling
+
 from .frechet import WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
-from .pipelines import EMOJI
-from .reference import noise
-from .sampling import Sampling
 
 BATCH = 32  # of the images; the noises are a multiple of it, so that one plan serves all
 SIDE = 32  # of a glyph, in pixels

@@ -1,0 +1,1 @@
+"""What one candidate costs and what its images are worth."""
