@@ -20,8 +20,8 @@ from rich.console import Console
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import run_latency
 from bench.arguments import positive
+from bench.measure import latency, latency_shown
 from bench.models.reference import CLASSES, noise
 from bench.models.sampling import Sampling
 from bench.models.schedule_specs import parse_schedule
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
     compiles = report.plans[0].backend == "inductor"
     with console.status("") as status:
-        result = run_latency.measure(
+        result = latency.measure(
             MODEL,
             arguments.schedule,
             backends=["eager", "inductor"] if compiles else ["eager"],
@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> int:
             compiled=compiles,
             progress=status.update,
         )
-    console.print(run_latency.table(result))
-    run_latency.plot(result, str(out / "latency.png"))
+    console.print(latency_shown.table(result))
+    latency_shown.plot(result, str(out / "latency.png"))
     values = psnr(fast, full)
     best = result["rows"][-1]
     result["demo"] = {

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench.counts import CASES, Case, count
+from bench.counts import count
+from bench.models.real_sizes import CASES, Case
 from harmonica_rt.train.contexts import ContextWeights
 from harmonica_rt.train.memory import counted, nbytes, predict
 from harmonica_rt.train.reusing import CHECKPOINTS

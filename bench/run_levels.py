@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import harmonica_rt as hrt
 from bench.arguments import positive
 from bench.measure.environment import environment
+from bench.measure.latency import WrongResult
 from bench.measure.timing import interleave
 from bench.models.denoisers import SIZED, Sized
-from bench.run_latency import WrongResult
 from harmonica_rt.measuring import ratio
 
 EAGER, WHOLE, REPEATED = "diffusers", "torch.compile", "compile_repeated_blocks"

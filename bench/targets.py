@@ -24,9 +24,12 @@ import torch
 from rich.console import Console
 
 import harmonica_rt as hrt
-from bench import run_latency, run_learn, run_quality
+from bench import run_learn
 from bench.arguments import positive
 from bench.measure import breakdown
+from bench.measure.latency import NAIVE
+from bench.measure.latency import measure as measure_latency
+from bench.measure.quality import measure as measure_quality
 from bench.measure.timing import interleave
 from bench.models.pipelines import PixelPipeline
 from bench.models.reference import REFERENCES, load_pipeline, noise
@@ -54,13 +57,13 @@ class Target:
 
 
 def quality() -> Iterator[Target]:
-    result = run_quality.measure(("uniform:2:1", "uniform:2:0"), steps=20, count=64, seed=0, fewer=())
+    result = measure_quality(("uniform:2:1", "uniform:2:0"), steps=20, count=64, seed=0, fewer=())
     for row, bound in zip(result["rows"], (42.5, 30.0)):
         yield Target(f"dit-fashion, DDIM 20, {row['name']}: mean PSNR over 64 noises, dB", row["mean"], bound)
 
 
 def latency(rounds: int) -> Iterator[Target]:
-    result = run_latency.measure(
+    result = measure_latency(
         "dit-fashion", "uniform:2", backends=["inductor"], steps=20, batch=4, rounds=rounds, compiled=False
     )
     yield Target(
@@ -80,7 +83,7 @@ def realised(rounds: int) -> Iterator[Target]:
     """Entries reused at random, no two steps alike: the hardest schedules there are for a runtime."""
     for model, options in MEASURED.items():
         for schedule in ("random:25", "random:50", "random:75"):
-            result = run_latency.measure(model, schedule, backends=["inductor"], rounds=rounds, **options)
+            result = measure_latency(model, schedule, backends=["inductor"], rounds=rounds, **options)
             row = _row(result, INDUCTOR)
             name = f"{model}, CUR {100 * result['cur']:.0f} %, {schedule}: realised / theoretical"
             yield Target(f"{name}, against diffusers eager", row["realised"], 1.0)
@@ -136,10 +139,10 @@ def _replayed(pipeline: PixelPipeline, schedule: hrt.Schedule) -> float:
 def eager_backend(rounds: int) -> Iterator[Target]:
     """Small batches of a small model, where every launch shows."""
     for schedule in ("full", "uniform:2:0", "uniform:4:1", "random:10:0", "random:50:1", "random:90:2"):
-        result = run_latency.measure(
+        result = measure_latency(
             "dit-fashion", schedule, backends=["eager"], steps=20, batch=1, rounds=rounds, compiled=False
         )
-        naive, ours = (_row(result, name)["speedup"] for name in (run_latency.NAIVE, EAGER))
+        naive, ours = (_row(result, name)["speedup"] for name in (NAIVE, EAGER))
         yield Target(
             f"dit-fashion, batch 1, {result['schedule']}: eager backend over module-level reuse", ours / naive, 0.97
         )
@@ -151,12 +154,12 @@ SHIPPED = Path(__file__).parent / "schedules"
 def shipped() -> Iterator[Target]:
     """The schedules that come with the project, on three seeds that training never saw."""
     files = [str(SHIPPED / f"dit-fashion-ddim20-{speedup}.json") for speedup in ("2x", "2.9x", "4x")]
-    result = run_quality.measure(tuple(files), steps=20, count=64, seed=0, seeds=3, fewer=())
+    result = measure_quality(tuple(files), steps=20, count=64, seed=0, seeds=3, fewer=())
     for row, bound in zip(result["rows"], (47.0, 41.0, 33.8)):
         what = f"{row['name']} ({row['theoretical']:.2f}x): mean PSNR to the full run over 3 x 64 noises, dB"
         yield Target(what, row["mean"], bound)
     files = [path.replace(".json", "-converged.json") for path in files]
-    result = run_quality.measure(tuple(files), steps=20, count=64, seed=0, seeds=3, fewer=(), target="converged")
+    result = measure_quality(tuple(files), steps=20, count=64, seed=0, seeds=3, fewer=(), target="converged")
     full, *learned = result["rows"]
     for row, bound in zip(learned, (3.5, 1.5, -2.5)):
         what = f"{row['name']} ({row['theoretical']:.2f}x): dB closer to the converged solution than the uncached run"
@@ -168,7 +171,7 @@ def learning(minutes: float = 15) -> Iterator[Target]:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "learned.safetensors")
         run_learn.main(["--model", "dit-fashion", "--target-speedup", "2.8", "--minutes", f"{minutes:g}", "--out", out])
-        result = run_quality.measure(("uniform:3:1", out), steps=20, count=64, seed=0, fewer=())
+        result = measure_quality(("uniform:3:1", out), steps=20, count=64, seed=0, fewer=())
     uniform, learned = result["rows"]
     yield Target(
         f"dit-fashion: dB over uniform:3:1 ({uniform['theoretical']:.2f}x) after {minutes:g} minutes of learning at "
@@ -209,7 +212,7 @@ def text() -> Iterator[Target]:
     """The text-to-image schedules against fewer steps at their cost."""
     fewer = {"1.65x-trunk.json": 13, "2x-trunk.safetensors": 10, "3x.json": 7}
     files = tuple(str(SHIPPED / f"pixart-emoji-dpmsolver++20-{name}") for name in fewer)
-    result = run_quality.measure(files, model="pixart-emoji", steps=20, count=64, seed=700, fewer=tuple(fewer.values()))
+    result = measure_quality(files, model="pixart-emoji", steps=20, count=64, seed=700, fewer=tuple(fewer.values()))
     for row, less in zip(result["rows"][:3], result["rows"][3:]):
         what = f"{row['name']} ({row['theoretical']:.2f}x): dB over {less['name']} ({less['theoretical']:.2f}x)"
         yield Target(what, row["mean"] - less["mean"], 0.0)

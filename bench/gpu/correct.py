@@ -16,8 +16,8 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench.by_hand.module_reuse import ModuleReuse
+from bench.measure.latency import GATE, WrongResult
 from bench.models.pipelines import PixelPipeline
-from bench.run_latency import GATE, WrongResult
 
 from .machine import Machine
 from .record import Case, Log

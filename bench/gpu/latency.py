@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import harmonica_rt as hrt
 from bench.by_hand.module_reuse import ModuleReuse
+from bench.measure.latency import COMPILED, EAGER, GATE, NAIVE, WrongResult
 from bench.measure.timing import interleave
 from bench.models.pipelines import PixelPipeline
 from bench.peers import taylorseer
-from bench.run_latency import COMPILED, EAGER, GATE, NAIVE, WrongResult
 from harmonica_rt.measuring import Timing, ratio
 
 from .machine import Machine

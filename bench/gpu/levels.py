@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import harmonica_rt as hrt
+from bench.measure.latency import EAGER
 from bench.measure.timing import interleave
-from bench.run_latency import EAGER
 from harmonica_rt.compiled import put
 from harmonica_rt.measuring import Timing, ratio
 from harmonica_rt.pipeline_copies import another

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.run_latency import EAGER
+from bench.measure.latency import EAGER
 
 from .latency import COMPILED, NAMES, OVERHEAD
 from .record import read

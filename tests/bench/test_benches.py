@@ -14,8 +14,10 @@ import harmonica_rt as hrt
 from bench import demo, run_latency, run_quality
 from bench.by_hand.module_reuse import ModuleReuse
 from bench.measure.launches import CountLaunches
+from bench.measure.quality import FULL, measure
 from bench.measure.timing import interleave
 from bench.models.reference import load_pipeline, noise
+from bench.models.sampling import Sampling
 from bench.models.schedule_specs import parse_schedule
 from harmonica_rt.generating import Generation
 from harmonica_rt.measuring import Timing, psnr, ratio
@@ -123,7 +125,7 @@ def test_run_quality(tmp_path: Path) -> None:
 
 def quality(*schedules: str, steps: int = 4, count: int = 2, **options: Any) -> dict[str, Any]:
     """A small comparison without fewer steps."""
-    return run_quality.measure(schedules, steps=steps, count=count, seed=0, **({"fewer": ()} | options))
+    return measure(schedules, steps=steps, count=count, seed=0, **({"fewer": ()} | options))
 
 
 def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -188,7 +190,7 @@ def test_run_quality_to_the_converged_solution(capsys: pytest.CaptureFixture, tm
     assert "PSNR to the converged solution" in " ".join(capsys.readouterr().out.split())
     result = json.loads((tmp_path / "q.json").read_text())
     first, again, reused, fewer = result["rows"]
-    assert (result["target"], first["name"]) == ("converged", run_quality.FULL)
+    assert (result["target"], first["name"]) == ("converged", FULL)
     assert (first["cur"], first["theoretical"]) == (0.0, 1.0)
     assert 5 < first["worst"] <= first["mean"] < 40, "not to itself"
     assert first["by_seed"] == pytest.approx([first["mean"]])
@@ -201,7 +203,7 @@ def test_run_quality_aims_where_learning_does(model: str, monkeypatch: pytest.Mo
     """The converged solution, in more steps."""
     monkeypatch.setattr(converged, "STEPS", 10)
     monkeypatch.setattr(converged, "FLOW_STEPS", 10)
-    sampling = run_quality.Sampling.of(model, guidance=1.5)
+    sampling = Sampling.of(model, guidance=1.5)
     start = noise(sampling.pipeline, 1)
     call = {"latents": start, "num_inference_steps": 4, "guidance_scale": 1.5}
     generation = Generation(sampling.pipeline, sampling.labels(1), **call)
@@ -248,7 +250,7 @@ def test_run_quality_of_some_classes(capsys: pytest.CaptureFixture, tmp_path: Pa
     assert "guidance 1.5, classes 8, 3: PSNR" in capsys.readouterr().out
     result = json.loads((tmp_path / "q.json").read_text())
     assert result["classes"] == [8, 3]
-    assert run_quality.Sampling.of("dit-fashion", classes=(8, 3)).labels(5) == [8, 3, 8, 3, 8]
+    assert Sampling.of("dit-fashion", classes=(8, 3)).labels(5) == [8, 3, 8, 3, 8]
     first = quality("uniform:2:0", count=3)["rows"][0]
     assert (
         result["rows"][0]["mean"]
@@ -274,9 +276,9 @@ def test_run_quality_of_everything_with_the_frechet_distance(learned: Path) -> N
     hrt.Schedule.load(learned).replace(sampler=None, timesteps=None).save(learned)
     options = {"target": "converged", "sampler": "dpmsolver++", "guidance": 1.0, "classes": (1, 8), "twins": True}
     rows = rows_of(quality(str(learned), frechet=70, **options))
-    assert list(rows) == [run_quality.FULL, "half.weights", "half.weights, forecast"]
+    assert list(rows) == [FULL, "half.weights", "half.weights, forecast"]
     assert all(row["mean"] > 0 and row["frechet_real"] > row["frechet_full"] > 0 for row in rows.values())
-    assert rows[run_quality.FULL]["class_accuracy"] > 0.8
+    assert rows[FULL]["class_accuracy"] > 0.8
 
 
 def test_trained_models_keep_their_size() -> None:

@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from bench import counts
-from bench.counts import Case, count, fused
-from bench.roofline import Record
+from bench.counts import count, fused
+from bench.measure.record import Record
+from bench.models.real_sizes import CASES, Case
 from harmonica_rt.models import adapt_at_branches
 
 TOKENS, TEXT, WIDTH, BYTES = 16, 6, 24, 2
@@ -34,7 +35,7 @@ FLUX = Case(
         "txt_ids": (TEXT, 3),
     },
     {},
-    counts.CASES["flux.1-dev"].levels,
+    CASES["flux.1-dev"].levels,
 )
 STREAM = BYTES * (TEXT + TOKENS) * WIDTH
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import harmonica_rt as hrt
-from bench import generate, run_latency, run_quality
+from bench import generate, run_latency
 from bench.by_hand.block_reuse import by_hand
 from bench.compare.comparison import Bench, Job
-from bench.measure import costs
+from bench.measure import costs, quality
 from bench.models.flux_pipeline import PixelFluxPipeline, PixelVae
 from bench.models.reference import load_pipeline, noise
 from bench.models.schedule_specs import parse_schedule
@@ -131,7 +131,7 @@ def test_profile_wants_branches(capsys: pytest.CaptureFixture, tmp_path: Path) -
 
 def test_run_quality() -> None:
     options = {"steps": 8, "count": 2, "seed": 0, "fewer": (4,), "model": "flux-emoji"}
-    result = run_quality.measure(("full", "blocks:2:0"), **options)
+    result = quality.measure(("full", "blocks:2:0"), **options)
     full, reused, fewer = result["rows"]
     assert full["worst"] > 90 and 15 < reused["mean"] < 60 and 10 < fewer["mean"] < 60
     assert (full["theoretical"], result["sampler"]) == (1.0, "FlowMatchEulerDiscreteScheduler")

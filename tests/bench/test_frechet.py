@@ -12,8 +12,10 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import run_quality
+from bench.measure import quality
 from bench.measure.frechet import FOLDER, WIDTH, Classifier, Statistics, class_accuracy, features, frechet_distance
 from bench.models.reference import load_pipeline, noise
+from bench.models.sampling import Sampling
 
 COUNT = 70  # the least round number above the classifier's width
 
@@ -116,7 +118,7 @@ def test_the_statistics_of_the_real_images() -> None:
     assert (real.count, real.mean.shape, real.covariance.shape) == (70_000, (WIDTH,), (WIDTH, WIDTH))
     assert torch.equal(real.covariance, real.covariance.T)
     start = noise(pipeline, COUNT)
-    images = run_quality.Sampling(pipeline, 1.5)(start, 4)
+    images = Sampling(pipeline, 1.5)(start, 4)
     near, far = (features(x, classifier) for x in (images, start))
     assert frechet_distance(near, real) < 0.5 * frechet_distance(far, real)
 
@@ -139,7 +141,7 @@ def test_run_quality(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
 
 
 def test_run_quality_without_it(capsys: pytest.CaptureFixture) -> None:
-    result = run_quality.measure((), steps=4, count=2, seed=0, fewer=(2,))
+    result = quality.measure((), steps=4, count=2, seed=0, fewer=(2,))
     assert [row["name"] for row in result["rows"]] == ["2 steps"]
     assert "frechet_real" not in result["rows"][0]
     assert run_quality.main(["--frechet", str(WIDTH)]) == 2

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import harmonica_rt as hrt
 from bench import generate
-from bench.generate import Job, noise, prepare
+from bench.models.image_jobs import Job, noise, prepare
 from bench.models.pipelines import PixelPipeline
 from bench.models.reference import load_pipeline
 from harmonica_rt.shards import OtherJob

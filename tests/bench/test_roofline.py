@@ -7,7 +7,9 @@ import torch
 
 import harmonica_rt as hrt
 from bench import roofline
-from bench.roofline import Assumptions, Gpu, Launch
+from bench.measure import dit_launches
+from bench.measure.gpu_time import Assumptions, Gpu, Launch
+from bench.measure.record import attention
 from harmonica_rt.models import adapt
 
 GPU = Gpu("test", flops=1e12, bandwidth=1e9)
@@ -22,35 +24,35 @@ def test_a_launch_takes_the_longer_of_its_flops_and_bytes() -> None:
 
 
 def test_flops_are_the_adapters_and_diffusers_own() -> None:
-    model = roofline.build("dit-s-2", 8)
+    model = dit_launches.build("dit-s-2", 8)
     full = hrt.Schedule.full(model, 1)
     macs = adapt(model).macs(None, None, 2)
-    (theirs,) = roofline.diffusers_launches(model, full, 2, reuse=False)
-    (ours,) = roofline.program_launches(adapt(model), full, 2, shared=1)
+    (theirs,) = dit_launches.diffusers_launches(model, full, 2, reuse=False)
+    (ours,) = dit_launches.program_launches(adapt(model), full, 2, shared=1)
     total = 2 * (macs.fixed + 12 * sum(macs.branches))
     assert sum(launch.flops for launch in theirs) == total
     assert sum(launch.flops for launch in ours) == pytest.approx(total, rel=0.01)
 
 
 def test_launches_are_one_gap_and_the_stages_of_a_branch() -> None:
-    model = roofline.build("dit-s-2", 8)
-    computed, reused = roofline.program_launches(adapt(model), hrt.Schedule.uniform(model, 2, 2), 2, shared=2)
+    model = dit_launches.build("dit-s-2", 8)
+    computed, reused = dit_launches.program_launches(adapt(model), hrt.Schedule.uniform(model, 2, 2), 2, shared=2)
     around = len(reused) - 1
     assert len(computed) - around - 1 == 12 * (3 + 2 + 2), "a block: three calls of attention, two GEMMs, two Gaps"
-    naive = roofline.diffusers_launches(model, hrt.Schedule.uniform(model, 2, 2), 2, reuse=True)
+    naive = dit_launches.diffusers_launches(model, hrt.Schedule.uniform(model, 2, 2), 2, reuse=True)
     assert len(naive[1]) < len(naive[0])
     assert len(naive[1]) > 10 * len(reused), "module-level reuse keeps the norms, gates and modulation of what it skips"
 
 
 def test_counts_by_place_add_up_to_the_steps() -> None:
-    model, schedule = roofline.build("dit-s-2"), hrt.Schedule.uniform(roofline.build("dit-s-2"), 2, 2)
-    theirs, ours = roofline.diffusers_counts("dit-s-2", 2), roofline.program_counts(adapt(model), 2)
+    model, schedule = dit_launches.build("dit-s-2"), hrt.Schedule.uniform(dit_launches.build("dit-s-2"), 2, 2)
+    theirs, ours = dit_launches.diffusers_counts("dit-s-2", 2), dit_launches.program_counts(adapt(model), 2)
     for counts, steps in (
-        (theirs, roofline.diffusers_launches(model, schedule, 2, reuse=True)),
-        (ours, roofline.program_launches(adapt(model), schedule, 2, shared=2)),
+        (theirs, dit_launches.diffusers_launches(model, schedule, 2, reuse=True)),
+        (ours, dit_launches.program_launches(adapt(model), schedule, 2, shared=2)),
     ):
         assert 12 * counts.computed + counts.around + (counts.reused if counts is ours else 0) == len(steps[0])
-    assert 12 * theirs.reused + theirs.around == len(roofline.diffusers_launches(model, schedule, 2, reuse=True)[1])
+    assert 12 * theirs.reused + theirs.around == len(dit_launches.diffusers_launches(model, schedule, 2, reuse=True)[1])
 
 
 def test_the_command_says_that_it_predicts(capsys: pytest.CaptureFixture) -> None:
@@ -60,4 +62,4 @@ def test_the_command_says_that_it_predicts(capsys: pytest.CaptureFixture) -> Non
     assert printed.count("COUNTED") == 1
     assert "not measured" in printed
     assert "H100" in printed
-    assert torch.nn.functional.scaled_dot_product_attention is not roofline.attention
+    assert torch.nn.functional.scaled_dot_product_attention is not attention
