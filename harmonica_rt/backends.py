@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Buffers
-from .kernels.gap_torch import CHUNKS, chunks, compiled_gap, gap_eager
+from .kernels.gap_torch import MOST, chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
 from .models.branch import Branch, Norm, Row, by_segment
@@ -109,10 +109,10 @@ class InductorOps(EagerOps):
         self._zero: Tensor | None = None  # a stream of zeros, for Gaps that start from 0
         self._one = torch.empty_strided(*row, dtype=buffers.rows.dtype, device=buffers.rows.device).fill_(1)
         bare = any(norm is None for norm in self.norms)
-        for terms in (0, *CHUNKS):  # all variants now: no later step or schedule of this shape compiles anything
+        for terms in range(MOST + 1):  # all variants now: no later step or schedule of this shape compiles anything
             for kind in sorted({norm.kind for norm in self.norms if norm is not None}):
                 self._variant(terms, True, kind)
-            if terms > 1 or (terms and bare):
+            if terms == MOST or (terms and bare):
                 self._variant(terms, False)
 
     def gap(self, gap: Gap, step: int) -> GapCall:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.measure.launches import CountLaunches
-from harmonica_rt.kernels.gap_torch import CHUNKS, NOTHING, chunks, compiled_gap, gap_eager, gap_reference
+from harmonica_rt.kernels.gap_torch import MOST, NOTHING, chunks, compiled_gap, gap_eager, gap_reference
 
 from ..conftest import needs_compiler
 
@@ -46,7 +46,7 @@ def test_eager(terms: int, shape: tuple[int, int, int], dtype: torch.dtype) -> N
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("terms", [0, *CHUNKS])
+@pytest.mark.parametrize("terms", range(MOST + 1))
 def test_compiled(terms: int, dtype: torch.dtype) -> None:
     shape = (2, 63, 60)
     x, slots, gates, weights, norm, rows = operands(terms, shape, dtype)
@@ -173,8 +173,8 @@ def test_compiled_by_segment(
 def test_chunks_add_up_in_few_launches(terms: int) -> None:
     sizes = chunks(terms)
     assert sum(sizes) == terms
-    assert set(sizes) <= {0, *CHUNKS}
-    assert len(sizes) <= terms // 8 + 3 or terms == 0
+    assert all(size == MOST for size in sizes[:-1])
+    assert 0 < sizes[-1] <= MOST or terms == 0
     assert sizes == sorted(sizes, reverse=True)
 
 
