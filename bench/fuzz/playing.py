@@ -264,7 +264,8 @@ class _Followed:
         play.tally.calls += 1
         off = error(ours, theirs)
         channels = self.schedule.channels is not None or self.schedule.output_channels is not None
-        if off > allowed(subject.dtype, channels):
+        kinds = {subject.dtype, *(t.dtype for t in theirs if t.is_floating_point())}  # some return float32 always
+        if off > max(allowed(kind, channels) for kind in kinds):
             limit = reach(
                 subject.dtype,
                 subject.twin,
