@@ -109,7 +109,7 @@ class LoopPipeline(PixelPipeline):
         callback_on_step_end: OnStepEnd | None,
     ) -> ImagePipelineOutput | tuple:
         """`arguments`: the transformer's, for all samples; with guidance conditional ones first."""
-        config, device = self.transformer.config, self._execution_device
+        config = self.transformer.config
         x = self.noise(images, generator) if latents is None else latents
         guided, self._interrupt = guidance_scale > 1, False
         self.scheduler.set_timesteps(num_inference_steps)
@@ -117,7 +117,7 @@ class LoopPipeline(PixelPipeline):
         drawing = {"generator": generator} if draws else {}
         learned_variance = str(self.scheduler.config.get("variance_type", "")).startswith("learned")  # IDDPM
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        timesteps = self.scheduler.timesteps.to(device)  # at once: a copy a step would have the host wait at each
+        timesteps = self.scheduler.timesteps.to(x.device)  # at once: a copy a step would have the host wait at each
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
                 continue
@@ -219,19 +219,19 @@ class PixelPixArtPipeline(LoopPipeline):
         return type(self)(self.transformer, scheduler, self.prompts)
 
     def conditioning(self, wanted: list[str], guidance_scale: float) -> dict[str, Any]:
-        model, images, device = self.transformer, len(wanted), self._execution_device  # which walks all modules
+        model, images, like = self.transformer, len(wanted), next(self.transformer.parameters())
         states, mask = self.prompts(wanted)
         if guidance_scale > 1:
             empty, empty_mask = self.prompts([""] * images)
             states, mask = torch.cat([states, empty]), torch.cat([mask, empty_mask])
         arguments = {
-            "encoder_hidden_states": states.to(device, model.dtype),
-            "encoder_attention_mask": mask.to(device),
+            "encoder_hidden_states": states.to(like),
+            "encoder_attention_mask": mask.to(like.device),
         }
         if self.sized:
             side = 8.0 * model.config.sample_size  # pixels of a latent's side
             sizes = {"resolution": [side, side], "aspect_ratio": [1.0]}
-            on = {"device": device, "dtype": model.dtype}
+            on = {"device": like.device, "dtype": like.dtype}
             arguments["added_cond_kwargs"] = {k: torch.tensor([v] * len(states), **on) for k, v in sizes.items()}
         return arguments
 
