@@ -134,7 +134,7 @@ class ByHand:
         steps = [step for step, _, _ in values]
         out = []
         for number, stream in enumerate(like):
-            total = torch.zeros_like(stream)
+            total = torch.zeros_like(stream, dtype=torch.float64)
             for step, xs, hs in values:
                 weight = 1.0
                 for other in steps:
@@ -142,7 +142,7 @@ class ByHand:
                 total = total + weight * self.going_on(hs[number], stream)
                 if self.carry:
                     total = total - self.carry * weight * self.going_on(xs[number], stream)
-            out.append(total + self.carry * x[number] if self.carry else total)
+            out.append((total + self.carry * x[number] if self.carry else total).to(stream.dtype))
         return out
 
     def going_on(self, value: Tensor, like: Tensor) -> Tensor:

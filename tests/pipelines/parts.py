@@ -78,7 +78,7 @@ class Made:
         """Latents of one run of `STEPS` steps, from the same noise each time."""
         given = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, **self.arguments()}
         with self.around():
-            return pipe(generator=torch.Generator().manual_seed(1), **{**given, **changes})[0]
+            return pipe(**{"generator": torch.Generator().manual_seed(1), **given, **changes})[0]
 
     @property
     def calls(self) -> list[DenoiserCall]:
