@@ -139,10 +139,11 @@ class ByHand:
                 weight = 1.0
                 for other in steps:
                     weight *= (self.call.step - other) / (step - other) if other != step else 1.0
-                total = total + weight * self.going_on(hs[number], stream)
+                total = total + weight * self.going_on(hs[number], stream).double()
                 if self.carry:
-                    total = total - self.carry * weight * self.going_on(xs[number], stream)
-            out.append((total + self.carry * x[number] if self.carry else total).to(stream.dtype))
+                    total = total - self.carry * weight * self.going_on(xs[number], stream).double()
+            total = total + self.carry * x[number].double() if self.carry else total
+            out.append(total.to(stream.dtype))
         return out
 
     def going_on(self, value: Tensor, like: Tensor) -> Tensor:

@@ -127,6 +127,10 @@ class Client:
         contexts = alone if self.made.named else self.made.contexts
         return replace(self, made=replace(self.made, contexts=contexts)), {name: 1.0}
 
+    def using(self, denoiser: str) -> Client:
+        """It with one denoiser for all steps."""
+        return replace(self, made=replace(self.made, denoiser=lambda step: denoiser))
+
 
 def _drawn(changes: dict[str, Any]) -> dict[str, Any]:
     if "seeds" not in changes:
