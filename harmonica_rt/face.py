@@ -44,6 +44,8 @@ class ModelFace(nn.Module, metaclass=LooksLike):
         keep = functools.partial(object.__setattr__, self)
         keep("model", model)  # not a child: its parameters and names are this module's own, unprefixed
         keep("training", False)
+        for own in ("_parameters", "_buffers"):  # where offloading writes a module's own tensors to
+            keep(own, vars(model)[own])
         keep("__module__", type(model).__module__)  # where a pipeline looks up what it saves
 
     @property

@@ -15,7 +15,7 @@ from diffusers.hooks.group_offloading import GroupOffloadingHook
 from torch import nn
 
 import harmonica_rt as hrt
-from tests.conftest import assert_close
+from tests.conftest import assert_close, make_pixart
 from tests.test_pixart_pipelines import offload
 
 from .made import BLOCK_WAYS, STEPS, WAYS, Sampler, check, check_works, compiled, make_dit, make_flux, over
@@ -121,6 +121,17 @@ def test_sequential_offload(way: dict[str, Any], before: bool) -> None:
     remove_hook_from_module(fast, recurse=True)
     assert {p.device.type for p in fast.parameters()} == {"cpu"}
     assert_close(check(fast, sampler, way), wanted, 0.0)
+
+
+@over(WAYS)
+def test_sequential_offload_of_weights_that_belong_to_no_layer(way: dict[str, Any]) -> None:
+    """PixArt's last table is the model's own: it is offloaded as the layers are."""
+    fast, sampler = compiled(make_pixart(), way), Sampler("pixart")
+    wanted = sampler.run(fast)
+    sequential(fast)
+    assert {name for name, p in fast.named_parameters() if p.device.type != "meta"} == set()
+    assert_close(sampler.run(fast), wanted, 0.0)
+    assert {name for name, p in fast.named_parameters() if p.device.type != "meta"} == set()
 
 
 @over(BLOCK_WAYS)
