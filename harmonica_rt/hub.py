@@ -118,7 +118,8 @@ def _download(api: Any, repo: str, file: str, revision: str | None, most: int) -
     found = api.hf_hub_download(repo, file, revision=revision, dry_run=True)
     if (size := found.file_size or 0) > most:
         raise ValueError(f"{repo}/{file}: expected a file of at most {most} bytes, got {size}")
-    return Path(api.hf_hub_download(repo, file, revision=found.commit_hash))
+    # By the name asked for: by its commit, the cache would not learn what the name means, and offline find nothing
+    return Path(api.hf_hub_download(repo, file, revision=revision))
 
 
 def _api(token: str | bool | None) -> Any:
@@ -143,6 +144,7 @@ def _named(repo: str, file: str, revision: str | None) -> Iterator[None]:
     """The Hub's refusals, as what was looked for and what was not there."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -159,6 +161,10 @@ def _named(repo: str, file: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(f"{repo}: expected a branch, tag or commit, got revision {revision!r}") from error
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(f"{repo}: no file {file}{at}") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo}: expected the Hub to answer, or {file}{at} in the cache, got neither: {error.__cause__ or error}"
+        ) from error
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise

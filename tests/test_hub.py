@@ -217,6 +217,18 @@ def test_bad_names_are_refused_before_anything_is_sent(server: Hub) -> None:
     assert not server.repos and not server.tokens
 
 
+def test_what_was_fetched_once_is_there_offline(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    MINE.push_to_hub("me/schedules")
+    assert Schedule.from_hub("me/schedules", "schedule.json") == MINE
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()  # a session knows whether it is offline
+    assert Schedule.from_hub("me/schedules", "schedule.json") == MINE
+    with pytest.raises(FileNotFoundError, match=r"^me/schedules: expected the Hub to answer, or none\.json in"):
+        Schedule.from_hub("me/schedules", "none.json")
+    with pytest.raises(FileNotFoundError, match=r"^me/none: expected the Hub .*, or s\.json at revision 'v2' in"):
+        Schedule.from_hub("me/none", "s.json", revision="v2")
+
+
 def test_files_too_large_are_not_fetched(server: Hub) -> None:
     server.repos["me/schedules"] = {"main": {"s.json": b"{}", "w.safetensors": b"{}"}}
     server.claimed = {"s.json": 2**24 + 1, "w.safetensors": 2**30 + 1}
