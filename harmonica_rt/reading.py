@@ -16,6 +16,8 @@ def read_json(path: str | os.PathLike[str], what: str, text: str | None = None) 
         if text is None:
             check_size(path, what, MAX_BYTES)
             text = Path(path).read_text(encoding="utf-8")
+        elif len(text) > MAX_BYTES:
+            raise ValueError(f"{path}: expected a {what}'s text of at most {MAX_BYTES} bytes, got {len(text)}")
         return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except RecursionError:
         raise ValueError(f"{path}: not a {what}: JSON nested too deeply") from None

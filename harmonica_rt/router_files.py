@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickletools
 import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +20,42 @@ from .reading import MAX_BYTES, check_size, short
 
 if TYPE_CHECKING:
     from torch import nn
+
+NEEDED = re.compile(  # what tensors, optimisers' states and arguments are pickled with
+    r"collections OrderedDict|argparse Namespace|__builtin__ set"
+    r"|torch (Size|device|\w+Storage|bfloat16|(float|int|uint)\d+)|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch\.nn\.parameter Parameter|torch\.storage UntypedStorage"
+)
+
+
+def _check_names(data: bytes) -> None:
+    """Raise ValueError if its pickles name anything but `NEEDED`, before they are run.
+
+    torch's reader runs no code of a file's, but calls what would fill the memory for a few bytes: bytearray(10**11),
+    encode(encode(...)), a view of one number copied.
+    """
+    for text in _pickles(data):
+        for operation, argument, _ in pickletools.genops(text):
+            if operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+                raise ValueError(f"expected names in it as torch writes them, got {operation.name}")
+            if operation.name == "GLOBAL" and not NEEDED.fullmatch(str(argument)):
+                raise ValueError(f"expected tensors and an argparse.Namespace in it, got {short(argument)}")
+
+
+def _pickles(data: bytes) -> Iterator[io.BytesIO]:
+    """Those of a torch file, an archive or from before these: one behind another."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            inflated = sum(entry.file_size for entry in archive.infolist())
+            if inflated > MAX_BYTES:
+                raise ValueError(f"expected at most {MAX_BYTES} bytes, got {inflated} once inflated")
+            for entry in archive.infolist():
+                if entry.filename.endswith(".pkl"):
+                    yield io.BytesIO(archive.read(entry))
+    else:
+        text = io.BytesIO(data)
+        for _ in range(5):  # magic number, version, machine, what was saved, the storages' keys
+            yield text
 
 
 def _holds_its_numbers(value: Any) -> bool:
@@ -66,19 +107,15 @@ def _read_logits(path: str | os.PathLike[str]) -> np.ndarray:
     """
     import argparse
     import pickle
-    import zipfile
 
     import torch
 
     check_size(path, "router checkpoint", MAX_BYTES)
+    data = Path(path).read_bytes()
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                inflated = sum(entry.file_size for entry in archive.infolist())
-            if inflated > MAX_BYTES:
-                raise ValueError(f"expected at most {MAX_BYTES} bytes, got {inflated} once inflated")
+        _check_names(data)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # refused, or corrupt: there is no end to what the unpickler can trip over
         reason = "it holds more than tensors and an argparse.Namespace, or is damaged"
         if not isinstance(error, pickle.UnpicklingError):  # torch's text would advise to load it unsafely
