@@ -165,7 +165,7 @@ def _check_floats(name: str, channels: Any, shape: tuple[int, ...]) -> np.ndarra
     if channels.shape[:-1] != shape or not channels.shape[-1:] or not channels.shape[-1]:
         expected = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape [{expected}, channels], got {list(channels.shape)}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name
         channels = channels.astype(np.float32) + np.float32(0)
     if not np.isfinite(channels).all():
         raise ValueError(f"{name}: expected finite numbers, got {channels[~np.isfinite(channels)][0]}")

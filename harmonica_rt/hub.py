@@ -144,6 +144,7 @@ def _named(repo: str, file: str, revision: str | None) -> Iterator[None]:
     """The Hub's refusals, as what was looked for and what was not there."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
@@ -165,10 +166,16 @@ def _named(repo: str, file: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(
             f"{repo}: expected the Hub to answer, or {file}{at} in the cache, got neither: {error.__cause__ or error}"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{repo}: expected names of commits in the cache of the Hub, got {error}") from error
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
         raise PermissionError(f"{repo}: expected a token that may write to it, got {_status(error)}") from error
+    except HTTPError as error:  # of the connection, once there was an answer
+        raise ConnectionError(
+            f"{repo}: expected a whole answer about {file}{at}, got {error or type(error)}"
+        ) from error
 
 
 def _status(error: Any) -> str:

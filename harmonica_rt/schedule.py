@@ -292,7 +292,8 @@ class Schedule(Decisions):
             file: its name there, which ends in ``.json`` or ``.safetensors``.
 
         Raises:
-            FileNotFoundError: repository, revision or file is not there. ValueError: the file is no schedule.
+            FileNotFoundError: repository, revision or file is not there, or offline not in the cache. ValueError: the
+                file is no schedule. ConnectionError: the Hub's answer broke off.
         """
         return hub.pull(cls, repo, file, revision, token)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +85,19 @@ def check_path(path: str | os.PathLike[str], resume: bool) -> None:
         raise ValueError(f"checkpoint: {path} exists; expected --resume to go on from it, or another file")
 
 
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is missing within, or of another kind than was written, as a ValueError that names the checkpoint."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a whole checkpoint, got one that lacks {error}") from error
+    except (ValueError, RuntimeError) as error:  # torch's, where tensors are of other shapes
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: expected a whole checkpoint, got one with {error}") from error
+
+
 def check_settings(path: str | os.PathLike[str], expected: dict[str, Any], got: dict[str, Any]) -> None:
     """Raise ValueError naming both sides unless a checkpoint's settings are those `expected`."""
     for name in sorted(expected):
@@ -100,7 +115,7 @@ def read(path: str | os.PathLike[str], task: Identified) -> tuple[dict[str, Tens
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: not a checkpoint of harmonica_rt.train: {error}") from None
-    if not isinstance(state, dict) or "identity" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
         raise ValueError(f"{path}: not a checkpoint of harmonica_rt.train")
     for name, expected in identity(task).items():
         if (got := state["identity"].get(name)) != expected:

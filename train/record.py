@@ -120,11 +120,9 @@ class Record:
         tensors, state = checkpoint.read(self.path, task)
         if "course" not in state:
             raise ValueError(f"{self.path}: expected a checkpoint of the end error, got a router's")
-        checkpoint.check_settings(self.path, self.settings, state["settings"])
-        try:
+        with checkpoint.whole(self.path):
+            checkpoint.check_settings(self.path, self.settings, state["settings"])
             self._take(tensors, state)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: expected a whole checkpoint, got one that lacks {error}") from error
 
     def _take(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:

@@ -306,14 +306,15 @@ class Trainer:
         """Go on from a checkpoint. Raises ValueError if it is of another task or other settings."""
         tensors, state = checkpoint.read(path, self.task)
         expected = {name: value for name, value in asdict(self.settings).items() if name != "iterations"}
-        checkpoint.check_settings(path, expected, state["settings"])
-        if "logits" not in tensors:
-            raise ValueError(f"{path}: expected logits, got {sorted(tensors)}")
-        self.router.load(tensors["logits"])
-        checkpoint.load_optimizer(self.optimizer, tensors)
-        self.lambdas.values = tensors.get("lambda")
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.beta.value, self.beta.miss = state["beta"], state["miss"]
+        with checkpoint.whole(path):
+            checkpoint.check_settings(path, expected, state["settings"])
+            if "logits" not in tensors:
+                raise ValueError(f"{path}: expected logits, got {sorted(tensors)}")
+            self.router.load(tensors["logits"])
+            checkpoint.load_optimizer(self.optimizer, tensors)
+            self.lambdas.values = tensors.get("lambda")
+            self.iteration, self.seconds = state["iteration"], state["seconds"]
+            self.beta.value, self.beta.miss = state["beta"], state["miss"]
 
     # ---- small parts
 
