@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
 from .inspection import Snapshot, global_hooks
-from .kernels.inductor import CompilerMissing, first_line, missing_compiler
+from .kernels.inductor import CompilerMissing, first_line, missing_compiler, without_cut_files
 from .models.blocks import block_lists
 
 
@@ -154,7 +154,7 @@ class CompiledBlocks:
     def _inductor(self, graph: Any, examples: Any) -> Callable[..., Any]:
         from torch._dynamo import lookup_backend
 
-        made = lookup_backend("inductor")(graph, examples)
+        made = without_cut_files(lambda: lookup_backend("inductor")(graph, examples))
         self.compiles += 1
         return made
 

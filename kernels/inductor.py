@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from subprocess import SubprocessError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class CompilerMissing(RuntimeError):
@@ -39,9 +42,37 @@ def _compile(function: Callable[..., Any], examples: Sequence[Tensor]) -> Callab
     import torch._inductor as inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    def compiled() -> Callable[..., Any]:
+        return inductor.compile(make_fx(function, tracing_mode="fake")(*examples), list(examples))
+
     with torch.no_grad():
-        graph = make_fx(function, tracing_mode="fake")(*examples)
-        return inductor.compile(graph, list(examples))
+        return without_cut_files(compiled)
+
+
+def without_cut_files(compiled: Callable[[], T]) -> T:
+    """`compiled()`, and again without each file of TorchInductor's cache that its error tells it could not read.
+
+    A process killed while the compiler wrote a library leaves a part of it under its name, which all later ones would
+    take for whole and fail with.
+    """
+    removed: set[Path] = set()
+    while True:
+        try:
+            return compiled()
+        except (RuntimeError, OSError, ImportError) as error:
+            if not (cut := {path for path in _binaries_in(str(error)) if path.exists()} - removed):
+                raise
+            for path in cut:
+                path.unlink(missing_ok=True)
+            removed |= cut
+
+
+def _binaries_in(text: str) -> Iterator[Path]:
+    """Of the cache."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for name in re.findall(re.escape(cache_dir()) + r"/[\w./+-]+\.s?o\b", text):
+        yield Path(name)
 
 
 @contextmanager

@@ -128,8 +128,8 @@ def _read_all(name: str, seed: int, first: int, end: int, answers: Connection) -
                 except Exception:  # it is the same reading that is watched below
                     continue
             watch, memory = Watch(folder, kind.network), PeakMemory(torch.device("cpu"))
-            resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
-            before = _status("VmRSS")
+            resource.setrlimit(resource.RLIMIT_AS, (status_bytes("VmSize") + ADDRESSES, resource.RLIM_INFINITY))
+            before = status_bytes("VmRSS")
             for number in range(first, end):
                 kind.damage(Random(f"{seed} {name} {number}"))
                 answers.send(_outcome(kind, number, whole, folder, watch, memory, before))
@@ -211,7 +211,8 @@ def _imports() -> bool:
     return frame.f_code.co_filename.startswith("<frozen importlib")
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """Of this process, as proc(5) has it: VmRSS is what is resident."""
     match = re.search(rf"^{name}:\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)
     assert match, "proc(5): a process has one"
     return 1024 * int(match[1])

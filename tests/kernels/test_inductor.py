@@ -140,3 +140,28 @@ def test_a_second_schedule_on_the_same_shapes_compiles_nothing(dit: torch.nn.Mod
     for seed, order in ((2, 0), (3, 1), (4, 2)):
         calls.run(hrt.compile(dit, random_schedule(seed, order=order, reuse=0.9), backend="inductor"))
     assert (compiled_gap.cache_info().misses, compiled_gelu.cache_info().misses) == before
+
+
+def test_libraries_cut_short_in_the_cache_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cut, outside = tmp_path / "ab" / "kernel.main.so", tmp_path.parent / "elsewhere.so"
+    cut.parent.mkdir()
+    for path in (cut, outside):
+        path.write_bytes(b"")
+
+    def compiled(path: Path) -> str:
+        if path.exists():
+            raise ImportError(f"{path}: file too short")
+        return "made"
+
+    assert inductor.without_cut_files(lambda: compiled(cut)) == "made"
+    with pytest.raises(ImportError, match="elsewhere"):
+        inductor.without_cut_files(lambda: compiled(outside))
+    assert outside.exists()
+
+    def again_and_again() -> None:
+        cut.write_bytes(b"")
+        compiled(cut)
+
+    with pytest.raises(ImportError, match="file too short"):
+        inductor.without_cut_files(again_and_again)
