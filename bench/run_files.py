@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
@@ -43,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         print(*tally.failures[:20], sep="\n", end="\n" if tally.failures else "", flush=True)
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            line = asdict(tally) | {"results": dict(tally.results), "refused": dict(tally.refused)}
             with arguments.out.open("a") as file:
-                file.write(json.dumps(line | {"commit": environment()["commit"]}) + "\n")
+                file.write(json.dumps(tally.line() | {"commit": environment()["commit"]}) + "\n")
     return 1 if failures else 0
 
 

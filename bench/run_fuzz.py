@@ -3,7 +3,8 @@
     python bench/run_fuzz.py --seconds 600 --seed 7 --out out/fuzz.jsonl
     python bench/run_fuzz.py --page --out out/fuzz.jsonl
 
-A chunk of cases plays on one model and is a line of `--out`; another seed adds to it. `--page` writes `FUZZ.md` of it.
+A chunk of cases plays on one model and is a line of `--out`; another seed adds to it. `--page` writes `FUZZ.md` of it,
+and of what `run_files.py`, `run_kill.py` and `run_churn.py` left in `results/`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import torch
 from bench.fuzz.campaign import BACKENDS, LEVELS, play_chunk
 from bench.fuzz.models import NAMES
 from bench.fuzz.page import page
+from bench.trust.page import sections
 
 PAGE = Path(__file__).resolve().parent / "FUZZ.md"
+RESULTS = PAGE.parent / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.page is not None:
         lines = [json.loads(line) for line in arguments.out.read_text().splitlines()]
-        arguments.page.write_text(page(lines))
+        arguments.page.write_text("\n".join([page(lines), *(f"{part}\n" for part in sections(RESULTS))]))
         return 0
     torch.set_num_threads(1)
     done = _numbers(arguments.out, arguments.seed)

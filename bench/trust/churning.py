@@ -28,7 +28,7 @@ ROOM = 16 * 2**20  # resident bytes that may come and go after that
 
 @dataclass
 class Tally:
-    """Of runs or cycles; `line` is what a results file has of it.
+    """Of runs or cycles: a line of a results file.
 
     Attributes:
         resident: bytes of the process, in turn, the first once warm.

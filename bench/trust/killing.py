@@ -48,7 +48,7 @@ class Work(ABC):
 
 @dataclass
 class Tally:
-    """Of one kind of work; `line` is what a results file has of it.
+    """Of one kind of work: a line of a results file.
 
     Attributes:
         seconds: of the work, undisturbed.

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -71,6 +71,9 @@ class Tally:
             self.refused[outcome.told] += 1
         if outcome.result == "failed":
             self.failures.append(f"{self.kind}, seed {self.seed}, number {outcome.number}: {outcome.told}")
+
+    def line(self) -> dict[str, Any]:
+        return asdict(self) | {"results": dict(self.results), "refused": dict(self.refused)}
 
 
 def campaign(kind: str, seed: int, first: int, count: int) -> Tally:

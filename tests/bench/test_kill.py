@@ -48,7 +48,7 @@ class Counting(Work):
 class InPlace(Counting):
     def write(self, path: Path, text: str) -> None:
         path.write_text("")
-        time.sleep(0.03)
+        time.sleep(0.1)
         path.write_text(text)
 
 
@@ -66,12 +66,12 @@ def test_what_is_whole_and_goes_on_passes() -> None:
 
 
 def test_half_a_file_is_seen() -> None:
-    tally = campaign("in place", InPlace(), 6, 0)
+    tally = campaign("in place", InPlace(), 8, 0)
     assert any("n.txt: ''" in failure for failure in tally.failures), tally.failures
 
 
 def test_another_result_is_seen() -> None:
-    tally = campaign("elsewhere", Elsewhere(), 6, 0)
+    tally = campaign("elsewhere", Elsewhere(), 8, 0)
     assert any("another result" in failure for failure in tally.failures), tally.failures
 
 
