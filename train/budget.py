@@ -49,21 +49,20 @@ class Budget:
         pinned: tuple[int, ...] = (0,),
         costs: Costs | None = None,
     ) -> None:
-        if (speedup is None) == (cur is None):
+        if speedup is not None and cur is None:
+            name, self.target = "speed-up", speedup
+        elif cur is not None and speedup is None:
+            name, self.target = "CUR", cur
+        else:
             raise ValueError(f"expected a target speed-up or a target CUR, got {speedup} and {cur}")
-        self.adapter, self.steps, self.speedup, self.cur = adapter, steps, speedup, cur
+        self.adapter, self.steps, self.cur = adapter, steps, cur
         costs = macs(adapter) if costs is None else costs
         self.costs, self.fixed = costs.entries, costs.fixed
         least = np.zeros((steps, len(self.costs)), dtype=bool)
         least[list(pinned)] = True
-        name, target = ("speed-up", speedup) if cur is None else ("CUR", cur)
         low, high = self.value(np.ones_like(least)), self.value(least)
-        if not low <= target <= high:
-            raise ValueError(f"target {name}: expected {low:.2f} to {high:.2f} for {steps} steps, got {target:g}")
-
-    @property
-    def target(self) -> float:
-        return self.speedup if self.cur is None else self.cur
+        if not low <= self.target <= high:
+            raise ValueError(f"target {name}: expected {low:.2f} to {high:.2f} for {steps} steps, got {self.target:g}")
 
     def value(self, compute: np.ndarray) -> float:
         """Speed-up or CUR, whichever the target is, of bool or gates [T, L B]."""
@@ -119,6 +118,7 @@ class Beta:
         """Raise beta where the gates [T, L B] compute too much, lower it where too little."""
         if self.budget is None:
             return
+        assert self.value is not None, "start() comes first"
         miss = math.log(max(self.budget.value(gates), 1e-9) / self.budget.target) if self.budget.target else 0.0
         # Logits integrate beta and beta integrates the miss: without its trend, the two would swing for ever
         expected = miss + self.AHEAD * (miss - (miss if self.miss is None else self.miss))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,19 +14,20 @@ from harmonica_rt.schedule import Schedule
 
 from .reuse import Numbers, ReuseWeights, fixed
 
+T = TypeVar("T")
 CONTEXTS = ("shared", "own")
 NumbersOf = Callable[[Hashable], Numbers]  # context -> a whole run's
 
 
-def every(schedules: Schedules) -> list[Schedule]:
-    return [*schedules.values()] if isinstance(schedules, Mapping) else [schedules]
+def every(own: T | Mapping[str, T]) -> list[T]:
+    return [*own.values()] if isinstance(own, Mapping) else [own]
 
 
-def each(schedules: Schedules, make: Callable[[Schedule], Any]) -> Any:
-    """What `make` makes of the one schedule, or by context of each."""
-    if isinstance(schedules, Mapping):
-        return {context: make(own) for context, own in schedules.items()}
-    return make(schedules)
+def each(own: T | Mapping[str, T], make: Callable[[T], Any]) -> Any:
+    """What `make` makes of the one there is, or by context of each."""
+    if isinstance(own, Mapping):
+        return {context: make(one) for context, one in own.items()}
+    return make(own)
 
 
 def numbers_of(made: Any) -> NumbersOf:

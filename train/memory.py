@@ -38,7 +38,7 @@ class Live(TorchDispatchMode):
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known = {id(storage): storage for storage in (t.untyped_storage() for t in held)}
+        self._known: dict[int, Any] = {id(storage): storage for storage in (t.untyped_storage() for t in held)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -56,9 +56,9 @@ class MixedStep:
         before = mixing.kept[: step + 1]
         self.weights = forecast(before, mixing.order)[step, :, 0].tolist()
         mixing.kept[step, :, 0] = kept
-        self.gates = gates
+        self.gates = torch.ones(len(kept)) if gates is None else gates
         # Gates that need no gradient and are 0 or 1 leave nothing to mix
-        self.known = [1.0] * len(kept) if gates is None else None if gates.requires_grad else gates.tolist()
+        self.known = None if self.gates.requires_grad else self.gates.tolist()
 
     def __call__(self, entry: int, evaluate: Evaluate) -> Tensor:
         known = self.known[entry] if self.known is not None else None

@@ -19,7 +19,7 @@ from harmonica_rt.models import Adapter
 from .denoiser import adapt_to_learn
 from .task import Conditions, class_labels, prompts
 
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "iddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "learned_range"}),
@@ -66,11 +66,13 @@ def conditions(
         return class_labels(model, classes)
     if classes is not None:
         raise ValueError(f"classes: expected none for {type(model).__name__}, which reads text; got {list(classes)}")
-    if features is None and not (features := Path(located(name)) / FEATURES).is_file():
-        raise ValueError(
-            f"features: {name} reads text: expected --features FILE with the states and masks of prompts, got none, "
-            f"and no {FEATURES} in its folder"
-        )
+    if features is None:
+        features = Path(located(name)) / FEATURES
+        if not features.is_file():
+            raise ValueError(
+                f"features: {name} reads text: expected --features FILE with the states and masks of prompts, got "
+                f"none, and no {FEATURES} in its folder"
+            )
     try:
         stored = load_file(features)
     except SafetensorError as error:

@@ -92,10 +92,12 @@ class Record:
         self._at = time.monotonic()
         if path is None:
             return
+        if task is None:
+            raise ValueError(f"task: expected the one that {path} is of, got none")
         checkpoint.check_path(path, resume)
         self._identity = checkpoint.identity(task)
         if resume:
-            self._read(task)
+            self._read(path, task)
 
     def keep(self, now: bool, kept: Callable[[], Kept]) -> None:
         """Replace the file, if it is to be `now` or that was long ago."""
@@ -105,7 +107,7 @@ class Record:
         tensors = {f"best.{name}": t for name, t in own.best.tensors().items()}
         tensors |= {f"trainer.{name}": t for name, t in own.trainer.tensors().items()}
         starts: list[list[Any]] = []
-        for number, start in enumerate(self.starts):
+        for number, start in enumerate(self.starts or ()):
             starts.append([])
             for context, schedule in start.items() if isinstance(start, Mapping) else [(None, start)]:
                 fields, arrays = schedule_fields.parts(schedule)
@@ -116,12 +118,12 @@ class Record:
         checkpoint.write(self.path, {name: t.clone() for name, t in tensors.items()}, state)
         self._at = time.monotonic()
 
-    def _read(self, task: checkpoint.Identified) -> None:
-        tensors, state = checkpoint.read(self.path, task)
+    def _read(self, path: Path, task: checkpoint.Identified) -> None:
+        tensors, state = checkpoint.read(path, task)
         if "course" not in state:
-            raise ValueError(f"{self.path}: expected a checkpoint of the end error, got a router's")
-        with checkpoint.whole(self.path):
-            checkpoint.check_settings(self.path, self.settings, state["settings"])
+            raise ValueError(f"{path}: expected a checkpoint of the end error, got a router's")
+        with checkpoint.whole(path):
+            checkpoint.check_settings(path, self.settings, state["settings"])
             self._take(tensors, state)
 
     def _take(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

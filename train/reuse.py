@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +40,8 @@ class Numbers:
     def starting_at(self, step: int, unlearned: Tensor) -> Numbers:
         """Those of the steps from `step` on, `unlearned` being the forecast's weights where nothing is kept before."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Numbers(
-            **{name: value if value is None else value[step:] for name, value in own.items()} | {"unlearned": unlearned}
-        )
+        cut: dict[str, Any] = {name: value if value is None else value[step:] for name, value in own.items()}
+        return Numbers(**cut | {"unlearned": unlearned})
 
     def rows(self, step: int, entry: int) -> list[Tensor]:
         """Weights of an entry's values, newest first, [images] or [images, width] each."""
@@ -107,10 +107,12 @@ class ReuseWeights:
             schedule.channels is not None,
             schedule.output_channels is not None,
         )
-        if (width is not None or self.has_channels) and computed.shape[1]:
+        if width is None and schedule.channels is not None:
+            width = schedule.channels.shape[-1]
+        if width is not None and computed.shape[1]:
             parts.append(self._channels(width, carry))
             self.has_channels = True
-        if self.has_output_channels:
+        if schedule.output_channels is not None:
             parts.append(_Part(schedule.output_channels, np.zeros(schedule.output_channels.shape, dtype=bool)))
         self.parts, places, scales, count = parts, [], [], 0
         for part in parts:
@@ -128,9 +130,8 @@ class ReuseWeights:
         unlearned = forecast(computed, order, schedule.positions)
         self.unlearned = torch.tensor(unlearned, dtype=torch.float32, device=device)
 
-    def _channels(self, width: int | None, carry: bool) -> _Part:
+    def _channels(self, width: int, carry: bool) -> _Part:
         schedule, (steps, entries, values) = self.schedule, self.free.shape
-        width = schedule.channels.shape[-1] if width is None else width
         start = np.zeros((steps, entries, values + 1, width), dtype=np.float32)
         if schedule.channels is not None:
             own = schedule.channels.reshape(steps, entries, -1, width)
@@ -183,8 +184,8 @@ def fixed(schedule: Schedule, device: torch.device | str = "cpu") -> Numbers:
     """A schedule's own numbers."""
     computed = schedule.compute.reshape(schedule.steps, -1)
 
-    def tensor(values: np.ndarray | None, *shape: int) -> Tensor | None:
-        return None if values is None else torch.tensor(values.reshape(shape), dtype=torch.float32, device=device)
+    def tensor(values: np.ndarray, *shape: int) -> Tensor:
+        return torch.tensor(values.reshape(shape), dtype=torch.float32, device=device)
 
     steps, entries, order = schedule.steps, computed.shape[1], schedule.order
     channels = schedule.channels
@@ -192,12 +193,11 @@ def fixed(schedule: Schedule, device: torch.device | str = "cpu") -> Numbers:
         channels = channels.reshape(steps, entries, *channels.shape[-2:])
         if channels.shape[2] == order + 1:  # branches have no carry
             channels = np.concatenate([channels, np.zeros_like(channels[:, :, :1])], axis=2)
-        channels = tensor(channels, *channels.shape[:3], 1, channels.shape[-1])
     outputs = schedule.output_channels
     return Numbers(
         tensor(schedule.weights, steps, entries, order + 1, 1),
         tensor(schedule.carry, steps, entries, 1),
-        channels,
+        None if channels is None else tensor(channels, *channels.shape[:3], 1, channels.shape[-1]),
         tensor(schedule.output_weights, steps, order + 1, 1),
         None if outputs is None else tensor(outputs, steps, order + 1, 1, outputs.shape[-1]),
         tensor(forecast(computed, order, schedule.positions), steps, entries, order + 1),

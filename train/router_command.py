@@ -107,7 +107,7 @@ def _learn(request: Request, task: Task, settings: Settings, accelerator: Accele
     if start is not None and (start.output.any() or trunk_beside(start.groups)):
         raise ValueError(f"init: expected a schedule that reuses branches alone for a router, got {request.init}")
     trainer = Trainer(task, settings, accelerator, images, start)
-    if request.resume:
+    if request.resume and request.checkpoint is not None:
         trainer.load(request.checkpoint)
     if request.log is not None:
         accelerator.init_trackers("harmonica")
@@ -188,7 +188,8 @@ def _images(path: Path | None, model: torch.nn.Module) -> tuple[torch.Tensor, tu
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if set(tensors) != {"images", "labels"} or shapes["labels"] != shapes["images"][:1]:
         raise ValueError(f"{path}: expected images [n, channels, height, width] and labels [n], got {shapes}")
-    images, labels, config = tensors["images"], tensors["labels"], model.config
+    images, labels = tensors["images"], tensors["labels"]
+    config: Any = model.config
     size = [config.in_channels, config.sample_size, config.sample_size]
     if shapes["images"][1:] != size or len(images) == 0:
         raise ValueError(f"{path}: expected images of {size}, one at least, got {shapes['images']}")

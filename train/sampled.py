@@ -186,11 +186,10 @@ class Sampled:
             kind = type(self.pipeline).__name__
             raise ValueError(f"target converged: expected a call that takes num_inference_steps, got {kind}'s")
         longer = generation.with_call(num_inference_steps=steps)
-        partly = generation.call.get("strength") is not None
-        start = self._entry(generation, numbers) if partly else None
+        start = None if generation.call.get("strength") is None else self._entry(generation, numbers)
         put(self.pipeline, "scheduler", scheduler)
         try:
-            if partly and abs((got := self._entry(longer, numbers)) - start) > abs(start) / 50:
+            if start is not None and abs((got := self._entry(longer, numbers)) - start) > abs(start) / 50:
                 raise ValueError(
                     f"target converged: expected {steps} steps that start where the run does, at timestep {start:.4g}, "
                     f"got {got:.4g}: choose a strength of whole steps, got {generation.call['strength']}"

@@ -38,8 +38,10 @@ class Batch:
         return len(self.noise)
 
     def part(self, start: int, end: int) -> Batch:
-        cut = [tuple(t[start:end] for t in group) for group in (self.conditional, self.unconditional)]
-        return Batch(self.noise[start:end], *cut, self.seeds[start:end])
+        conditional, unconditional = (
+            tuple(t[start:end] for t in group) for group in (self.conditional, self.unconditional)
+        )
+        return Batch(self.noise[start:end], conditional, unconditional, self.seeds[start:end])
 
 
 class Task:
@@ -59,7 +61,7 @@ class Task:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         scheduler: Any,
         steps: int,
         guidance_scale: float = 1.5,
@@ -112,10 +114,11 @@ class Task:
         generator = torch.Generator().manual_seed(seed)
         size, config = self.model.config.sample_size, self.model.config
         noise = torch.randn(count, config.in_channels, size, size, generator=generator, dtype=torch.float32)
-        groups = self.conditions(count, generator)
-        on = [tuple(t.to(self.device) for t in group) for group in groups]
+        conditional, unconditional = (
+            tuple(t.to(self.device) for t in group) for group in self.conditions(count, generator)
+        )
         seeds = torch.randint(2**62, (count,), generator=generator).tolist()
-        return Batch(noise.to(self.device, self.model.dtype), *on, tuple(seeds))
+        return Batch(noise.to(self.device, self.model.dtype), conditional, unconditional, tuple(seeds))
 
     def conditioning(self, batch: Batch) -> tuple[Tensor, ...]:
         """Of all samples of a call: with guidance conditional ones first."""
@@ -140,7 +143,7 @@ def class_labels(model: nn.Module, only: Sequence[int] | None = None) -> Conditi
         raise ValueError(f"conditions: expected some for {type(model).__name__}, which has no class labels; got none")
     chosen = torch.arange(classes) if only is None else torch.tensor(only)
     if not len(chosen) or not 0 <= chosen.min() <= chosen.max() < classes:
-        raise ValueError(f"classes: expected some from 0 to {classes - 1}, got {list(only)}")
+        raise ValueError(f"classes: expected some from 0 to {classes - 1}, got {chosen.tolist()}")
 
     def draw(count: int, generator: torch.Generator) -> tuple[tuple[Tensor], tuple[Tensor]]:
         labels = chosen[torch.randint(0, len(chosen), (count,), generator=generator)]
@@ -149,7 +152,7 @@ def class_labels(model: nn.Module, only: Sequence[int] | None = None) -> Conditi
     return draw
 
 
-def prompts(model: nn.Module, states: Tensor, mask: Tensor) -> Conditions:
+def prompts(model: Any, states: Tensor, mask: Tensor) -> Conditions:
     """Uniform draws of prompts, all but the last; the last is the empty one, of unconditional samples.
 
     Args:
@@ -167,7 +170,7 @@ def prompts(model: nn.Module, states: Tensor, mask: Tensor) -> Conditions:
     states, side = states.to(model.dtype), 8.0 * config.sample_size  # pixels of a latent's side
 
     def group(at: Tensor) -> tuple[Tensor, ...]:
-        sizes = ()
+        sizes: tuple[Tensor, ...] = ()
         if model.use_additional_conditions:
             sizes = (torch.full((len(at), 2), side).to(states), torch.ones(len(at), 1).to(states))
         return (*sizes, states[at], mask[at])

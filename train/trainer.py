@@ -240,6 +240,7 @@ class Trainer:
                     self.task, self.router, self.gating, self.task.draw(settings.batch, seed).part(start, end)
                 )
                 return
+            assert self.images is not None, "the constructor asks for them"
             samples, conditions = self.images
             chosen = torch.randint(len(samples), (settings.batch,), generator=torch.Generator().manual_seed(seed))
             drawn = self.task.draw(settings.batch, seed)
@@ -325,6 +326,7 @@ class Trainer:
         return self.accelerator.reduce(tensor, "mean") if self.ranks > 1 else tensor
 
     def _progress(self, loss: float, mse: float) -> Progress:
+        assert self.beta.value is not None, "an iteration starts it"
         return Progress(
             self.iteration,
             self.seconds,
