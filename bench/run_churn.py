@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
-from bench.measure import environment
+from bench.measure.environment import environment
 from bench.trust.churning import cycles, runs
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
-from bench.measure import environment
+from bench.measure.environment import environment
 from bench.trust.files import KINDS
 from bench.trust.reading import MEMORY, SECONDS, campaign
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
-from bench.measure import environment
+from bench.measure.environment import environment
 from bench.trust.killing import campaign
 from bench.trust.works import WORKS
 

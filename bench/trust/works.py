@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 import harmonica_rt as hrt
-from bench import comparison, run_quality
-from bench.comparison import Job
+from bench import run_quality
+from bench.compare import comparison
+from bench.compare.comparison import Job
 from harmonica_rt import Schedule, shards
 from harmonica_rt.train import checkpoint, record
 from harmonica_rt.train import learn as learner
