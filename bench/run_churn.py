@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a file that gets a line of JSON a part")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    commit = environment()["commit"]  # of the code that is loaded now
     parts = [lambda: runs(arguments.runs, arguments.seed, _tell)] if arguments.runs else []
     backends = (arguments.backend or ("inductor", "cudagraph")) if arguments.cycles else ()
     parts += [lambda backend=backend: cycles(arguments.cycles, backend, tell=_tell) for backend in backends]
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             with arguments.out.open("a") as file:
-                file.write(json.dumps(asdict(tally) | {"commit": environment()["commit"]}) + "\n")
+                file.write(json.dumps(asdict(tally) | {"commit": commit}) + "\n")
     return 1 if failures else 0
 
 

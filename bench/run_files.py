@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a file that gets a line of JSON a kind")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    commit = environment()["commit"]  # of the code that is loaded now
     failures = 0
     for kind in arguments.kind:
         tally = campaign(kind, arguments.seed, arguments.first, arguments.count)
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             with arguments.out.open("a") as file:
-                file.write(json.dumps(tally.line() | {"commit": environment()["commit"]}) + "\n")
+                file.write(json.dumps(tally.line() | {"commit": commit}) + "\n")
     return 1 if failures else 0
 
 
