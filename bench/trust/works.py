@@ -174,7 +174,7 @@ class Comparing(Work):
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """As `bench.store` reads them."""
+    """As `bench.compare.store` reads them."""
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")][1:]
 
 
