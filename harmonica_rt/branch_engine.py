@@ -36,6 +36,7 @@ class BranchRun(Run):
         self.conditioning: tuple[Tensor, ...] = ()  # the caller's tensors
         self.versions: tuple[int | None, ...] = ()
         self.copies: tuple[Tensor, ...] = ()
+        self._told: tuple[Any, ...] = ()  # timesteps, and what calls have for them: see `_coming`
 
     def shape_of(self, call: Inputs) -> Shape:
         return shape_of(self.plan.adapter, call)
@@ -60,7 +61,7 @@ class BranchRun(Run):
         if not same:
             self.plan.encode(current)
         timesteps = call.timestep.narrow(0, 0, 1)
-        coming = [] if known is None else self._coming(known[step:], timestep, timesteps)
+        coming = [] if known is None else self._coming(known, step, timestep, timesteps)
         expected = timestep if timestep is not None or not coming else coming[0]
         if same and expected is not None and self.filled.get(step) == expected:
             return
@@ -75,18 +76,20 @@ class BranchRun(Run):
         self.plan.modulate(index, timesteps, current)
         self.conditioning, self.versions, self.copies = current, versions, tuple(t.clone() for t in current)
 
-    def _coming(self, known: tuple[float, ...], timestep: float | None, like: Tensor) -> list[float]:
-        """What the calls from this one on will have for timesteps, if `known` tells.
+    def _coming(self, known: tuple[float, ...], step: int, timestep: float | None, like: Tensor) -> list[float]:
+        """What the calls from `step` on will have for timesteps, if `known` tells.
 
         Args:
             known: the sampler's, or the model's own in a loop that is not a pipeline's.
             timestep: this call's, unless it is not read: then there is a pipeline.
         """
-        empty = torch.empty(0, dtype=like.dtype)
-        for told in (self.plan.adapter.timesteps(known, empty), torch.tensor(known, dtype=like.dtype)):
-            coming = told.tolist()
-            if timestep is None or coming[0] == timestep:
-                return coming
+        if not self._told or self._told[0] is not known or self._told[1] != like.dtype:  # the same at every step
+            empty = torch.empty(0, dtype=like.dtype)
+            both = (self.plan.adapter.timesteps(known, empty), torch.tensor(known, dtype=like.dtype))
+            self._told = (known, like.dtype, [told.tolist() for told in both])
+        for told in self._told[2]:
+            if timestep is None or told[step] == timestep:
+                return told[step:]
         return []
 
 

@@ -71,7 +71,7 @@ class ModelFace(nn.Module, metaclass=LooksLike):
             value._module_ref = self.model
             setattr(self.model, name, value)
         elif name.startswith("_"):
-            super().__setattr__(name, value)
+            object.__setattr__(self, name, value)  # a module's own takes as long as a replay, and would adopt modules
         elif name == "forward" and "_old_forward" in vars(self):
             pass  # accelerate puts a hook here, or takes it away: `_forward` runs the hook itself
         elif name == "forward" and "_old_forward" in vars(self.model):

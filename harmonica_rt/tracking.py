@@ -73,8 +73,8 @@ class RunTracker:
             RuntimeError: this call does not follow from the ones before.
         """
         if timestep is not None and self.timesteps is not None and (self.start is None or self._listed):
-            known = any(_close(timestep, t) for t in self.timesteps)
-            if known or told is None:
+            at = min(self.next, self.steps - 1)  # nearly always the one
+            if told is None or any(_close(timestep, t) for t in (self.timesteps[at], *self.timesteps)):
                 return self._by_list(timestep, self.timesteps, again)
         if told is not None:
             return self._as_told(told)
