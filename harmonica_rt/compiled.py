@@ -27,7 +27,8 @@ from .tracking import Place
 
 _CONFUSED = (
     "calls of a step without names: expected {} as in the step before, got {}; tell them apart by "
-    "cache_context(name), or condition each alike at all steps"
+    "cache_context(name), or condition each alike at all steps; the same run once more, after one that ended at its "
+    "first step, begins with reset()"
 )
 
 

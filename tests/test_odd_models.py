@@ -80,6 +80,20 @@ def test_a_call_less_than_before_is_noticed_where_order_alone_told_them_apart(le
         fast(x + 2, 2.0, noise(1, 8))
 
 
+@levels
+def test_the_same_run_after_one_of_a_single_step_is_not_taken_for_another_context(level: str) -> None:
+    fast, x, text = compiled(Small(), level=level), noise(1, 3, 8), noise(1, 8)
+    fast(x, 6.0, text)
+    first = fast(x, 6.0, text)
+    fast(x + 1, 5.0, text)
+    with pytest.raises(RuntimeError, match=r"expected 2 calls .* got 1; .* the same run once more, .* reset\(\)"):
+        fast(x + 2, 4.0, text)
+    fast.reset()
+    assert torch.equal(fast(x, 6.0, text)[0], first[0])
+    for step in (1, 2):
+        fast(x + step, 6.0 - step, text)
+
+
 def test_contexts_may_be_left_in_another_order(dit: nn.Module) -> None:
     fast = compiled(Small())
     a, b = fast.cache_context("a"), fast.cache_context("b")
