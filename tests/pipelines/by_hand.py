@@ -134,15 +134,16 @@ class ByHand:
         steps = [step for step, _, _ in values]
         out = []
         for number, stream in enumerate(like):
-            total = torch.zeros_like(stream, dtype=torch.float64)
+            kind = torch.promote_types(stream.dtype, torch.float32)  # rounded once, as the runtime does
+            total = torch.zeros_like(stream, dtype=kind)
             for step, xs, hs in values:
                 weight = 1.0
                 for other in steps:
                     weight *= (self.call.step - other) / (step - other) if other != step else 1.0
-                total = total + weight * self.going_on(hs[number], stream).double()
+                total = total + weight * self.going_on(hs[number], stream).to(kind)
                 if self.carry:
-                    total = total - self.carry * weight * self.going_on(xs[number], stream).double()
-            total = total + self.carry * x[number].double() if self.carry else total
+                    total = total - self.carry * weight * self.going_on(xs[number], stream).to(kind)
+            total = total + self.carry * x[number].to(kind) if self.carry else total
             out.append(total.to(stream.dtype))
         return out
 
