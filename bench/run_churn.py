@@ -8,7 +8,6 @@ Memory of the process and of emulated CUDA graphs must stay what it was once war
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
+from bench.arguments import campaign_arguments
+from bench.compare.store import append
 from bench.measure.environment import environment
 from bench.trust.churning import cycles, runs
 
@@ -26,8 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--cycles", type=int, default=20, help="of each backend")
     parser.add_argument("--backend", nargs="+", choices=("eager", "inductor", "cudagraph"), help="of the cycles")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a file that gets a line of JSON a part")
+    campaign_arguments(parser, each="part")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     commit = environment()["commit"]  # of the code that is loaded now
@@ -45,10 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{tally.graph_bytes[-1]}"
         )
         print(*tally.failures, sep="\n", end="\n" if tally.failures else "", flush=True)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(asdict(tally) | {"commit": commit}) + "\n")
+        append(arguments.out, asdict(tally) | {"commit": commit})
     return 1 if failures else 0
 
 

@@ -8,7 +8,6 @@ A kind is a line of `--out`. A failure says its kind, seed and number: `--kind K
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
+from bench.arguments import campaign_arguments
+from bench.compare.store import append
 from bench.measure.environment import environment
 from bench.trust.files import KINDS
 from bench.trust.reading import MEMORY, SECONDS, campaign
@@ -25,9 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=1000, help="files of each kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", nargs="+", choices=list(KINDS), metavar="KIND", default=list(KINDS))
-    parser.add_argument("--out", type=Path, help="a file that gets a line of JSON a kind")
+    campaign_arguments(parser, each="kind")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     commit = environment()["commit"]  # of the code that is loaded now
@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             f"(of {MEMORY / 2**20:.0f})"
         )
         print(*tally.failures[:20], sep="\n", end="\n" if tally.failures else "", flush=True)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(tally.line() | {"commit": commit}) + "\n")
+        append(arguments.out, tally.line() | {"commit": commit})
     return 1 if failures else 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,9 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
+from bench.arguments import campaign_arguments
+from bench.compare.store import append
 from bench.fuzz.campaign import BACKENDS, LEVELS, play_chunk
 from bench.fuzz.models import NAMES
 from bench.fuzz.page import page
+from bench.measure.environment import environment
 from bench.trust.page import sections
 
 PAGE = Path(__file__).resolve().parent / "FUZZ.md"
@@ -33,12 +35,11 @@ RESULTS = PAGE.parent / "results"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--level", nargs="+", choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["eager"])
     parser.add_argument("--model", nargs="+", choices=list(NAMES), metavar="CLASS", help="all unless given")
     parser.add_argument("--chunk", type=float, default=4.0, help="processor seconds a model is kept")
-    parser.add_argument("--out", type=Path, help="a file that gets a line of JSON a chunk")
+    campaign_arguments(parser, each="chunk")
     parser.add_argument("--page", type=Path, nargs="?", const=PAGE, help="write what --out has")
     arguments = parser.parse_args(argv)
     if arguments.page is not None:
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)
     done = _numbers(arguments.out, arguments.seed)
-    commit = _commit()  # of the code that is loaded now
+    commit = environment()["commit"]  # of the code that is loaded now
     failures, until = 0, time.monotonic() + arguments.seconds
     for number in itertools.count(max(done, default=-1) + 1):
         if time.monotonic() >= until:
@@ -64,10 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"worst {chunk.worst:.0e}, {chunk.runs / chunk.cpu:.1f} runs/s, {len(chunk.failures)} failures"
             )
             print(*chunk.failures, sep="\n", end="\n" if chunk.failures else "", flush=True)
-            if arguments.out is not None:
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(chunk.line()) + "\n")
+            append(arguments.out, chunk.line())
     return 1 if failures else 0
 
 
@@ -77,13 +75,6 @@ def _numbers(out: Path | None, seed: int) -> list[int]:
         return []
     lines = map(json.loads, out.read_text().splitlines())
     return [line["number"] for line in lines if line["seed"] == seed]
-
-
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
-    return run.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

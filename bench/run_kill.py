@@ -9,7 +9,6 @@ is a line of `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import torch
 
+from bench.arguments import campaign_arguments
+from bench.compare.store import append
 from bench.measure.environment import environment
 from bench.trust.killing import campaign
 from bench.trust.works import WORKS
@@ -27,8 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--moments", type=int, default=10, help="of each kind of work")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a file that gets a line of JSON a kind of work")
+    campaign_arguments(parser, each="kind of work")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     commit = environment()["commit"]  # of the code that is loaded now
@@ -38,10 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         failures += len(tally.failures)
         _tell(f"{name}, {tally.seconds:.1f} s: {tally.kills} killed, {tally.late} too late, whole then: {tally.left}")
         print(*tally.failures, sep="\n", end="\n" if tally.failures else "", flush=True)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(asdict(tally) | {"commit": commit}) + "\n")
+        append(arguments.out, asdict(tally) | {"commit": commit})
     return 1 if failures else 0
 
 

@@ -15,6 +15,14 @@ from PIL import Image
 from bench.measure.environment import environment
 
 
+def append(path: Path | None, line: dict[str, Any]) -> None:
+    """Write `line` at the end of a results file, if there is to be one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 class Store:
     """A results file: its first line is the job, each other a row. A row is written when it is known, once.
 

@@ -348,8 +348,8 @@ def minimax_h3(model: nn.Module, step: int) -> dict:
         "hidden_states": noise(step, 2, 8, 16),
         "audio_hidden_states": noise(step, 2, 6, 6, seed=1),
         "encoder_hidden_states": given(2, 4, 8),
-        "timestep": torch.stack([clock(step), clock(step) / 2]) / 1000,
-        "timestep_indices": (tags == 2).long(),
+        "timestep": torch.stack([clock(step), clock(step) / 2, clock(step) / 4]) / 1000,  # of video, audio, text: 3, as
+        "timestep_indices": tags.where(tags == 0, 3 - tags),  # many as there are pictures could be taken for theirs
         "token_tags": tags,
         "position_ids": positions,
         "video_indices": video,
