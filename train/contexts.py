@@ -1,4 +1,4 @@
-"""Schedules that are learned together: one for all contexts of a step, or one each that compute the same."""
+"""Schedules that are learned together: one for all contexts of a step, or one each."""
 
 from __future__ import annotations
 
@@ -31,20 +31,8 @@ def each(own: T | Mapping[str, T], make: Callable[[T], Any]) -> Any:
 
 
 def numbers_of(made: Any) -> NumbersOf:
-    """By context: one schedule's `Numbers`, or those of each.
-
-    Raises:
-        ValueError: when asked for a context that has none.
-    """
-
-    def numbers(context: Hashable) -> Numbers:
-        if not isinstance(made, Mapping):
-            return made
-        if context not in made:
-            raise ValueError(f"context: expected one of {tuple(made)}, which have weights, got {context!r}")
-        return made[context]
-
-    return numbers
+    """By context: one schedule's `Numbers`, or those of each."""
+    return lambda context: made[context] if isinstance(made, Mapping) else made
 
 
 def own_numbers(schedules: Schedules, device: torch.device) -> NumbersOf:
@@ -79,16 +67,15 @@ class ContextWeights:
     """`ReuseWeights` of one schedule, or of each context's, as one flat change to be learned.
 
     Args:
-        schedules: which compute the same.
         arguments: of each `ReuseWeights`.
 
     Attributes:
-        schedule: one of them, for what is computed.
+        schedules: whose weights these are.
         change: [n], the changes context by context, 0 at first; to be learned.
     """
 
     def __init__(self, schedules: Schedules, *arguments: Any, **more: Any) -> None:
-        self.schedule = every(schedules)[0]
+        self.schedules = schedules
         self.own = each(schedules, lambda schedule: ReuseWeights(schedule, *arguments, **more))
         self.change = torch.cat([weights.change for weights in every(self.own)])
 

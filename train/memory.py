@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.counting import CountMacs
 from harmonica_rt.models.blocks import block_lists
+from harmonica_rt.schedule import Schedule
 
 from .contexts import ContextWeights, every
 from .natural_gradient import WINDOW
@@ -209,9 +210,9 @@ def predict(
         contexts: calls a step.
         more: the rest of `Memory`.
     """
-    schedule = learned.schedule
-    at = schedule.output if schedule.level == "output" else ~schedule.compute.reshape(schedule.steps, -1)[:, 0]
-    computed, free, table = int((~at).sum()), len(learned.change), sum(len(own.places) for own in every(learned.own))
+    schedules = [own.schedule for own in every(learned.own)]
+    computed = max(map(_computed, schedules))
+    schedule, free, table = schedules[0], len(learned.change), sum(len(own.places) for own in every(learned.own))
     alive = min(schedule.order + 1, computed)  # values whose gradients are being summed up
     rows = min(WINDOW, settings.iterations) * settings.batch
     return Memory(
@@ -223,6 +224,12 @@ def predict(
         accumulate=settings.accumulate,
         **more,
     )
+
+
+def _computed(schedule: Schedule) -> int:
+    """Steps."""
+    at = schedule.output if schedule.level == "output" else ~schedule.compute.reshape(schedule.steps, -1)[:, 0]
+    return int((~at).sum())
 
 
 FLOAT, INDEX = 4, 16  # bytes: of a number, and of its place and start

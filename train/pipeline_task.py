@@ -20,7 +20,7 @@ from harmonica_rt.resampling import falling
 from harmonica_rt.schedule import Schedule
 
 from .budget import Costs
-from .contexts import ContextWeights, every
+from .contexts import ContextWeights, each
 from .memory import Memory, available, count_step, nbytes, predict, samples_of, workspaces
 from .sampled import Sampled
 from .starts import Starts
@@ -125,9 +125,11 @@ class PipelineTask:
             )
         return self.contexts
 
-    def unlearned(self, schedules: Schedules) -> Schedule:
+    def unlearned(self, schedules: Schedules) -> Schedules:
         """What `schedules` are compared with: the same computed, `start`."""
-        schedule = every(schedules)[0]
+        return each(schedules, self._unlearned)
+
+    def _unlearned(self, schedule: Schedule) -> Schedule:
         what: dict[str, Any] = {"output": schedule.output} if schedule.output.any() else {}
         if schedule.level != "output":
             what |= {"compute": schedule.compute, "groups": schedule.groups}

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from harmonica_rt.compiled import put
+from harmonica_rt.compiled import Schedules, put
 from harmonica_rt.compiling import denoisers_of, put_in, uncompile
 from harmonica_rt.generating import Generation
 from harmonica_rt.pipeline_copies import another, without_model_offload
-from harmonica_rt.schedule import Schedule
 
-from .contexts import NumbersOf
+from .contexts import NumbersOf, each
 from .converged import converged
 from .learning import LearningTransformer
 from .text_encoders import Away, TextEncoders, can_move
@@ -136,7 +135,7 @@ class Sampled:
         self,
         generation: Generation,
         numbers: Sequence[int],
-        schedule: Schedule | None = None,
+        schedules: Schedules | None = None,
         stand_on: NumbersOf | None = None,
         checkpointing: str = "none",
         carries: bool = False,
@@ -144,16 +143,16 @@ class Sampled:
         """Latents of these images, [n, ...]; differentiable in what `stand_on` gives.
 
         Args:
-            schedule: of all denoisers; the pipeline as it is without one.
+            schedules: of all denoisers; the pipeline as it is without one.
             stand_on: numbers of each context; the schedule's own unless given.
 
         Raises:
             TypeError: the pipeline returns no latents.
         """
-        if schedule is None:
+        if schedules is None:
             self._take_out()
         else:
-            self._put(schedule, carries)
+            self._put(schedules, carries)
             for name in self.denoisers:
                 getattr(self.pipeline, name).stand_on(stand_on, checkpointing)
         arguments = generation.arguments(numbers)
@@ -225,22 +224,20 @@ class Sampled:
             for hook in hooks:
                 hook.remove()
 
-    def _put(self, schedule: Schedule, carries: bool) -> None:
-        """The pipeline's denoisers learn `schedule`, unless they do already."""
+    def _put(self, schedules: Schedules, carries: bool) -> None:
+        """The pipeline's denoisers learn `schedules`, unless they do already."""
         key = (
-            schedule.level,
-            schedule.groups,
-            schedule.order,
-            schedule.compute.tobytes(),
-            schedule.output.tobytes(),
             carries,
+            each(
+                schedules, lambda own: (own.level, own.groups, own.order, own.compute.tobytes(), own.output.tobytes())
+            ),
         )
         if key == self._key:
             return
         self._take_out()
         put_in(
             self.pipeline,
-            schedule,
+            schedules,
             False,
             lambda model, own, more: LearningTransformer(model, own, carries=carries, **more),
         )

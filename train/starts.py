@@ -13,7 +13,7 @@ from torch import Tensor
 from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
 
-from .contexts import NumbersOf, every, own_numbers
+from .contexts import NumbersOf, own_numbers
 from .sampled import Sampled
 
 
@@ -50,10 +50,9 @@ class Starts:
         self, schedules: Schedules, numbers: NumbersOf | None, start: int, end: int, checkpointing: str = "none"
     ) -> Tensor:
         """What these runs result in with schedules, differentiable in `numbers`; the schedules' own unless given."""
-        schedule = every(schedules)[0]  # all compute the same, and stand on what `own` says
         own = own_numbers(schedules, self.device) if numbers is None else numbers
         result = self.task.sampled.run(
-            self.generation, range(start, end), schedule, own, checkpointing, self.task.carry
+            self.generation, range(start, end), schedules, own, checkpointing, self.task.carry
         )
         if numbers is not None and torch.is_grad_enabled() and not result.requires_grad:
             kind = type(self.task.sampled.pipeline).__name__

@@ -288,7 +288,7 @@ class WeightTrainer:
         for start, end in self._parts(self.iteration):
             change = self.weights.change.repeat(end - start, 1).requires_grad_()
             numbers, checkpointing = self.weights(change), self.settings.checkpointing
-            result = self.starts.result(self.weights.schedule, numbers, start, end, checkpointing)
+            result = self.starts.result(self.weights.schedules, numbers, start, end, checkpointing)
             logs = self.starts.errors(result, start, end)
             gradients += torch.autograd.grad(logs.sum(), change)
             errors.append(decibels(logs.detach()))
@@ -323,7 +323,7 @@ class WeightTrainer:
         """Mean error, dB, of the runs that come next, of which the gradients know nothing."""
         errors = []
         for start, end in self._parts(self.iteration + 1):
-            result = self.starts.result(self.weights.schedule, self.weights(change), start, end)
+            result = self.starts.result(self.weights.schedules, self.weights(change), start, end)
             errors.append(decibels(self.starts.errors(result, start, end)))
         error = mean(self.accelerator.gather(torch.cat(errors)))
         return error if math.isfinite(error) else math.inf

@@ -82,10 +82,12 @@ def generation_of(name: str, alike: bool = False) -> Generation:
 
 
 def spoilt(task: PipelineTask, channels: bool, contexts: str = "shared") -> Schedules:
-    """Schedules whose numbers are all other than the forecast's, and than each other's."""
-    schedule: Schedules = task.schedule([0, 2, 3], 2, 0.5 if task.carry else 0.0)
+    """Schedules whose numbers are all other than the forecast's, and than each other's; so are an own one's steps."""
+    carry = 0.5 if task.carry else 0.0
+    schedule: Schedules = task.schedule([0, 2, 3], 2, carry)
     if contexts == "own":
-        schedule = dict.fromkeys(task.named_contexts(), schedule)
+        steps = ([0, 2, 3], [0, 1, 3, 4])
+        schedule = {name: task.schedule(own, 2, carry) for name, own in zip(task.named_contexts(), steps, strict=True)}
     weights = ContextWeights(schedule, carry=task.carry, width=task.width if channels else None, entered=task.entered)
     change = torch.randn(len(weights.change), generator=torch.Generator().manual_seed(0))
     return weights.to_schedule(0.1 * change)
@@ -194,7 +196,9 @@ def test_contexts_of_equal_weights_are_as_shared_ones() -> None:
         assert torch.equal(shared, own)
         cond, uncond = parts.chunk(2, dim=1)
         assert relative(cond + uncond, whole) < 1e-4 and relative(cond, uncond) > 0.1
-        with pytest.raises(ValueError, match=r"context: expected one of \('cond',\), which have weights, got 'uncond'"):
+        with pytest.raises(
+            ValueError, match=r"context: expected one of \('cond',\), which have schedules, got 'uncond'"
+        ):
             run({"cond": schedule})
 
 
@@ -391,9 +395,12 @@ def test_going_on_from_a_schedule(contexts: str) -> None:
     compute[2, :1] = ~compute[2, :1]
     spoilt = own.replace(compute=compute, weights=None).replace(note="before")
     init = dict.fromkeys(first, spoilt) if contexts == "own" else spoilt
-    again = every(hrt.learn(pipeline, prompts, init=init, lr=1e-9, target="full", **common))[0]
-    assert (again.compute == compute).all() and np.allclose(again.weights, spoilt.weights, atol=1e-5)
-    assert ", 1 in parts, " in again.note and "before" not in again.note
+    if contexts == "own":
+        init["uncond"] = own.replace(note="before")
+    again = hrt.learn(pipeline, prompts, init=init, lr=1e-9, target="full", **common)
+    for one, was in zip(every(again), every(init), strict=True):
+        assert (one.compute == was.compute).all() and np.allclose(one.weights, was.weights, atol=1e-5)
+        assert (", 1 in parts, " in one.note) == (was is spoilt) and "before" not in one.note
     for wrong, text in (
         ({"init": init, "target_speedup": 2.0}, "target_speedup: expected None beside init, got 2.0"),
         ({"init": init, "level": "output"}, "level: expected branches beside init, got output"),

@@ -139,13 +139,11 @@ def test_schedules_that_cannot_go_on_are_refused() -> None:
     pipe = text_flux()
     start = hrt.Schedule.uniform(pipe.transformer, 4, every=2, level="blocks")
     wide = start.replace(channels=np.zeros((*start.compute.shape, 3, 4), dtype=np.float32))
-    other = hrt.Schedule.uniform(pipe.transformer, 4, every=3, level="blocks")
     guided = {"true_cfg_scale": 2.0, "negative_prompt": "a dog"}
     for init, error, more in (
         ({}, r"init: expected a Schedule, or one by context, got \{\}", {}),
         ("s.json", "init: expected a Schedule, or one by context, got 's.json'", {}),
         (wide, "channels: expected True beside an init with weights per channel, got False", {}),
-        ({"cond": start, "uncond": other}, r"compute the same in all contexts, got <.*50\.0 %>, <.*", guided),
         ({"cond": start, "uncond": start.replace(order=0, weights=None)}, "one order .*, got 1 and 0", guided),
     ):
         before = state_of(pipe)
