@@ -49,10 +49,11 @@ class BranchRun(Run):
     def _condition(self, call: Inputs, step: int, timestep: float | None, known: tuple[float, ...] | None) -> None:
         """Have filled what cross-attention reads, and the modulation rows of `step` and of those ahead, if known."""
         current = call.conditioning
-        versions = tuple(None if t.is_inference() else t._version for t in current)
+        versions: tuple[int | None, ...] = ()
         if timestep is not None:  # host tensors: look at the values
             same = len(self.copies) == len(current) and all(map(torch.equal, self.copies, current))
         else:
+            versions = tuple(None if t.is_inference() else t._version for t in current)
             same = (
                 None not in versions
                 and versions == self.versions
@@ -60,8 +61,7 @@ class BranchRun(Run):
             )
         if not same:
             self.plan.encode(current)
-        timesteps = call.timestep.narrow(0, 0, 1)
-        coming = [] if known is None else self._coming(known, step, timestep, timesteps)
+        coming = [] if known is None else self._coming(known, step, timestep, call.timestep.dtype)
         expected = timestep if timestep is not None or not coming else coming[0]
         if same and expected is not None and self.filled.get(step) == expected:
             return
@@ -69,6 +69,7 @@ class BranchRun(Run):
         index, window = step - self.start, self.plan.window
         # Unread labels may be new at each call, and then steps ahead would be filled in vain
         ahead = timestep is not None or same or not self.copies
+        timesteps = call.timestep.narrow(0, 0, 1)
         if ahead and coming:
             count = min(window - index % window, len(self.plan.program.steps) - index)
             timesteps = torch.tensor(coming[:count], dtype=timesteps.dtype, device=timesteps.device)
@@ -76,17 +77,17 @@ class BranchRun(Run):
         self.plan.modulate(index, timesteps, current)
         self.conditioning, self.versions, self.copies = current, versions, tuple(t.clone() for t in current)
 
-    def _coming(self, known: tuple[float, ...], step: int, timestep: float | None, like: Tensor) -> list[float]:
+    def _coming(self, known: tuple[float, ...], step: int, timestep: float | None, dtype: torch.dtype) -> list[float]:
         """What the calls from `step` on will have for timesteps, if `known` tells.
 
         Args:
             known: the sampler's, or the model's own in a loop that is not a pipeline's.
             timestep: this call's, unless it is not read: then there is a pipeline.
         """
-        if not self._told or self._told[0] is not known or self._told[1] != like.dtype:  # the same at every step
-            empty = torch.empty(0, dtype=like.dtype)
-            both = (self.plan.adapter.timesteps(known, empty), torch.tensor(known, dtype=like.dtype))
-            self._told = (known, like.dtype, [told.tolist() for told in both])
+        if not self._told or self._told[0] is not known or self._told[1] != dtype:  # the same at every step
+            empty = torch.empty(0, dtype=dtype)
+            both = (self.plan.adapter.timesteps(known, empty), torch.tensor(known, dtype=dtype))
+            self._told = (known, dtype, [told.tolist() for told in both])
         for told in self._told[2]:
             if timestep is None or told[step] == timestep:
                 return told[step:]
@@ -118,17 +119,17 @@ class BranchEngine(Engine):
 
     def read(self, arguments: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         inputs = self.adapter.inputs(arguments)
-        if torch.is_autocast_enabled(inputs.device.type):
+        device = inputs.device
+        if torch.is_autocast_enabled(device.type):
             raise RuntimeError(
                 "autocast: expected it off, since a compiled program has one dtype; load the model in the dtype "
                 "you want (torch_dtype=...)"
             )
         if inputs.timestep.device.type == "cpu" and len(values := set(inputs.timestep.tolist())) != 1:
             raise ValueError(f"timestep: expected the same for all samples, got {sorted(values)[:4]}")
-        if elsewhere := {t.device for t in (inputs.timestep, *inputs.conditioning)} - {inputs.device}:
-            raise ValueError(
-                f"expected timestep and conditioning on the sample's device, {inputs.device}, got {elsewhere.pop()}"
-            )
+        for t in (inputs.timestep, *inputs.conditioning):
+            if t.device != device:
+                raise ValueError(f"expected timestep and conditioning on the sample's device, {device}, got {t.device}")
         return inputs
 
     def begin(self, call: Inputs, schedule: Schedule, start: int, context: Hashable) -> BranchRun:

@@ -253,11 +253,12 @@ class CompiledTransformer(ModelFace):
         if timestep is None and told is None:
             timestep = read_timestep(sigma)
         told = sampling.told() if told is None else told
+        samples = Seen(call.samples)
         if name is not None:
             again = tracker.start is not None and name not in tracker.called
         else:  # calls that are counted are a step each
             again = timestep is not None and tracker.sample is not None
-            same = again and tracker.sample == Seen(call.samples)
+            same = again and tracker.sample == samples
             same = same and timestep is not None and not tracker.may_repeat(timestep)
             again = again and (same or told == tracker.next - 1)
         try:
@@ -279,13 +280,13 @@ class CompiledTransformer(ModelFace):
         try:
             output = run.step(place.step, call, timestep, known)
         except BaseException:  # slots may be half written: what comes next must be a new run
-            tracker.commit(place, timestep, context, Seen(call.samples))
+            tracker.commit(place, timestep, context, samples)
             sampling.abandon()
             self._runs = {}
             raise
         run.next, run.before, run.conditioned = place.step + 1, run.conditioned, Seen(call.conditioning)
         self._runs, self._begun = {**runs, context: run}, sampling.runs
-        tracker.commit(place, timestep, context, Seen(call.samples))
+        tracker.commit(place, timestep, context, samples)
         return output
 
     def _which(self, name: str | None, call: Any, place: Place, runs: dict[Hashable, Run]) -> Hashable:
@@ -301,6 +302,9 @@ class CompiledTransformer(ModelFace):
         called = tracker.called if place.again else []
         if not place.again and self._unsure and len(tracker.called) < len(numbers):
             raise RuntimeError(_CONFUSED.format(f"{len(numbers)} calls", len(tracker.called)))
+        if len(numbers) == 1 and not place.again:  # nothing to choose from
+            self._unsure = False
+            return numbers[0]
         free = [number for number in numbers if number not in called]
         seen = Seen(call.conditioning)
         alike = {number: runs[number].conditioned.alike(seen) for number in free}

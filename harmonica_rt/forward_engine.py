@@ -30,7 +30,7 @@ TIMESTEPS = (
     "vision_timesteps",
 )
 
-DENOISED = ("decoder_input_tokens",)  # names of the argument that is denoised where that is not the first
+DENOISED = ("decoder_input_tokens", "vision_tokens")  # names of what is denoised where it is not the first argument
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,9 @@ def read_timestep(timestep: Tensor | float | None) -> float | None:
     """
     if not isinstance(timestep, Tensor):
         return None if timestep is None else float(timestep)
-    return float(timestep.max()) if timestep.device.type == "cpu" and timestep.numel() else None
+    if timestep.device.type != "cpu" or not timestep.numel():
+        return None
+    return float(timestep.max() if timestep.ndim > 1 else max(timestep.tolist()) if timestep.ndim else timestep)
 
 
 def shape_of(adapter: Adapter, inputs: Inputs) -> Shape:

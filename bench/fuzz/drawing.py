@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from .case import Case, Change, Event, Plan, Recompile, Run
 from .changes import KINDS, LORA
+from .models import NO_LORA
 from .schedules import REPEATING, SAMPLERS, clock_of
 from .subject import Subject
 
-NO_LORA = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # at level branches: documented
 STEPS = (2, 3, 4, 5, 5, 6, 6, 6, 7, 8)
 
 
@@ -89,7 +89,7 @@ def _events(rng: random.Random, subject: Subject, case: Case) -> tuple[Event, ..
                 if lora:
                     kinds = [*KINDS]
                     kinds.remove("lora")
-                elif rng.random() < 0.25 and not (case.level == "branches" and subject.kind in NO_LORA):
+                elif rng.random() < 0.25 and case.level not in NO_LORA.get(subject.kind, ()):
                     kinds = ["lora"]
                 kind = rng.choice(kinds)
                 lora = lora or kind == "lora"

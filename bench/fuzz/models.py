@@ -33,6 +33,12 @@ NOT_AT_BRANCHES = {  # as the documentation says; other kinds of these classes a
     "QwenImageTransformer2DModel": "padded text",
     "WanTransformer3DModel": "timesteps a token",
 }
+NO_LORA = {  # levels
+    "DiTTransformer2DModel": ("branches",),  # as the documentation says
+    "PixArtTransformer2DModel": ("branches",),
+    "UNetMotionModel": ("output",),  # it says input= to its layers, which PEFT's do not take
+}
 NOT_HALVED = {  # at level blocks, where half of a batch is refused by what comes
     "LatteTransformer3DModel": "its blocks see frames or tokens as their batch",
+    "PriorTransformer": "its blocks' mask is over batch and heads at once",
 }

@@ -94,10 +94,11 @@ def test_groups_in_turn_keep_what_they_should_while_others_are_reused() -> None:
     assert (tally.calls, tally.refused) == (3, None)
 
 
-def test_a_decoder_whose_sample_is_not_its_first_argument() -> None:
-    """A run after one that was cut short at its first step: taken by what it is conditioned on, its first argument."""
-    plan, runs = Plan(("11", "10"), "00", order=0), (Run(stop=1), Run(seed=42))
-    tally = play(Case("T5FilmDecoder", "blocks", (plan,), runs, groups=2), Subject("T5FilmDecoder"))
+@pytest.mark.parametrize("model", ["T5FilmDecoder", "Cosmos3OmniTransformer"])
+def test_a_sample_that_is_not_the_first_argument(model: str) -> None:
+    """A run after one that was cut short at its first step is not taken for another call of that step."""
+    plan, runs = Plan(("", ""), "01", order=0), (Run(stop=1), Run(seed=42))
+    tally = play(Case(model, "output", (plan,), runs), Subject(model))
     assert (tally.runs, tally.refused) == (2, None)
 
 
