@@ -12,6 +12,7 @@ import harmonica_rt as hrt
 from bench.models import samplers
 from bench.models.pipelines import PixelPipeline
 from bench.models.reference import REFERENCES
+from bench.models.schedule_specs import parse_schedule
 from bench.peers import PEERS
 from bench.peers.ours import SAMPLERS, SHIPPED
 
@@ -19,6 +20,7 @@ PLAIN, PEER, UNLEARNED, LEARNED = FAMILIES = ("plain sampler", "peers", "ours, u
 EAGER, WHOLE, OURS = "eager", "compile", "ours"  # beside these, peers by their names
 ROOT = SHIPPED.parent.parent
 FULL = "full"  # ours, everything computed
+GUIDED = ("cond", "uncond")  # at the ends of two files that are learned together
 STEPS = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18)  # of a sampler without reuse
 REUSED_STEPS = {  # of a run, and which are computed: every so many, or so many spread over all
     20: ("2", "3", "4", "5", "14of20", "12of20", "10of20", "8of20", "7of20", "6of20", "5of20", "4of20"),
@@ -57,8 +59,8 @@ class Candidate:
         sampler, spacing: as in `bench.models.samplers`.
         steps: of a run, those that reuse too.
         by: `EAGER` or `WHOLE` (torch.compile), all computed by diffusers; `OURS`; or a peer of `PEERS`.
-        setting: ours: a spec of `schedule_specs` or a schedule's file, those in the repository by their path there; a
-            peer's own.
+        setting: ours: a spec of `schedule_specs` or a schedule's file, those in the repository by their path there, the
+            first of two that are learned together; a peer's own.
         digest: of the file, so that a schedule that is learned anew is another candidate.
     """
 
@@ -73,6 +75,13 @@ class Candidate:
     def file(self) -> Path:
         """Of a learned schedule."""
         return ROOT / self.setting  # of an absolute path itself
+
+    def schedule(self, pipeline: PixelPipeline) -> hrt.Schedule | dict[str, hrt.Schedule]:
+        """What ours runs, one a context where two are learned together."""
+        if not self.learned:
+            return parse_schedule(self.setting, pipeline, self.steps)
+        own = {context: hrt.Schedule.load(file) for context, file in _files(self.file).items()}
+        return own.get("", own)
 
     @property
     def learned(self) -> bool:
@@ -147,6 +156,8 @@ def learned(model: str, pipeline: PixelPipeline, files: Iterable[Path] = ()) -> 
         return again.timesteps(steps)
 
     for file in (*shipped, *files):
+        if file.stem.endswith(f"-{GUIDED[1]}"):  # it comes with the first
+            continue
         try:
             schedule = hrt.Schedule.load(file)
             base = samplers.of_schedule(schedule, pipeline.scheduler.config, SAMPLERS[model], timesteps)
@@ -161,8 +172,16 @@ def _named(file: Path) -> str:
     return (whole.relative_to(ROOT.resolve()) if whole.is_relative_to(ROOT.resolve()) else whole).as_posix()
 
 
+def _files(file: Path) -> dict[str, Path]:
+    """By context, one alone by ""."""
+    if not file.stem.endswith(f"-{GUIDED[0]}"):
+        return {"": file}
+    stem = file.stem.removesuffix(GUIDED[0])
+    return {context: file.with_stem(f"{stem}{context}") for context in GUIDED}
+
+
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:4]
+    return hashlib.sha256(b"".join(own.read_bytes() for own in _files(file).values())).hexdigest()[:4]
 
 
 def tuned(bases: Iterable[tuple[str, str]], steps: int = 20, seed: int = 0) -> Iterator[Candidate]:

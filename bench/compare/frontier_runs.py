@@ -15,15 +15,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-import harmonica_rt as hrt
 from bench.models import samplers
-from bench.models.pipelines import PixelPipeline
 from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling, accelerated
-from bench.models.schedule_specs import parse_schedule
 from bench.peers import PEERS
 from harmonica_rt.measuring import psnr
 from harmonica_rt.models import layout_of
+from harmonica_rt.train.contexts import every
 
 from . import candidates
 from .candidates import FULL, OURS, WHOLE, Candidate
@@ -111,8 +109,9 @@ class Runner:
         own.scheduler = samplers.scheduler(candidate.sampler, candidate.spacing, self.pipeline.scheduler.config)
         sampling = Sampling(own, self.sampling.guidance, self.sampling.classes)
         if candidate.by == OURS:
-            schedule = _schedule(candidate, own)
-            if schedule.level == "output" and backend == "inductor":  # nothing within the model is touched
+            schedule = candidate.schedule(own)
+            # At level output nothing within the model is touched
+            if backend == "inductor" and all(each.level == "output" for each in every(schedule)):
                 object.__setattr__(own, "transformer", self.whole)
                 backend = "eager"
             with accelerated(own, schedule, backend=backend):
@@ -144,12 +143,6 @@ class Runner:
                 f"{name}_worst_spread": draws.amin(1).std().item(),
             }
         return row
-
-
-def _schedule(candidate: Candidate, pipeline: PixelPipeline) -> hrt.Schedule:
-    if candidate.learned:
-        return hrt.Schedule.load(candidate.file)
-    return parse_schedule(candidate.setting, pipeline, candidate.steps)
 
 
 def backend(candidate: Candidate) -> str:

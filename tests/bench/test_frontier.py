@@ -162,6 +162,21 @@ def test_schedule_files_join_with_the_steps_they_have(tmp_path: Path) -> None:
     assert "broken.json" in refused[0]
 
 
+def test_two_files_that_are_learned_together_are_one_candidate(tmp_path: Path) -> None:
+    pipeline = load_pipeline("flux-emoji")
+    own = {"cond": "output:2:1", "uncond": "output:3:1"}
+    schedules = {context: parse_schedule(spec, pipeline, 6) for context, spec in own.items()}
+    for context, schedule in schedules.items():
+        schedule.save(tmp_path / f"both-{context}.json")
+    (one,) = set(candidates.learned("flux-emoji", pipeline, tmp_path.iterdir())[0]) - set(
+        candidates.learned("flux-emoji", pipeline)[0]
+    )
+    assert one.schedule(pipeline) == schedules and one.learned and one.name.endswith(f"both-cond #{one.digest}")
+    schedules["cond"].save(tmp_path / "both-uncond.json")
+    (other,) = candidates.learned("flux-emoji", pipeline, [tmp_path / "both-cond.json"])[0][-1:]
+    assert other.digest != one.digest
+
+
 # ---- what images are compared with
 
 
