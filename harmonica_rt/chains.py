@@ -6,16 +6,15 @@ import weakref
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-Kind = tuple[tuple[str, torch.Size], ...]
+Kind = tuple[type, tuple[str, ...]]
 
 
 def kind_of_block(block: nn.Module) -> Kind:
-    """Its parameters' names and shapes: what is passed through blocks of one kind is in one place."""
-    return tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+    """Its class and its parts' names, whatever adapters they have: blocks of a kind pass streams on in one place."""
+    return type(block), tuple(name for name, _ in block.named_children())
 
 
 class Chains:
