@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Buffers
-from .kernels.gap_torch import MOST, chunks, compiled_gap, gap_eager
+from .kernels.gap_torch import chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
 from .models.branch import Branch, Norm, Row, by_segment
@@ -36,6 +36,9 @@ class EagerOps:
         self.branches, self.buffers = branches, buffers
         self.norms = [*(branch.norm for branch in branches), head]
         self.stages = [self._stages(branch) for branch in branches]
+
+    def prepare(self, gap: Gap) -> None:
+        """Compile what a Gap runs, where a backend compiles."""
 
     def gap(self, gap: Gap, step: int) -> GapCall:
         slots, gates, weights = self._terms(gap)
@@ -108,27 +111,23 @@ class InductorOps(EagerOps):
         row = (batch, 1, width), (rows * width, width, 1)  # a modulation row's strides, as kernels are compiled for
         self._zero: Tensor | None = None  # a stream of zeros, for Gaps that start from 0
         self._one = torch.empty_strided(*row, dtype=buffers.rows.dtype, device=buffers.rows.device).fill_(1)
-        bare = any(norm is None for norm in self.norms)
-        for terms in range(MOST + 1):  # all variants now: no later step or schedule of this shape compiles anything
-            for kind in sorted({norm.kind for norm in self.norms if norm is not None}):
-                self._variant(terms, True, kind)
-            if terms == MOST or (terms and bare):
-                self._variant(terms, False)
+
+    def prepare(self, gap: Gap) -> None:
+        for terms, norm in self._launches(gap):
+            self._variant(terms, norm)
 
     def gap(self, gap: Gap, step: int) -> GapCall:
         (slots, gates, weights), norm = self._terms(gap), self.norms[gap.norm]
         calls: list[tuple[Callable[..., list[Tensor]], list[Tensor]]] = []
-        start, sizes = 0, chunks(len(slots))
-        for n, terms in enumerate(sizes):
-            last, part = norm if n == len(sizes) - 1 else None, slice(start, start + terms)
+        start = 0
+        for terms, last in self._launches(gap):
+            part = slice(start, start + terms)
             start += terms
-            if not terms and last is None:
-                continue
             rows = gates[part] if last is None else [*gates[part], last.shift, last.scale]
-            eps, kind = (0.0, "layer") if last is None else (last.eps, last.kind)
+            eps = 0.0 if last is None else last.eps
             scalars = torch.tensor([*weights[part], eps], dtype=torch.float32, device=self.buffers.shape.device)
             operands = [scalars, *slots[part], *self._rows(rows, step)]
-            calls.append((self._variant(terms, last is not None, kind), operands))
+            calls.append((self._variant(terms, last), operands))
         run = partial(_gap_compiled, calls, bool(slots), norm is not None)
         return run if gap.start == STREAM else partial(_instead, self._start(gap), run)
 
@@ -158,13 +157,19 @@ class InductorOps(EagerOps):
         return CompiledGelu(stage.approximate, compiled_gelu(stage.approximate, (batch, tokens, columns), *on))
 
     def gap_launches(self, gap: Gap) -> int:
-        bare = not gap.terms and self.norms[gap.norm] is None
-        return 0 if bare else len(chunks(len(gap.terms)))
+        return len(self._launches(gap))
 
-    def _variant(self, terms: int, norm: bool, kind: str = "layer") -> Callable[..., list[Tensor]]:
+    def _launches(self, gap: Gap) -> list[tuple[int, Norm | None]]:
+        """How many terms each adds, and what the last one ends in; none where there is nothing to do."""
+        sizes, norm = chunks(len(gap.terms)), self.norms[gap.norm]
+        ends = [*[None] * (len(sizes) - 1), norm]
+        return [(terms, end) for terms, end in zip(sizes, ends) if terms or end is not None]
+
+    def _variant(self, terms: int, norm: Norm | None) -> Callable[..., list[Tensor]]:
         buffers, shape = self.buffers, self.buffers.shape
         on = buffers.rows.shape[2], shape.dtype, shape.device, torch.get_num_threads()
-        return compiled_gap(terms, norm, buffers.stream, *on, buffers.split or None, buffers.rows.dtype, kind)
+        more = buffers.split or None, buffers.rows.dtype, "layer" if norm is None else norm.kind
+        return compiled_gap(terms, norm is not None, buffers.stream, *on, *more)
 
 
 class CudaGraphOps(EagerOps):

@@ -49,6 +49,8 @@ class Plan:
         self.measured: tuple[float, float] | None = None
         self._steps: list[Built | None] = [None] * len(program.steps)
         self.ops = OPS[backend](branches, head, self.buffers)
+        for gap in dict.fromkeys(gap for step in program.steps for gap in step.gaps):
+            self.ops.prepare(gap)  # now: no step of a run compiles anything
         self._computes: list[BranchCall] = [self.ops.branch(entry) for entry in range(len(branches))]
         self.seconds = time.perf_counter() - started
 
