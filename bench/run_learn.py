@@ -18,9 +18,11 @@ from accelerate import Accelerator
 
 import harmonica_rt as hrt
 from bench.arguments import positive
+from bench.models.pipelines import PixelPipeline
 from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling
 from bench.models.schedule_specs import parse_schedule
+from harmonica_rt.schedule_specs import named_files
 from harmonica_rt.train import models
 from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display
@@ -35,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="the model's own unless given")
     parser.add_argument("--target-speedup", type=float, help="3 unless given")
     parser.add_argument("--target", choices=TARGETS, default="full")
-    parser.add_argument("--init", metavar="S", help="to go on from, a file or blocks:10of60:2, in place of a speed-up")
+    parser.add_argument(
+        "--init",
+        metavar="S",
+        help="a file, cond=FILE,uncond=FILE or blocks:10of60:2 to go on from, in place of a speed-up",
+    )
     parser.add_argument("--level", choices=("auto", "blocks", "branches", "output"), default="auto")
     parser.add_argument("--groups", type=positive, default=1)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -55,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             None if names is None else [name for name in names.names if name],
             target_speedup=arguments.target_speedup,
             target=arguments.target,
-            init=arguments.init and parse_schedule(arguments.init, pipeline, arguments.steps),
+            init=arguments.init and _init(arguments.init, pipeline, arguments.steps),
             level=arguments.level,
             groups=arguments.groups,
             contexts=arguments.contexts,
@@ -73,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     for path, own in files_of(schedule, arguments.out).items():
         print(path, own, own.note, sep="\n")
     return 0
+
+
+def _init(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule | dict[str, hrt.Schedule]:
+    files = named_files(text)
+    if not files or "" in files:
+        return parse_schedule(text, pipeline, steps)
+    return {context: hrt.Schedule.load(file) for context, file in files.items()}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class Values:
         for buffer, stream in zip(self.slots[slot][first:], streams):
             if kind_of(buffer) != kind_of(stream):
                 raise ForwardChanged(
-                    f"{self.name}: expected a stream {kind_of(buffer)} as at the first call, got {kind_of(stream)}"
+                    f"{self.name}: expected a stream {kind_of(buffer)} as at the first call, got {kind_of(stream)}: "
+                    "call reset() to change"
                 )
             buffer.copy_(stream)
 

@@ -100,7 +100,8 @@ def learn(
         validation: images that tell the best weights.
         channels: weights per channel; unless given, where there are streams and they are better on what is held out.
         contexts: ``"shared"`` learns one set of weights, carries and channels for all contexts of a step; ``"own"`` one
-            for each that the pipeline names (``"cond"``, ``"uncond"``), together. What is computed is the same.
+            for each that the pipeline names (``"cond"``, ``"uncond"``), together. What is computed is the same, unless
+            `init` says otherwise.
         checkpointing: keep one step's activations at a time (``"steps"``), or of it one block's (``"blocks"``), which
             takes a third longer, or all (``"none"``); ``"auto"``: steps where that fits, else blocks.
         lr: root mean square of the weights' first changes.

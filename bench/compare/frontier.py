@@ -19,6 +19,7 @@ from bench.models.reference import noise
 from bench.models.sampling import Sampling
 from bench.peers import PEERS
 from harmonica_rt.measuring import Timing
+from harmonica_rt.train.contexts import every
 
 from . import candidates
 from .candidates import (
@@ -167,8 +168,8 @@ class Frontier:
             began = time.process_time()
             runner.sample(own, runner.start[: self.job.batch], candidate.steps)
             latency = (time.process_time() - began) / self.costs["seconds"]
-            schedule = getattr(own.pipeline.transformer, "schedule", None)
-            if schedule is not None and schedule.level != "branches":  # run as it is here, compiled when it is measured
+            schedules = every(getattr(own.pipeline.transformer, "schedule", {}))
+            if schedules and schedules[0].level != "branches":  # run as it is here, compiled when it is measured
                 latency *= self.costs[WHOLE]
         return runner.quality(candidate, images) | {"latency": latency}
 

@@ -39,6 +39,7 @@ NO_LORA = {  # levels
     "UNetMotionModel": ("output",),  # it says input= to its layers, which PEFT's do not take
 }
 NOT_HALVED = {  # at level blocks, where half of a batch is refused by what comes
+    "ErnieImageTransformer2DModel": "its blocks have tokens before the batch",
     "LatteTransformer3DModel": "its blocks see frames or tokens as their batch",
     "PriorTransformer": "its blocks' mask is over batch and heads at once",
 }
