@@ -41,5 +41,6 @@ NO_LORA = {  # levels
 NOT_HALVED = {  # at level blocks, where half of a batch is refused by what comes
     "ErnieImageTransformer2DModel": "its blocks have tokens before the batch",
     "LatteTransformer3DModel": "its blocks see frames or tokens as their batch",
+    "Lumina2Transformer2DModel": "its text is as long as the longest of the batch",
     "PriorTransformer": "its blocks' mask is over batch and heads at once",
 }
