@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=positive, default=500)
     parser.add_argument("--at-once", type=positive, default=32)
     parser.add_argument("--steps", type=positive, default=20)
-    parser.add_argument("--batch", type=positive, default=8, help="images a call")
+    parser.add_argument("--batch", type=positive, default=4, help="images a call")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
