@@ -18,7 +18,7 @@ from harmonica_rt.train.pipeline_task import PipelineTask
 from harmonica_rt.train.sampled import Sampled
 from harmonica_rt.train.weights import WeightSettings
 
-from .test_pipeline_learning import generation_of
+from .pipeline_cases import generation_of
 
 GIB = 2**30
 CASES = [("flux", "blocks", "steps"), ("flux", "blocks", "blocks"), ("flux", "branches", "steps")]
