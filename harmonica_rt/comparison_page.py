@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .comparison_figures import Figures, Row
+from .drafts import draft_of
 from .schedule import Schedule
 
 CELL, LABEL, GAP, LINE = 224, 190, 8, 17  # of the sheet, in pixels
@@ -94,20 +95,12 @@ def write(folder: str | os.PathLike[str], files: Mapping[str, bytes], schedules:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        _write(folder / name, data)
+        with draft_of(folder / name) as draft:
+            draft.write_bytes(data)
     named = _files(schedules)
     for name, schedule in named.items():
         schedule.save(folder / name)
     return [*files, *named]
-
-
-def _write(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 # ---- pictures

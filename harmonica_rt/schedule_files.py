@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .decisions import Decisions, S
+from .drafts import draft_of
 from .reading import check_size, read_json
 from .schedule_fields import MAX_TENSOR_BYTES, of_parts, parts
 
@@ -25,17 +26,13 @@ def write(schedule: Decisions, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if arrays and path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a .safetensors file for weights per channel, got {path.name!r}")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with draft_of(path) as draft:
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
             save_file(arrays, draft, metadata={"schedule": json.dumps(fields)})
         else:
             draft.write_text(_json(fields), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _json(fields: dict[str, Any]) -> str:

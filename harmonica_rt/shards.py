@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from .drafts import draft_of
 
 FORMAT, VERSION, MANIFEST = "harmonica_rt.images", 1, "job.json"
 
@@ -61,17 +61,11 @@ def begin(folder: Path, job: Mapping[str, Any]) -> None:
 
 def write(path: Path, data: bytes) -> None:
     """All of `data` or, whatever goes wrong, no file."""
-    draft = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # processes of several machines may share the folder
     try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        with draft_of(path) as draft:
+            draft.write_bytes(data)
     except OSError as error:
         raise OSError(f"{path} could not be written, the files before it are whole: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _description(job: Mapping[str, Any]) -> dict[str, Any]:

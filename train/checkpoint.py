@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harmonica_rt.decisions import Decisions
+from harmonica_rt.drafts import draft_of
 from harmonica_rt.schedule_fields import parts
 
 KEY = "harmonica_rt.train"
@@ -65,16 +66,11 @@ def fingerprint(value: Any) -> str:
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Replace `path` once the new file is complete; whatever goes wrong, the old one stays."""
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, {KEY: json.dumps(state)})
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        with draft_of(path) as draft:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, {KEY: json.dumps(state)})
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"{path}: the checkpoint could not be written, the one before it is intact: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_path(path: str | os.PathLike[str], resume: bool) -> None:

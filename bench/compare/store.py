@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from bench.measure.environment import environment
+from harmonica_rt.drafts import draft_of
 
 
 def append(path: Path | None, line: dict[str, Any]) -> None:
@@ -67,9 +68,5 @@ class Store:
             os.fsync(file.fileno())
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        draft = self.path.with_name(f".{self.path.name}.tmp")
-        try:
+        with draft_of(self.path) as draft:
             draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
