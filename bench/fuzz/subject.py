@@ -50,6 +50,7 @@ class Subject:
         self._calls = [self.denoiser.call(self.twin, step) for step in range(ALL_STEPS)]  # of float32 models
         self.model.to(self.dtype), self.twin.to(self.dtype)
         self.dirty = False
+        self.groups_at, self.width = functools.cache(self.groups_at), functools.cache(self.width)  # gone with this
         self._originals = [_state(model) for model in (self.model, self.twin)]
         leaves, others = tree_leaves(self._calls[0]), tree_leaves(self._calls[1])
         self._names = [key for key, value in self._calls[0].items() for _ in tree_leaves(value)]
@@ -74,7 +75,6 @@ class Subject:
     def levels(self) -> tuple[str, ...]:
         return tuple(level for level in ("branches", "blocks", "output") if self.groups_at(level) is not None)
 
-    @functools.cache  # noqa: B019
     def groups_at(self, level: str, groups: int = 1, trunk: bool = False) -> Any:
         """What a schedule's groups are at `level`, or None if the model cannot have it."""
         options = {"groups": groups} if level == "blocks" else {"trunk": trunk} if level == "branches" else {}
@@ -100,7 +100,6 @@ class Subject:
             self._sources[key] = find_sources(self.twin, entries, self.call(0, 0, [0.0]))
         return self._sources[key]
 
-    @functools.cache  # noqa: B019
     def width(self, level: str, groups: int = 1, trunk: bool = False) -> int | None:
         """Channels of its entries, or of the output at level output; None where they differ."""
         if level == "output":
