@@ -9,12 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-Kind = tuple[type, tuple[str, ...]]
+Kind = tuple[type, tuple[tuple[str, type], ...]]
 
 
 def kind_of_block(block: nn.Module) -> Kind:
-    """Its class and its parts' names, whatever adapters they have: blocks of a kind pass streams on in one place."""
-    return type(block), tuple(name for name, _ in block.named_children())
+    """Its class and its parts', whatever adapters they have: blocks of a kind pass streams on in one place."""
+    return type(block), tuple((name, _class(part)) for name, part in block.named_children())
+
+
+def _class(part: nn.Module) -> type:
+    while isinstance(base := getattr(part, "base_layer", None), nn.Module):  # of PEFT's layers
+        part = base
+    return type(part)
 
 
 class Chains:

@@ -253,12 +253,11 @@ class CompiledTransformer(ModelFace):
         if timestep is None and told is None:
             timestep = read_timestep(sigma)
         told = sampling.told() if told is None else told
-        samples = Seen(call.samples)
         if name is not None:
             again = tracker.start is not None and name not in tracker.called
         else:  # calls that are counted are a step each
             again = timestep is not None and tracker.sample is not None
-            same = again and tracker.sample == samples
+            same = again and tracker.sample == Seen(call.samples)
             same = same and timestep is not None and not tracker.may_repeat(timestep)
             again = again and (same or told == tracker.next - 1)
         try:
@@ -280,13 +279,13 @@ class CompiledTransformer(ModelFace):
         try:
             output = run.step(place.step, call, timestep, known)
         except BaseException:  # slots may be half written: what comes next must be a new run
-            tracker.commit(place, timestep, context, samples)
+            tracker.commit(place, timestep, context, Seen(call.samples))
             sampling.abandon()
             self._runs = {}
             raise
         run.next, run.before, run.conditioned = place.step + 1, run.conditioned, Seen(call.conditioning)
         self._runs, self._begun = {**runs, context: run}, sampling.runs
-        tracker.commit(place, timestep, context, samples)
+        tracker.commit(place, timestep, context, Seen(call.samples))  # once more: models write into what they are given
         return output
 
     def _which(self, name: str | None, call: Any, place: Place, runs: dict[Hashable, Run]) -> Hashable:

@@ -30,7 +30,15 @@ TIMESTEPS = (
     "vision_timesteps",
 )
 
-DENOISED = ("decoder_input_tokens", "vision_tokens")  # names of what is denoised where it is not the first argument
+DENOISED = {  # argument that is denoised, where it is not the first
+    "Cosmos3OmniTransformer": "vision_tokens",
+    "T5FilmDecoder": "decoder_input_tokens",
+}
+
+
+def denoised(model: nn.Module) -> str:
+    """The argument of its forward that is denoised."""
+    return DENOISED.get(class_name(model)) or next(iter(inspect.signature(model.forward).parameters), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +140,7 @@ class ForwardEngine(Engine):
     ) -> None:
         super().__init__(model, backend, capacity, recorder)
         self.compiled = CompiledBlocks(model) if backend == "inductor" else None
-        names = inspect.signature(model.forward).parameters
-        self._first = next((name for name in (*DENOISED, *names) if name in names), "")  # the argument that is denoised
+        self._first = denoised(model)
 
     def check(self, schedule: Schedule) -> None:
         if not isinstance(self.model, nn.Module):

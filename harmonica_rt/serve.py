@@ -59,8 +59,8 @@ def application(
 
     Args:
         load, schedules, sizes, batches, call, backend: as `ImageMaker` takes them.
-        wait: seconds that a request waits for others to share its call. Calls are full where as many requests are under
-            way as replicas times schedules times the largest of `batches`.
+        wait: seconds that a request waits for others to share its call. For calls to be full, at least as many requests
+            must be under way as replicas times kinds (schedule, size, settings) times the largest of `batches`.
         max_queued_requests: that wait for a replica, beyond four of its batches; others are turned away with 503.
         options: of the replicas, as ``serve.deployment`` takes them: ``num_replicas``, ``ray_actor_options``, ...
 

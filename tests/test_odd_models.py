@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,82 @@ def test_a_group_of_one_block_carries_what_the_blocks_hand_on(adapted: bool) -> 
             now = block(x, other) + (now - x) if number == entry else block(now, other)
             x = block(x, other)
         torch.testing.assert_close(got, model.out(now), rtol=1e-5, atol=1e-4)  # values are of hundreds
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any) -> Any:
+        return self.block(*args)
+
+
+@pytest.mark.parametrize("wrapped", [lambda block: block, _Wrapped, partial(torch.compile, backend="eager")])
+def test_blocks_of_two_kinds_stay_apart_behind_a_wrapper(wrapped: Callable) -> None:
+    """Of one both streams go on, of the other the second alone, as what it returns first."""
+
+    class Both(Block):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 0.1 * y, y + self.b(torch.tanh(self.a(x)))
+
+    class Second(Block):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y + self.b(torch.tanh(self.a(x)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.ModuleList(wrapped(Both()) for _ in range(2))
+            self.second = nn.ModuleList(wrapped(Second()) for _ in range(2))
+
+        def forward(self, hidden_states: Tensor, timestep: Any) -> Any:
+            x, y = hidden_states, 2 * hidden_states
+            for block in self.first:
+                x, y = block(x, y)
+            for block in self.second:
+                y = block(x, y)
+            return (y,)
+
+    model = Model().eval()
+    full = hrt.Schedule.full(model, 2, level="blocks", groups=2)
+    compute = full.compute.copy()
+    compute[1, 0] = False
+    fast = hrt.compile(model, full.replace(compute=compute, carry=np.where(compute, 0.0, 1.0)), backend="eager")
+    then, now = noise(1, 3, 8), noise(1, 3, 8)
+    fast(then, 2.0)
+    (got,) = fast(now, 1.0)
+    x, y = (kept + moved for kept, moved in zip(model.first[0](then, 2 * then), (now - then, 2 * (now - then))))
+    x, y = model.first[1](x, y)
+    for block in model.second:
+        y = block(x, y)
+    torch.testing.assert_close(got, y)
+
+
+@levels
+def test_an_argument_that_is_the_sample_of_another_model_is_none_here(level: str) -> None:
+    class Other(Small):
+        def forward(self, x: Tensor, timestep: Any, vision_tokens: Tensor | None = None) -> Any:
+            return super().forward(x, timestep, vision_tokens)
+
+    fast, samples = compiled(Other(), level=level), noise(6, 1, 3, 8)
+    assert [len(fast(sample, 6.0 - step)) for step, sample in enumerate(samples)] == [1] * 6
+
+
+def test_two_calls_a_step_of_a_model_that_writes_into_its_sample() -> None:
+    class Writes(Small):
+        def forward(self, x: Tensor, timestep: Any, cond: Tensor | None = None) -> Any:
+            return super().forward(x.add_(0.0), timestep, cond)
+
+    model, texts = Writes(), noise(2, 1, 8)
+    schedule = hrt.Schedule.uniform(model, 4, 2, level="output", order=0, timesteps=[4.0, 3.0, 2.0, 1.0])
+    fast = hrt.compile(model, schedule)
+    for step, sample in enumerate(noise(4, 1, 3, 8)):
+        got = [fast(sample, 4.0 - step, text)[0] for text in texts]
+        if step % 2 == 0:
+            kept = [model(sample, 4.0 - step, text)[0] for text in texts]
+        torch.testing.assert_close(got, kept)
 
 
 def test_complex_streams_are_streams() -> None:

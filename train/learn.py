@@ -96,7 +96,7 @@ def learn(
     kept, record.starts = record.kept, starts
     course = kept.course if kept else Course(0, 0, settings.channels, 0, math.nan, math.inf, 0.0, 0.0)
     tries = [starts[0], *starts] if plain else [*starts]
-    unlearned = every(starts[0])[0] == task.unlearned(starts[0])
+    unlearned = starts[0] == task.unlearned(starts[0])
     began = time.perf_counter() - course.seconds
     iterations, forecast, reached, judging = course.iterations, course.forecast, course.reached, course.judging
 
@@ -221,6 +221,6 @@ def _verdict(task: PipelineTask, trainer: WeightTrainer, seconds: float, failure
     note = (
         f"learned on the end error, target {settings.target}: {settings.batch} noises an iteration of "
         f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB SNR to {aim} on "
-        f"{task.held_out} noises held out, the forecast {forecast:.1f}"
+        f"{task.held_out} noises held out, the forecast {forecast:.1f}; for this guidance and number of steps alone"
     )
     return Learned(noted(schedule, note), reached, forecast, full, failure)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from harmonica_rt.counting import CountMacs
+from harmonica_rt.forward_engine import denoised
 from harmonica_rt.models.blocks import block_lists
 from harmonica_rt.schedule import Schedule
 
@@ -116,10 +117,10 @@ def counted(model: nn.Module, arguments: Arguments, blockwise: bool = False) -> 
 
 
 def samples_of(model: nn.Module, arguments: Arguments) -> list[Tensor]:
-    """What a call denoises, the first of the forward's parameters: a tensor, or a list of them."""
-    args, kwargs = arguments
-    first = args[0] if args else kwargs[next(iter(inspect.signature(model.forward).parameters))]
-    return [t for t in tree_leaves(first) if isinstance(t, Tensor)]
+    """What a call denoises: a tensor, or a list of them."""
+    (args, kwargs), name = arguments, denoised(model)
+    place = [*inspect.signature(model.forward).parameters].index(name)
+    return [t for t in tree_leaves(kwargs[name] if name in kwargs else args[place]) if isinstance(t, Tensor)]
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

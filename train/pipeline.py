@@ -188,7 +188,7 @@ def learn(
         starts: Sequence[Schedules]
         if record.starts is None:
             few = task.starts("full", TRIED, TRIED_SEED)
-            task.start = _best_start(task, every(wanted)[0], few, accelerator)
+            task.start = _best_start(task, wanted, few, accelerator)
             record.chosen = {"start": task.start}
             if init is None:
                 spreads = [task.schedule(own, order, *task.start) for own in task.spreads(target_speedup)]
@@ -252,15 +252,15 @@ def _told(init: Schedules) -> list[str]:
     return [f"{context}{fingerprint(schedule)}" for context, schedule in named]
 
 
-def _best_start(task: PipelineTask, schedule: Schedule, few: Starts, accelerator: Accelerator) -> tuple[float, int]:
-    """The carry and the order of forecast that are best unlearned, where what `schedule` does is computed."""
+def _best_start(task: PipelineTask, schedules: Schedules, few: Starts, accelerator: Accelerator) -> tuple[float, int]:
+    """The carry and the order of forecast that are best unlearned, where what `schedules` do is computed."""
     carries = CARRIES if task.carry and task.layout.level == "blocks" else (0.0,)
 
     def error(start: tuple[float, int]) -> float:
         task.start = start
-        return mean(few.judge(task.unlearned(schedule), accelerator))
+        return mean(few.judge(task.unlearned(schedules), accelerator))
 
-    return min(itertools.product(carries, range(schedule.order + 1)), key=error)
+    return min(itertools.product(carries, range(every(schedules)[0].order + 1)), key=error)
 
 
 def _arguments(pipeline: Any) -> Any:

@@ -156,10 +156,11 @@ def learned(model: str, pipeline: PixelPipeline, files: Iterable[Path] = ()) -> 
         return again.timesteps(steps)
 
     for file in (*shipped, *files):
-        if file.stem.endswith(f"-{GUIDED[1]}"):  # it comes with the first
-            continue
         try:
-            schedule = hrt.Schedule.load(file)
+            own = _files(file)
+            if file == own.get(GUIDED[1]):  # it comes with the first
+                continue
+            schedule, *_ = [hrt.Schedule.load(each) for each in own.values()]
             base = samplers.of_schedule(schedule, pipeline.scheduler.config, SAMPLERS[model], timesteps)
             found.append(Candidate(*base, schedule.steps, OURS, _named(file), _digest(file)))
         except ValueError as error:
@@ -173,11 +174,13 @@ def _named(file: Path) -> str:
 
 
 def _files(file: Path) -> dict[str, Path]:
-    """By context, one alone by ""."""
-    if not file.stem.endswith(f"-{GUIDED[0]}"):
-        return {"": file}
-    stem = file.stem.removesuffix(GUIDED[0])
-    return {context: file.with_stem(f"{stem}{context}") for context in GUIDED}
+    """Two that are learned together by context, one alone by ""."""
+    for context in GUIDED:
+        stem = file.stem.removesuffix(f"-{context}")
+        both = {own: file.with_stem(f"{stem}-{own}") for own in GUIDED}
+        if stem != file.stem and all(own.is_file() for own in both.values()):
+            return both
+    return {"": file}
 
 
 def _digest(file: Path) -> str:

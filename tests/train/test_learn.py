@@ -118,7 +118,8 @@ def test_the_verdict_is_the_snr_on_noises_held_out() -> None:
     assert result.snr > result.forecast and result.full is None
     assert re.fullmatch(
         r"learned on the end error, target full: 2 noises an iteration of 4, seed 3, \d+ s; "
-        rf"{result.snr:.1f} dB SNR to the full run on 16 noises held out, the forecast {result.forecast:.1f}",
+        rf"{result.snr:.1f} dB SNR to the full run on 16 noises held out, the forecast {result.forecast:.1f}; "
+        "for this guidance and number of steps alone",
         result.schedule.note,
     )
 

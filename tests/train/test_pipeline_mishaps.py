@@ -13,6 +13,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from harmonica_rt.train import learn as learning
+from harmonica_rt.train.contexts import every
 from harmonica_rt.train.pipeline_task import PipelineTask
 
 from ..pipelines.folders import text_flux, text_pixart
@@ -70,6 +71,13 @@ def test_an_error_midway_leaves_the_pipeline_as_it_was(told: str, level: str) ->
     with pytest.raises((MishapError, KeyboardInterrupt)):
         hrt.learn(pipe, ["a cat", "a dog"], level=level, **more, **FEW | {"iterations": 9}, **SMALL)
     assert state_of(pipe) == before
+
+
+@pytest.mark.parametrize("contexts", ["shared", "own"])
+def test_stopped_at_once_it_has_learned_nothing(contexts: str) -> None:
+    more = {"contexts": contexts, "true_cfg_scale": 2.0, "negative_prompt": "", "stopped": lambda: True}
+    schedules = hrt.learn(text_flux(), ["a cat", "a dog"], level="output", **more, **FEW, **SMALL)
+    assert all("ended early after" in own.note for own in every(schedules))
 
 
 def test_model_offload_is_back_where_it_was() -> None:

@@ -88,9 +88,9 @@ def test_each_image_can_have_its_own_weights() -> None:
     task = make_pipeline_task()
     weights, starts = ContextWeights(schedule_for(task, outputs=True)), task.starts("full", 3, 5)
     change = 0.1 * torch.randn(3, len(weights.change), generator=torch.Generator().manual_seed(0))
-    together = starts.result(weights.schedule, weights(change), 0, 3)
+    together = starts.result(weights.schedules, weights(change), 0, 3)
     for i, own in enumerate(change):
-        assert relative_error(together[i : i + 1], starts.result(weights.schedule, weights(own), i, i + 1)) < 1e-5
+        assert relative_error(together[i : i + 1], starts.result(weights.schedules, weights(own), i, i + 1)) < 1e-5
 
 
 @pytest.mark.parametrize("trunk", [False, True])
@@ -100,7 +100,7 @@ def test_checkpointing_changes_no_gradient(trunk: bool) -> None:
     weights, starts = ContextWeights(with_trunk(schedule) if trunk else schedule), task.starts("full", 2, 5)
     change = weights.change.requires_grad_()
     for checkpointing in CHECKPOINTS:
-        result = starts.result(weights.schedule, weights(change), 0, 2, checkpointing)
+        result = starts.result(weights.schedules, weights(change), 0, 2, checkpointing)
         gradients += torch.autograd.grad(result.square().mean(), change)
     assert (gradients[0] != 0).all(), "what does not exist has no weight"
     for other in gradients[1:]:
@@ -319,9 +319,9 @@ def peak(steps: int, checkpointing: str, layers: int = 3) -> int:
     task = make_pipeline_task(steps=steps, layers=layers, sample_size=16)
     weights, starts = ContextWeights(uniform(task)), task.starts("full", 2, 7)
     change = weights.change.repeat(2, 1).requires_grad_()
-    starts.result(weights.schedule, weights(change), 0, 2, checkpointing)  # binds the model
+    starts.result(weights.schedules, weights(change), 0, 2, checkpointing)  # binds the model
     with Peak() as measured:
-        result = starts.result(weights.schedule, weights(change), 0, 2, checkpointing)
+        result = starts.result(weights.schedules, weights(change), 0, 2, checkpointing)
         torch.autograd.grad(result.square().sum(), change)
     adapter = adapt(task.sampled.owner.transformer)
     return measured.peak - steps * 4 * adapter.rows * adapter.width * 4
