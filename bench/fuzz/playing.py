@@ -268,7 +268,8 @@ class _Followed:
         off = error(ours, theirs)
         channels = self.schedule.channels is not None or self.schedule.output_channels is not None
         kinds = {subject.dtype, *(t.dtype for t in theirs if t.is_floating_point())}  # some return float32 always
-        if off > max(allowed(kind, channels) for kind in kinds):
+        compiled = play.case.backend == "inductor"
+        if off > max(allowed(kind, channels, compiled) for kind in kinds):
             limit = reach(
                 subject.dtype,
                 subject.twin,
