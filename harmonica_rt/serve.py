@@ -172,7 +172,7 @@ class Front:
             return refused(405, f"expected POST, got {request.method}", Allow="POST")
         try:
             asked = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the last of JSON nested too deeply
             return refused(400, f"expected a JSON object with a prompt: {error}")
         if not isinstance(asked, dict) or "prompt" not in asked:
             return refused(400, f"expected a JSON object with a prompt, got {json.dumps(asked)[:80]}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .drafts import draft_of
+from .reading import read_json
 
 FORMAT, VERSION, MANIFEST = "harmonica_rt.images", 1, "job.json"
 
@@ -39,9 +40,9 @@ def check(folder: Path, job: Mapping[str, Any]) -> None:
             raise OtherJob(f"{folder} holds shards of an unknown job: there is no {MANIFEST}; expected another folder")
         return
     try:
-        there = json.loads(manifest.read_text(encoding="utf-8"))
+        there = read_json(manifest, "job's description")
     except ValueError as error:
-        raise OtherJob(f"{manifest}: not a job's description: {error}") from None
+        raise OtherJob(str(error)) from None
     if not isinstance(there, dict):
         raise OtherJob(f"{manifest}: not a job's description: expected an object, got {type(there).__name__}")
     here = _description(job)

@@ -108,6 +108,7 @@ def test_an_image_by_http(wanted: Callable[..., np.ndarray]) -> None:
         ({"prompt": "a", "self": 1}, 400, "multiple values for argument 'self'"),
         ({"seed": 3}, 400, "expected a JSON object with a prompt, got {"),
         (b"prompt=a", 400, "expected a JSON object with a prompt: Expecting value"),
+        pytest.param(b"[" * 100_000, 400, "with a prompt: maximum recursion depth exceeded", id="nested"),
     ],
     ids=str,
 )

@@ -109,7 +109,7 @@ def read(path: str | os.PathLike[str], task: Identified) -> tuple[dict[str, Tens
         with safetensors.safe_open(path, "pt") as file:
             state = json.loads((file.metadata() or {}).get(KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:  # the last of JSON nested too deeply
         raise ValueError(f"{path}: not a checkpoint of harmonica_rt.train: {error}") from None
     if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
         raise ValueError(f"{path}: not a checkpoint of harmonica_rt.train")

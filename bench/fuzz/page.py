@@ -13,9 +13,9 @@ HEAD = """# Random cases against an oracle
 (`fuzz/oracle.py`) is a twin of the model: what its modules return is kept and combined by the formula alone, nothing is
 shared with the runtime. A run is one pass of the sampler through one compiled model, a call one forward; each is
 compared. How far rounding may go is found on the oracle itself (`fuzz/rounding.py`). What the documentation refuses is
-counted, and ends the case. A failure is printed as a script that fails by itself. What failed has been mended at its cause,
-with a test (`CHANGELOG.md`, Fixed), and its chunk played again at the commit after. Runs/s are of the processor's time,
-the oracle's included.
+counted, and ends the case. A failure is printed as a script that fails by itself. What failed has been mended at its
+cause, with a test (`CHANGELOG.md`, Fixed), and its chunk played again at the commit after. Runs/s are of the
+processor's time, the oracle's included.
 """
 
 

@@ -278,7 +278,11 @@ def test_folders_nobody_can_place_are_refused(prepared: Prepared, whole: dict[st
     (tmp_path / SHARDS[0]).write_bytes(whole[SHARDS[0]])
     with pytest.raises(OtherJob, match=r"shards of an unknown job: there is no job\.json"):
         generate.generate(*prepared, tmp_path)
-    for text, why in (("{", "Expecting property name"), ("[]", "expected an object, got list")):
+    for text, why in (
+        ("{", "Expecting property name"),
+        ("[]", "expected an object, got list"),
+        ("[" * 100_000, "JSON nested too deeply"),
+    ):
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(OtherJob, match=f"job.json: not a job's description: {why}"):
             generate.generate(*prepared, tmp_path)

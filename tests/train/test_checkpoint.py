@@ -93,13 +93,18 @@ def damaged(path: Path, how: str) -> None:
             save_file({"a": torch.zeros(2)}, path)
         case "header no JSON":
             save_file({"a": torch.zeros(2)}, path, {checkpoint.KEY: "{"})
+        case "header nested too deeply":
+            save_file({"a": torch.zeros(2)}, path, {checkpoint.KEY: "[" * 100_000})
         case "header a list":
             save_file({"a": torch.zeros(2)}, path, {checkpoint.KEY: "[1]"})
 
 
 @pytest.mark.parametrize(
     "how",
-    ["empty", "text", "cut", "cut in the header", "weights of a model", "header no JSON", "header a list"],
+    [
+        *("empty", "text", "cut", "cut in the header", "weights of a model"),
+        *("header no JSON", "header nested too deeply", "header a list"),
+    ],
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, how: str) -> None:
     task = make_task()
