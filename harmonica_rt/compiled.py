@@ -6,7 +6,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class CompiledTransformer(ModelFace):
     """
 
     _recorder: Callable[[torch.device], Recorder] = CudaRecorder
-    _engines: Mapping[str, type[Engine]] = ENGINES  # by level
+    _engines: ClassVar[Mapping[str, type[Engine]]] = ENGINES  # by level
 
     def __init__(
         self,

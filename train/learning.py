@@ -25,7 +25,7 @@ from harmonica_rt.schedule import Schedule
 from harmonica_rt.steered_forward import copied_tensors
 
 from .contexts import NumbersOf
-from .denoiser import Denoiser, StandIn
+from .denoiser import Denoiser
 from .reuse import Numbers, combined, fixed
 from .reusing import Branches, Kept, carried
 
@@ -205,7 +205,7 @@ class LearningBranchRun(BranchRun):
     """A run branch by branch, its values kept as they are."""
 
     def __init__(self, plan: BranchPlan, start: int, adapter: Any, learning: Learning) -> None:
-        super().__init__(plan, start)
+        super().__init__(plan, start)  # type: ignore[arg-type]  # it stands in for a plan
         self.adapter, self.learning, self.held = adapter, learning, None
         self.kept = Kept(((),) * learning.schedule.compute.reshape(learning.schedule.steps, -1).shape[1])
         self.outputs: tuple[Tensor, ...] = ()
@@ -233,7 +233,7 @@ class LearningBranchRun(BranchRun):
             self.outputs = (output, *self.outputs)[: schedule.order + 1]
         return self.adapter.output(output) if call.return_dict else (output,)
 
-    def _forward(self, sample: Tensor, rows: Tensor, branches: StandIn) -> tuple[Tensor, ...]:
+    def _forward(self, sample: Tensor, rows: Tensor, branches: Branches) -> tuple[Tensor, ...]:
         branches.fresh = []
         output = self.plan.denoiser(sample, rows, branches, self.held, branches.trunk, self.plan.split)
         return (output, *branches.fresh)
@@ -250,7 +250,8 @@ class BranchLearning(LearningEngine, BranchEngine):
     def halves(self, was: Any, call: Inputs) -> bool:
         return False
 
-    def _make_plan(self, program: Any, shape: Shape, call: Inputs) -> BranchPlan:
+    def _make_plan(self, program: Any, shape: Shape, call: Inputs) -> BranchPlan:  # type: ignore[override]
+        assert self._bound is not None, "begin binds the model"
         return BranchPlan(shape, Denoiser(*self._bound), self.adapter.stream(shape)[0])
 
 
@@ -261,8 +262,13 @@ class LearningTransformer(CompiledTransformer):
 
     def __init__(self, model: nn.Module, schedule: Any, *, carries: bool = False, **more: Any) -> None:
         super().__init__(model, schedule, backend="eager", plans=4, **more)
-        self._engine.carries = carries
+        self._learning.carries = carries
+
+    @property
+    def _learning(self) -> LearningEngine:
+        assert isinstance(self._engine, LearningEngine)
+        return self._engine
 
     def stand_on(self, numbers: NumbersOf, checkpointing: str) -> None:
         """Have runs that begin from now on reuse by `numbers`."""
-        self._engine.numbers, self._engine.checkpointing = numbers, checkpointing
+        self._learning.numbers, self._learning.checkpointing = numbers, checkpointing
