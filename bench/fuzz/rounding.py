@@ -49,7 +49,7 @@ def allowed(dtype: torch.dtype, channels: bool = False, compiled: bool = False) 
     Args:
         channels: there are weights per channel, which are float32 whatever the model is.
         compiled: by TorchInductor, whose sine and exponential round otherwise: within a DiT's block they are float32,
-            whatever the model is, and of angles up to a thousand (torch.compile of it alone: 6e-6).
+            whatever the model is, and of angles up to a thousand.
     """
     found = AT_ONCE[dtype] * torch.finfo(dtype).eps
     found = max(found, allowed(torch.float32) if channels else 0.0)
