@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .buffers import Buffers
+from .compiled_calls import NotCompiledError, compiled_call
 from .kernels.gap_torch import chunks, compiled_gap, gap_eager
 from .kernels.gelu import compiled_gelu
 from .kernels.inductor import CompilerMissing, missing_triton
 from .models.branch import Branch, Norm, Row, by_segment
-from .models.stages import Gelu, Held, Linear, Stage, scratch_columns
+from .models.stages import Call, Gelu, Held, Linear, Stage, scratch_columns
 from .program import STREAM, Gap, Term
 
 GapCall = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> (x moved on, y)
@@ -31,11 +32,13 @@ class EagerOps:
     """
 
     reads_step: ClassVar[bool] = False  # whether kernels look the step up on the device
+    bakes = False  # whether all that the model's own calls do, but for tensors' values, is part of what runs
 
     def __init__(self, branches: Sequence[Branch], head: Norm, buffers: Buffers) -> None:
         self.branches, self.buffers = branches, buffers
+        self.uncompiled: dict[int, str] = {}  # branches of the model's own calls that run as they are, and why
         self.norms = [*(branch.norm for branch in branches), head]
-        self.stages = [self._stages(branch) for branch in branches]
+        self.stages = [self._stages(number, branch) for number, branch in enumerate(branches)]
 
     def prepare(self, gap: Gap) -> None:
         """Compile what a Gap runs, where a backend compiles."""
@@ -79,7 +82,7 @@ class EagerOps:
             return self.buffers.channel_row(term.channel)
         return None if term.entry is None else self.branches[term.entry].gate
 
-    def _stages(self, branch: Branch) -> tuple[Stage, ...]:
+    def _stages(self, number: int, branch: Branch) -> tuple[Stage, ...]:
         """A branch's, as they run here."""
         return branch.stages
 
@@ -103,7 +106,9 @@ class EagerOps:
 
 
 class InductorOps(EagerOps):
-    """Pointwise work compiled by TorchInductor; GEMMs and attention stay torch's own calls, which it would make too."""
+    """Pointwise work compiled by TorchInductor, and the model's own calls; GEMMs and attention stay torch's, which it
+    would call too.
+    """
 
     def __init__(self, branches: Sequence[Branch], head: Norm, buffers: Buffers) -> None:
         super().__init__(branches, head, buffers)
@@ -145,9 +150,20 @@ class InductorOps(EagerOps):
             single = [first for first, _ in pairs] + single
         return [self._one if row is None else self.buffers.row(row, step) for row in single]
 
-    def _stages(self, branch: Branch) -> tuple[Stage, ...]:
+    def _stages(self, number: int, branch: Branch) -> tuple[Stage, ...]:
+        if len(branch.stages) == 1 and isinstance(call := branch.stages[0], Call):
+            return (self._compiled_call(number, call),)
         columns = (*scratch_columns(branch.stages), 0)
         return tuple(map(self._compiled, branch.stages, columns))
+
+    def _compiled_call(self, number: int, call: Call) -> Stage:
+        try:
+            made = compiled_call(call, self.buffers.held, torch.empty_like(self.buffers.x))
+        except NotCompiledError as error:
+            self.uncompiled[number] = str(error)
+            return call
+        self.bakes = True
+        return made
 
     def _compiled(self, stage: Stage, columns: int) -> Stage:
         if not (isinstance(stage, Gelu) and columns):  # in place, in scratch
@@ -179,6 +195,7 @@ class CudaGraphOps(EagerOps):
     """
 
     reads_step = True
+    bakes = True
 
     def __init__(self, branches: Sequence[Branch], head: Norm, buffers: Buffers) -> None:
         super().__init__(branches, head, buffers)
@@ -211,7 +228,7 @@ class CudaGraphOps(EagerOps):
         """As the kernel takes them, a segment each."""
         return tuple(-1 if one is None else one for one in by_segment(row, 2))
 
-    def _stages(self, branch: Branch) -> tuple[Stage, ...]:
+    def _stages(self, number: int, branch: Branch) -> tuple[Stage, ...]:
         # torch's CPU version of the call is the exact function
         return tuple(fused(branch.stages)) if self.buffers.shape.device.type == "cuda" else branch.stages
 

@@ -106,7 +106,7 @@ class BranchEngine(Engine):
         self._seen: Snapshot | None = None  # the model that was checked and bound
         self._kind: tuple[torch.dtype, torch.device] | None = None
         self._bound: tuple[Adapter, list[Branch], Norm] | None = None
-        self._captured: tuple[Any, ...] | None = None  # what graphs have baked in of the model's own calls
+        self._captured: tuple[Any, ...] | None = None  # what plans have baked in of the model's own calls
 
     def check(self, schedule: Schedule) -> None:
         adapter = adapt_at_branches(self.model)
@@ -206,9 +206,14 @@ class BranchEngine(Engine):
     def _plan(self, program: Program, shape: Shape, backend: str, call: Inputs) -> Plan:
         assert self._bound is not None, "a run binds the model as it begins"
         plan = Plan(*self._bound, program, shape, backend)
-        if backend != "cudagraph":
-            return plan
-        plan.capture(self.recorder(shape.device))
+        if backend == "cudagraph":
+            self._capture(plan, call)
+        if plan.ops.bakes and self._captured is None:
+            self._captured = state_of(self.model)  # else plans made midway would hide that others are older
+        return plan
+
+    def _capture(self, plan: Plan, call: Inputs) -> None:
+        plan.capture(self.recorder(plan.shape.device))
         started = time.perf_counter()
         try:  # these are captured too, so that what a card refuses is known before the first step
             plan.encode(call.conditioning)
@@ -217,6 +222,3 @@ class BranchEngine(Engine):
             plan.release()
             raise
         plan.seconds += time.perf_counter() - started
-        if self._captured is None:  # else plans made midway would hide that others are older
-            self._captured = state_of(self.model)
-        return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .compiled_blocks import CompiledBlocksReport
@@ -32,6 +32,8 @@ class PlanReport:
         step_macs, full_step_macs: multiply-accumulates of each step, and of one that computes everything; None where
             they were not counted.
         uncounted: why they were not.
+        uncompiled: branches that are calls of the model's own modules and run as they are with the inductor backend,
+            by number, and why.
         seconds: time it took to make the plan, compilation and capture included.
         graphs: captured graphs, or 0.
         graph_seconds, launch_seconds: a run replayed and launched plainly, where ``"auto"`` measured both; else None.
@@ -57,6 +59,7 @@ class PlanReport:
     graph_seconds: float | None = None
     launch_seconds: float | None = None
     uncounted: str | None = None
+    uncompiled: dict[int, str] = field(default_factory=dict)
 
     @property
     def macs(self) -> int | None:
@@ -87,6 +90,9 @@ class PlanReport:
             )
         elif self.uncounted:
             lines.append(f"  MACs not counted: {self.uncounted}")
+        for reason in dict.fromkeys(self.uncompiled.values()):
+            count = sum(why == reason for why in self.uncompiled.values())
+            lines.append(f"  {count} calls of the model's own modules not compiled: {reason}")
         lines.append(f"  made in {self.seconds:.2f} s" + (f", {self.graphs} graphs" if self.graphs else ""))
         if self.graph_seconds is not None and self.launch_seconds is not None:
             lines[-1] += (
@@ -205,6 +211,7 @@ def _describe_branches(plan: Plan, context: Hashable, start: int) -> PlanReport:
         graphs=0 if plan.graphs is None else len(plan.graphs.graphs),
         graph_seconds=plan.measured and plan.measured[0],
         launch_seconds=plan.measured and plan.measured[1],
+        uncompiled=dict(plan.ops.uncompiled),
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import harmonica_rt as hrt
 from bench.by_hand.module_reuse import ModuleReuse
-from tests.conftest import assert_close, relative_error
+from tests.conftest import BACKENDS, assert_close, relative_error
 from tests.emulator import Emulator
 from tests.pairings.made import MODELS, STEPS, Sampler
 from tests.pairings.test_quantised import Packed4bit, gguf_linear, replace_linears
@@ -41,10 +41,10 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "cudagraph"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "cudagraph"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_of_adapters_is_followed(change: Callable[[nn.Module], object], backend: str) -> None:
-    """A graph has baked in a LoRA's scale, and whether it runs at all."""
+    """A graph and a compiled call have baked in a LoRA's scale, and whether it runs at all."""
     if backend == "cudagraph":
         pytest.importorskip("triton")
     model, sampler = MODELS["flux"](), Sampler("flux")
@@ -63,11 +63,12 @@ def test_a_change_of_adapters_is_followed(change: Callable[[nn.Module], object],
     assert relative_error(after[0], before[0]) > 1e-3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [gguf_linear, Packed4bit], ids=["gguf", "4 bits"])
-def test_packed_weights_run_in_the_models_own_calls(make: Callable[[nn.Linear], nn.Module]) -> None:
+def test_packed_weights_run_in_the_models_own_calls(make: Callable[[nn.Linear], nn.Module], backend: str) -> None:
     model, sampler = MODELS["flux"](), Sampler("flux")
     replace_linears(model, make)
-    fast = compiled(model, "eager")
+    fast = compiled(model, backend)
     assert_close(sampler.run(fast), wanted(model, fast.schedule, sampler), 2e-5)
 
 
