@@ -83,34 +83,30 @@ def spread(steps: int, computed: int) -> np.ndarray:
 
 def beside_branches(schedule: S, model: nn.Module) -> S:
     """`Schedule.beside_branches`."""
-    if schedule.level != "blocks" or schedule.groups != (WHOLE,):
+    trunk = (WHOLE,) if schedule.level == "blocks" else ()
+    if schedule.level == "branches" or schedule.groups != trunk:
         raise ValueError(
-            f"beside_branches: expected a schedule at level blocks with one group, got level {schedule.level} with "
-            f"{len(schedule.groups)} groups"
+            "beside_branches: expected a schedule at level output, or blocks with one group, got level "
+            f"{schedule.level} with {len(schedule.groups)} groups"
         )
     layout = layout_of(model, "branches")
     if layout.model != schedule.model:
         raise ValueError(f"beside_branches: expected a model of {schedule.model}, got {layout.model}")
-    groups = (*layout.groups, WHOLE)
-    (entries,) = shape_of_entries(groups)
+    groups = (*layout.groups, *trunk)
+    shape = shape_of_entries(groups)
 
     def widened(values: np.ndarray) -> np.ndarray:
         """Those of the trunk, its entry being the last; others' are 0."""
         own = values.reshape(schedule.steps, 1, *values.shape[3:])
-        return np.concatenate([np.zeros((len(own), entries - 1, *own.shape[2:]), own.dtype), own], axis=1)
+        return np.concatenate([np.zeros((len(own), shape[0] - 1, *own.shape[2:]), own.dtype), own], axis=1)
 
-    given = {
-        name: getattr(schedule, name) for name in ("sampler", "timesteps", "guidance_scale", "log_snr", "forecast")
-    }
-    compute = np.repeat(schedule.compute.reshape(-1, 1), entries, axis=1)
-    made = type(schedule)(
-        compute, order=schedule.order, **{**layout._asdict(), "groups": groups}, output=schedule.output, **given
-    )
-    channels = None if schedule.channels is None else widened(schedule.channels)
-    return made.replace(
-        weights=widened(schedule.weights),
-        carry=widened(schedule.carry),
-        channels=channels,
-        output_weights=schedule.output_weights,
-        note=schedule.note,
-    )
+    names = ("sampler", "timesteps", "guidance_scale", "log_snr", "forecast", "output", "note")
+    compute = np.zeros((schedule.steps, *shape), dtype=bool)
+    compute[schedule.compute.all(tuple(range(1, schedule.compute.ndim))) & ~schedule.output] = True
+    given = {name: getattr(schedule, name) for name in names}
+    made = type(schedule)(compute, order=schedule.order, **{**layout._asdict(), "groups": groups}, **given)
+    own = {"output_weights": schedule.output_weights, "output_channels": schedule.output_channels}
+    if trunk:
+        own |= {"weights": widened(schedule.weights), "carry": widened(schedule.carry)}
+        own |= {"channels": None if schedule.channels is None else widened(schedule.channels)}
+    return made.replace(**own)

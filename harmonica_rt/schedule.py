@@ -211,10 +211,11 @@ class Schedule(Decisions):
         return resampling.between(self, steps, fields)
 
     def beside_branches(self, model: nn.Module) -> Self:
-        """This plan of one group at level blocks, the same reuse, for a model that can have level branches.
+        """This plan at level output, or of one group at level blocks, the same reuse, for a model that can have level
+        branches.
 
-        The trunk is an entry beside its branches then, so that computed steps run as that level does: fused, 1.4 times
-        as fast on pixart-emoji.
+        Computed steps then run as that level does: fused, 1.4 times as fast on pixart-emoji. What was one group is an
+        entry beside the branches, the trunk.
 
         Raises:
             ValueError, UnsupportedModelError: it is of another level or model, or `model` cannot have that level.

@@ -172,3 +172,19 @@ def test_files_with_wrong_outputs(change: dict, match: str, tmp_path: Path) -> N
     (tmp_path / "s.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=match):
         hrt.Schedule.load(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_reuse_of_the_output_moves_beside_the_branches(channels: bool) -> None:
+    """To the same result."""
+    model, calls, rng = make_dit(), Calls(7), np.random.default_rng(3)
+    plan = hrt.Schedule.uniform(model, 7, 3, 2, level="output", sampler="DDIMScheduler", note="mine")
+    plan = plan.replace(output_weights=plan.output_weights * rng.normal(1, 0.2, plan.output_weights.shape))
+    if channels:
+        drawn = rng.normal(0, 0.05, (*plan.output_weights.shape, 4)).astype(np.float32)
+        plan = plan.replace(output_channels=np.where(plan.output_weights[..., None] != 0, drawn, np.float32(0)))
+    moved = plan.beside_branches(model)
+    assert (moved.level, moved.note, moved.sampler, moved.order) == ("branches", "mine", "DDIMScheduler", 2)
+    assert (moved.output == plan.output).all() and (moved.compute == ~plan.output[:, None, None]).all()
+    wanted = calls.run(hrt.compile(model, plan, backend="eager"))
+    assert_close(calls.run(hrt.compile(model, moved, backend="eager")), wanted, 1e-5)
