@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--batch", type=positive, default=8, help="images an iteration")
+    parser.add_argument("--validation", type=positive, default=32, help="images that tell the best weights")
+    parser.add_argument("--power", type=float, default=0.0, help="of errors before their mean is lowered")
     parser.add_argument("--contexts", choices=CONTEXTS, default="shared", help="own: a file each, OUT-cond, OUT-uncond")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors")
     arguments = parser.parse_args(argv)
@@ -67,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             contexts=arguments.contexts,
             minutes=arguments.minutes,
             batch=arguments.batch,
-            validation=32,
+            power=arguments.power,
+            validation=arguments.validation,
             accelerator=accelerator,
             on_progress=lambda p: display.show(p.phase, str(p), p.share, p.left),
             on_better=lambda better: save(better, arguments.out),

@@ -113,6 +113,7 @@ def learn(
     batch: Annotated[int | None, typer.Option(help="Images an iteration, over all processes; 4.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Backward passes an iteration is split into.")] = None,
     lr: Annotated[float | None, typer.Option(help="Length of the weights' first steps.")] = None,
+    power: Annotated[float, typer.Option(help="Of errors before their mean is lowered: higher for the worst.")] = 0.0,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Where the learning is kept until it ends; OUT.checkpoint unless given.")
     ] = None,
@@ -142,6 +143,7 @@ def learn(
             "order": order,
             "batch": batch,
             "lr": lr,
+            "power": power,
         }
         settings |= {"accumulate": accumulate, "target_speedup": target_speedup, "contexts": contexts.value}
         settings |= {"channels": {"yes": True, "no": False}.get(channels.value), "target": target.value}

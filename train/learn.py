@@ -152,7 +152,8 @@ def learn(
     except EndedEarly:
         return _nothing(starts[0], settings, time.perf_counter() - began)
     if kept is None:
-        forecast = reached = mean(trainer.validation.judge(task.unlearned(starts[0]), accelerator))
+        errors = trainer.validation.judge(task.unlearned(starts[0]), accelerator)
+        forecast = reached = mean(errors, settings.power)
         judging = (time.perf_counter() - began) * task.held_out / settings.validation
 
     def going_on(at: int, schedule: Schedules, own: WeightSettings) -> WeightTrainer:
@@ -217,10 +218,11 @@ def _verdict(task: PipelineTask, trainer: WeightTrainer, seconds: float, failure
     if settings.target != "full":
         full = snr(task.full(every(schedule)[0].order))
     reached, forecast = snr(schedule), snr(task.unlearned(schedule))
+    power = f"power {settings.power:g}, " if settings.power else ""
     aim = "the full run" if full is None else f"the converged run (full run {full:.1f})"
     note = (
         f"learned on the end error, target {settings.target}: {settings.batch} noises an iteration of "
-        f"{settings.pool}, seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB SNR to {aim} on "
+        f"{settings.pool}, {power}seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB SNR to {aim} on "
         f"{task.held_out} noises held out, the forecast {forecast:.1f}; for this guidance and number of steps alone"
     )
     return Learned(noted(schedule, note), reached, forecast, full, failure)

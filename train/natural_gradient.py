@@ -32,10 +32,14 @@ class NaturalGradient:
         self.products: deque[list[Tensor]] = deque(maxlen=window)  # of each of `recent` with those before it and itself
         self.mean: Tensor | None = None
 
-    def direction(self, gradients: Tensor) -> Tensor:
-        """Where to go, [n], of root mean square 1 where it goes, after an iteration's gradients [images, n]."""
+    def direction(self, gradients: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Where to go, [n], of root mean square 1 where it goes, after an iteration's gradients [images, n].
+
+        Args:
+            shares: of the images in the averaged gradient, [images], 1 in all; alike unless given.
+        """
         self.recent.append(gradients)
-        fresh = gradients.mean(0)
+        fresh = gradients.mean(0) if shares is None else shares.to(gradients.dtype) @ gradients
         self.mean = fresh if self.mean is None else self.momentum * self.mean + (1 - self.momentum) * fresh
         if len(self.products) == self.products.maxlen:
             self.products = deque((row[1:] for row in self.products), maxlen=self.products.maxlen)

@@ -68,6 +68,7 @@ def learn(
     contexts: str = "shared",
     checkpointing: str = "auto",
     lr: float | None = None,
+    power: float = 0.0,
     seed: int = 0,
     inputs: Path | None = None,
     accelerator: Accelerator | None = None,
@@ -105,6 +106,8 @@ def learn(
         checkpointing: keep one step's activations at a time (``"steps"``), or of it one block's (``"blocks"``), which
             takes a third longer, or all (``"none"``); ``"auto"``: steps where that fits, else blocks.
         lr: root mean square of the weights' first changes.
+        power: images' squared errors are raised to it before their mean is lowered; 0: the mean of their dB, all alike.
+            The higher, the more the worst count: 1 lowers the mean squared error.
         seed: of prompts and noises.
         inputs: folder of pictures and captions, for pipelines that start from a picture.
         on_better: told each better schedule as soon as it is known.
@@ -142,6 +145,7 @@ def learn(
         pool=max(batch, 24 * batch),
         validation=validation,
         checkpointing="steps" if checkpointing == "auto" else checkpointing,
+        power=power,
         seed=seed,
         **rate,
     )

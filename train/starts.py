@@ -102,6 +102,15 @@ def decibels(logarithm: Tensor) -> Tensor:
     return 10 / math.log(10) * logarithm
 
 
-def mean(errors: Tensor) -> float:
-    """The same number on every kind of device, since processes decide by it."""
-    return math.fsum(errors.tolist()) / len(errors)
+def mean(errors: Tensor, power: float = 0.0) -> float:
+    """Of errors in dB, the same number on every kind of device, since processes decide by it.
+
+    Args:
+        power: that errors are raised to before their mean is taken, and after it lowered by, in dB again: 0 is the mean
+            of the dB, where all count alike, 1 that of the errors, where the worst count most.
+    """
+    own = errors.tolist()
+    if power == 0:
+        return math.fsum(own) / len(own)
+    most = max(own)
+    return most + 10 / power * math.log10(math.fsum(10 ** (power * (e - most) / 10) for e in own) / len(own))

@@ -45,6 +45,7 @@ class WeightSettings:
         pool: starts that are drawn once; their targets are computed once each.
         validation: further starts, on which the best weights so far are told; `every` iterations.
         lr: root mean square of the weights' changes in a step, from which the steps' length is looked for.
+        power: of the mean error that is lowered, as in `starts.mean`: the higher, the more the worst images count.
         carry, channels: whether carries, and weights per channel, are learned too.
         checkpointing: one of `CHECKPOINTS`.
         seed: of the starts.
@@ -59,6 +60,7 @@ class WeightSettings:
     validation: int = 48
     every: int = 20
     lr: float = 0.03
+    power: float = 0.0
     carry: bool = False
     channels: bool = False
     checkpointing: str = "none"
@@ -75,6 +77,8 @@ class WeightSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if not 0 <= self.power < math.inf:
+            raise ValueError(f"power: expected a number of at least 0, got {self.power}")
         if self.pool < self.batch:
             raise ValueError(f"pool: expected at least a batch of {self.batch}, got {self.pool}")
         if self.batch % self.accumulate:
@@ -87,7 +91,7 @@ class WeightProgress:
 
     Attributes:
         error: mean over its runs of the mean squared end error in dB, 10 log10.
-        judged: the same for the best weights so far on the validation's runs.
+        judged: that of the best weights so far on the validation's runs, with the settings' power.
         share: of the budget spent.
     """
 
@@ -100,15 +104,16 @@ class WeightProgress:
 
 @dataclass(frozen=True)
 class Judged:
-    """Changes of weights, [n], and the validation's errors with them, [validation] in dB."""
+    """Changes of weights, [n], and the validation's errors with them, [validation] in dB; the power of their mean."""
 
     change: Tensor
     errors: Tensor
+    power: float = 0.0
 
     @property
     def mean(self) -> float:
         """Of the errors."""
-        return mean(self.errors)
+        return mean(self.errors, self.power)
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class WeightTrainer:
         for done in self.validation.prepare(self.accelerator):
             on_target(done)
         if state is None:
-            self.best = Judged(self.weights.change.clone(), self._errors(schedule))
+            self.best = Judged(self.weights.change.clone(), self._errors(schedule), settings.power)
         else:
             self._load(state)
 
@@ -247,7 +252,7 @@ class WeightTrainer:
             return tensor.to(self.task.device, copy=True)
 
         self.weights.change = own(state.change)
-        self.best = Judged(own(state.best.change), own(state.best.errors))
+        self.best = Judged(own(state.best.change), own(state.best.errors), self.settings.power)
         self.gradient.load({name: own(tensor) for name, tensor in state.gradient.items()})
         self.length, self.iteration, self.seconds = state.length, state.iteration, state.seconds
 
@@ -264,7 +269,7 @@ class WeightTrainer:
 
     def _judge(self) -> bool:
         """Keep the weights as they are now if they are the best so far, and tell whether they are."""
-        judged = Judged(self.weights.change.clone(), self._errors(self.weights.to_schedule()))
+        judged = Judged(self.weights.change.clone(), self._errors(self.weights.to_schedule()), self.settings.power)
         if better := judged.mean < self.best.mean:
             self.best = judged
             self.on_better(self.schedule(), judged.mean)
@@ -297,13 +302,19 @@ class WeightTrainer:
             raise LossNotFinite(
                 f"iteration {self.iteration}: the gradient is not finite (errors {torch.cat(errors).tolist()} dB)"
             )
-        direction, falling = self.gradient.direction(rows), 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        shares = self._shares(torch.cat(errors))
+        direction, falling = self.gradient.direction(rows, shares), 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         if self.iteration % SEARCHED == 0:
             self.length = self._searched(falling * direction)
         self.weights.change -= falling * self.length * direction
         if self.ranks > 1:  # devices of different kinds round differently
             self.weights.change = broadcast(self.weights.change)
         return torch.cat(errors)
+
+    def _shares(self, errors: Tensor) -> Tensor | None:
+        """What each image's gradient has of their mean error's, as it is lowered; errors in dB, this process's."""
+        power = self.settings.power
+        return None if power == 0 else torch.softmax(math.log(10) / 10 * power * self.accelerator.gather(errors), 0)
 
     def _searched(self, direction: Tensor) -> float:
         """The best length of a step, going shorter or longer as long as that is better."""
@@ -325,7 +336,7 @@ class WeightTrainer:
         for start, end in self._parts(self.iteration + 1):
             result = self.starts.result(self.weights.schedules, self.weights(change), start, end)
             errors.append(decibels(self.starts.errors(result, start, end)))
-        error = mean(self.accelerator.gather(torch.cat(errors)))
+        error = mean(self.accelerator.gather(torch.cat(errors)), self.settings.power)
         return error if math.isfinite(error) else math.inf
 
     def _parts(self, iteration: int) -> list[tuple[int, int]]:

@@ -104,3 +104,13 @@ def test_it_goes_on_from_its_state_to_the_bit(done: int) -> None:
     assert len(after.recent) == min(done, 4)
     for each in rows[done:]:
         assert torch.equal(before.direction(each), after.direction(each))
+
+
+def test_shares_weigh_the_average_alone() -> None:
+    gradients = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    plain = NaturalGradient().direction(gradients)
+    torch.testing.assert_close(NaturalGradient().direction(gradients, torch.full((3,), 1 / 3)), plain)
+    natural = NaturalGradient()
+    natural.direction(gradients, torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(natural.mean, gradients[1])
+    torch.testing.assert_close(natural.recent[0], gradients)

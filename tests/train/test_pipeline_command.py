@@ -114,10 +114,10 @@ def test_a_signal_before_the_first_improvement_says_so(
 ) -> None:
     direction = NaturalGradient.direction
 
-    def kill(gradient: NaturalGradient, rows: torch.Tensor) -> torch.Tensor:
+    def kill(gradient: NaturalGradient, *given: torch.Tensor | None) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.setattr(NaturalGradient, "direction", direction)
-        return 0 * direction(gradient, rows)  # a step of length 0 is no improvement
+        return 0 * direction(gradient, *given)  # a step of length 0 is no improvement
 
     monkeypatch.setattr(NaturalGradient, "direction", kill)
     out, before = tmp_path / "s.json", signal.getsignal(signal.SIGTERM)

@@ -53,11 +53,11 @@ def distributed(rank: int, folder: Path) -> None:
         time.sleep(SLOWER * rank)
         return result(starts, schedule, numbers, start, end, *more)
 
-    def count(gradient: NaturalGradient, rows: torch.Tensor) -> torch.Tensor:
+    def count(gradient: NaturalGradient, *given: torch.Tensor | None) -> torch.Tensor:
         steps.append(1)
         if signalled and len(steps) == 2 * TRIAL + 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGINT)  # to one of them
-        return direction(gradient, rows)
+        return direction(gradient, *given)
 
     Starts.result, NaturalGradient.direction, signalled = slow, count, False
     learned(iterations=3).save(folder / f"{rank}.safetensors")

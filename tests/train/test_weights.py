@@ -16,7 +16,7 @@ from harmonica_rt.train.contexts import ContextWeights
 from harmonica_rt.train.pipeline_task import PipelineTask
 from harmonica_rt.train.reuse import ReuseWeights
 from harmonica_rt.train.reusing import CHECKPOINTS
-from harmonica_rt.train.starts import Starts
+from harmonica_rt.train.starts import Starts, mean
 from harmonica_rt.train.trainer import LossNotFinite
 from harmonica_rt.train.weights import WeightProgress, WeightSettings, WeightTrainer
 
@@ -345,6 +345,8 @@ def test_checkpointing_keeps_slots_and_samples_alone(layers: int) -> None:
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"minutes": float("nan")}, "minutes: expected a number above 0, got nan"),
         ({"minutes": -1.0}, "minutes: expected a number above 0, got -1.0"),
+        ({"power": -1.0}, "power: expected a number of at least 0, got -1.0"),
+        ({"power": float("inf")}, "power: expected a number of at least 0, got inf"),
         ({"validation": 0}, "validation: expected at least 1, got 0"),
         ({"batch": 8, "accumulate": 3}, "batch: expected a multiple of 3 parts, got 8"),
     ],
@@ -357,3 +359,33 @@ def test_settings_are_checked(change: dict, match: str) -> None:
 def test_what_reuses_nothing_has_nothing_to_learn() -> None:
     with pytest.raises(ValueError, match="expected a schedule that reuses something"):
         ReuseWeights(make_pipeline_task().full(1))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_images_have_shares_of_the_mean_errors_gradient(power: float) -> None:
+    task = make_pipeline_task()
+    trainer = WeightTrainer(task, schedule_for(task), WeightSettings(power=power, **SHORT))
+    errors = torch.tensor([-30.0, -22.0, -25.0, -40.0], dtype=torch.float64, requires_grad=True)
+    squared = 10 ** (errors * power / 10)
+    pooled = 10 / power * torch.log10(squared.mean())
+    assert mean(errors.detach(), power) == pytest.approx(pooled.item())
+    (gradient,) = torch.autograd.grad(pooled, errors)
+    torch.testing.assert_close(trainer._shares(errors.detach()), gradient)
+
+
+def test_without_a_power_all_images_count_alike() -> None:
+    errors = torch.tensor([-30.0, -22.0, -25.0])
+    assert mean(errors) == pytest.approx(mean(errors, 1e-6), abs=1e-3)
+    assert mean(errors, 200.0) == pytest.approx(-22.0, abs=0.1), "the worst alone"
+    assert mean(torch.tensor([-4000.0, -4000.0]), 3.0) == -4000.0, "nothing overflows"
+
+
+def test_a_power_is_what_the_best_weights_are_judged_by() -> None:
+    task = make_pipeline_task()
+    trainer = WeightTrainer(task, schedule_for(task), WeightSettings(power=2.0, **SHORT))
+    before = trainer.best.mean
+    assert before == pytest.approx(mean(trainer.best.errors, 2.0))
+    trainer.run()
+    assert trainer.best.mean < before
+    again = WeightTrainer(task, schedule_for(task), trainer.settings, state=trainer.state())
+    assert again.best.mean == trainer.best.mean
