@@ -4,6 +4,7 @@ the same share code, whatever their tensors hold.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .inductor import without_cut_files
 KEPT = 256  # compiled functions, the last ones used
 
 _compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+_lock = threading.Lock()  # models are compiled in threads of their own
 
 
 def compile_shared(function: Callable[..., None], examples: Sequence[Tensor]) -> Callable[..., None]:
@@ -25,7 +27,7 @@ def compile_shared(function: Callable[..., None], examples: Sequence[Tensor]) ->
     All else it reads is baked in: numbers, shapes, which way its code goes. Its result is what it writes into its
     arguments. Raises whatever it does where it cannot be traced: it looks at a tensor's values, for instance.
     """
-    with torch.no_grad():
+    with _lock, torch.no_grad():
         graph, read = _traced(function, examples)
         kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (*examples, *read))
         key = (graph.code, kinds, torch.get_num_threads())
@@ -34,7 +36,7 @@ def compile_shared(function: Callable[..., None], examples: Sequence[Tensor]) ->
             if len(_compiled) > KEPT:
                 _compiled.popitem(last=False)
         _compiled.move_to_end(key)
-    run = _compiled[key]
+        run = _compiled[key]
 
     def call(*arguments: Tensor) -> None:
         run(*arguments, *read)
