@@ -59,11 +59,11 @@ def counted(after: int, then: Callable[[], None]) -> list[int]:
     """One element for each step of the weights from now on; `then` at the one after `after` of them."""
     direction, steps = NaturalGradient.direction, []
 
-    def count(gradient: NaturalGradient, rows: torch.Tensor) -> torch.Tensor:
+    def count(gradient: NaturalGradient, *given: torch.Tensor | None) -> torch.Tensor:
         if len(steps) == after:
             then()
         steps.append(1)
-        return direction(gradient, rows)
+        return direction(gradient, *given)
 
     NaturalGradient.direction = count
     return steps
