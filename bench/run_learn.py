@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             None if names is None else [name for name in names.names if name],
             target_speedup=arguments.target_speedup,
             target=arguments.target,
-            init=arguments.init and _init(arguments.init, pipeline, arguments.steps),
+            init=arguments.init and initial(arguments.init, pipeline, arguments.steps),
             level=arguments.level,
             groups=arguments.groups,
             contexts=arguments.contexts,
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _init(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule | dict[str, hrt.Schedule]:
+def initial(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule | dict[str, hrt.Schedule]:
     files = named_files(text)
     if not files or "" in files:
         return parse_schedule(text, pipeline, steps)

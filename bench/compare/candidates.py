@@ -99,8 +99,9 @@ class Candidate:
 
     @property
     def plain(self) -> Candidate:
-        """The same sampler's run without reuse."""
-        return self.on(EAGER)
+        """The same sampler's run without reuse, at its default times where a schedule has its own."""
+        own = samplers.default(self.sampler) if self.spacing == samplers.OWN_SIGMAS else self.spacing
+        return replace(self.on(EAGER), spacing=own)
 
     def on(self, by: str, setting: str = "") -> Candidate:
         """The same sampler run by another."""

@@ -110,6 +110,8 @@ class Runner:
         sampling = Sampling(own, self.sampling.guidance, self.sampling.classes)
         if candidate.by == OURS:
             schedule = candidate.schedule(own)
+            if candidate.spacing == samplers.OWN_SIGMAS:
+                own.sigmas = [t / own.scheduler.config.num_train_timesteps for t in every(schedule)[0].timesteps]
             # At level output nothing within the model is touched
             if backend == "inductor" and all(each.level == "output" for each in every(schedule)):
                 object.__setattr__(own, "transformer", self.whole)

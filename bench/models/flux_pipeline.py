@@ -51,6 +51,7 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
     """Text-to-image sampling of a Flux: FluxPipeline's own call, guidance in a second call of the model a step."""
 
     batched_guidance = False
+    sigmas: list[float] | None = None  # noise levels of its runs, where whoever prepared it wants others than even ones
 
     @classmethod
     def of(
@@ -71,6 +72,9 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
 
     def timesteps(self, steps: int) -> list[float]:
         """FluxPipeline's: it gives the scheduler its noise levels."""
+        if self.sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=self.sigmas)
+            return self.scheduler.timesteps.tolist()
         own = self.scheduler.config.get("use_flow_sigmas", False)
         levels = {"num_inference_steps": steps} if own else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
         self.scheduler.set_timesteps(**levels)
@@ -101,6 +105,7 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 20,
+        sigmas: list[float] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         latents: Tensor | None = None,
@@ -110,6 +115,7 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
 
         Args:
             guidance_scale: FluxPipeline's `true_cfg_scale`; off unless above 1.
+            sigmas: noise levels of the steps; the pipeline's own `sigmas` unless given.
             latents: initial noise, shaped as pixels.
             callback_on_step_end: its latents are packed.
 
@@ -132,6 +138,7 @@ class PixelFluxPipeline(PixelPipeline, FluxPipeline):
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
+            sigmas=self.sigmas if sigmas is None else sigmas,
             latents=self.packed(latents),
             output_type=output_type,
             return_dict=False,

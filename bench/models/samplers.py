@@ -20,6 +20,7 @@ from harmonica_rt.train import models
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 FLOW_SPACINGS = ("shift 1", "shift 0.6", "shift 1.7", "shift 3")
+OWN_SIGMAS = "own sigmas"  # of a schedule whose times are learned: flow-euler's call is given them
 DEFAULTS = {"ddim": "leading"}  # of diffusers; linspace for the others
 LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 FLOW = {
@@ -66,6 +67,8 @@ def scheduler(sampler: str, spacing: str, config: Mapping[str, Any]) -> Any:
         ValueError: there is no such sampler, or it cannot have that spacing.
     """
     kind = _kind(sampler)
+    if (sampler, spacing) == ("flow-euler", OWN_SIGMAS):
+        spacing = default(sampler)
     if spacing not in (known := spacings(sampler)):
         raise ValueError(f"spacing: expected one of {', '.join(known)} for {sampler}, got {spacing!r}")
     if sampler in FLOW:
@@ -110,6 +113,8 @@ def of_schedule(schedule: hrt.Schedule, config: Mapping[str, Any], own: str, tim
                 math.isclose(a, b, abs_tol=1e-3) for a, b in zip(found, schedule.timesteps)
             ):
                 return name, spacing
+    if own == "flow-euler" and schedule.sampler == _kind(own).__name__:
+        return own, OWN_SIGMAS
     raise ValueError(
         f"schedule: expected the timesteps of one of {', '.join(of_same_kind(own))} in {schedule.steps} steps, got "
         f"{schedule.timesteps} for {schedule.sampler}"

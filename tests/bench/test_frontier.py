@@ -177,6 +177,20 @@ def test_two_files_that_are_learned_together_are_one_candidate(tmp_path: Path) -
     assert other.digest != one.digest
 
 
+def test_a_schedule_with_times_of_its_own_is_run_at_them_and_compared_with_the_reference(tmp_path: Path) -> None:
+    runner = Runner(Job("flux-emoji", steps=4, count=1), noise(load_pipeline("flux-emoji"), 1, 3))
+    own = parse_schedule("output:2:1", runner.pipeline, 4).replace(timesteps=(1000.0, 800.0, 500.0, 200.0))
+    own.save(tmp_path / "times.json")
+    (one,) = candidates.learned("flux-emoji", runner.pipeline, [tmp_path / "times.json"])[0][-1:]
+    assert (one.sampler, one.spacing) == ("flow-euler", samplers.OWN_SIGMAS)
+    assert one.plain == runner.reference == Candidate("flow-euler", "shift 1", 4)
+    with runner.prepared(one) as prepared:
+        images = runner.sample(prepared, runner.start, 4)
+        assert np.allclose(prepared.pipeline.scheduler.timesteps, own.timesteps)
+    assert torch.equal(runner.wanted(one), runner.plain(runner.reference))
+    assert not torch.allclose(images, runner.wanted(one), atol=1e-3)
+
+
 # ---- what images are compared with
 
 

@@ -1,0 +1,59 @@
+"""Learn at which noise levels a flow's reference model is computed, from a schedule that reuses its output.
+
+python bench/run_times.py --model flux-emoji --init flux-emoji-3.3.json --minutes 12 --out flux-emoji-3.3-times.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: find the package beside this folder
+
+import torch
+
+from bench.arguments import positive
+from bench.models.reference import TRAINED
+from bench.models.sampling import Sampling
+from bench.run_learn import initial
+from harmonica_rt.train.contexts import files_of, save
+from harmonica_rt.train.times import learn_times
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=TRAINED, default="flux-emoji")
+    parser.add_argument(
+        "--init", metavar="S", required=True, help="a file, cond=FILE,uncond=FILE or output:6of20:2 to start from"
+    )
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--iterations", type=positive, default=100)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, default=16, help="images an iteration")
+    parser.add_argument("--validation", type=positive, default=32, help="images that tell the best numbers")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    sampling = Sampling.of(arguments.model)
+    names = getattr(sampling.pipeline, "prompts", None)
+    schedules = learn_times(
+        sampling.pipeline,
+        initial(arguments.init, sampling.pipeline, arguments.steps),
+        None if names is None else [name for name in names.names if name],
+        minutes=arguments.minutes,
+        iterations=arguments.iterations,
+        batch=arguments.batch,
+        validation=arguments.validation,
+        on_progress=lambda progress: print(progress, flush=True),
+        num_inference_steps=arguments.steps,
+        guidance_scale=sampling.guidance,
+    )
+    save(schedules, arguments.out)
+    for path, own in files_of(schedules, arguments.out).items():
+        print(path, own, own.note, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

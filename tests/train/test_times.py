@@ -1,0 +1,133 @@
+"""Learning at which noise levels a run's steps are computed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import harmonica_rt as hrt
+from harmonica_rt.generating import Generation
+from harmonica_rt.schedule import Schedule
+from harmonica_rt.train.contexts import every
+from harmonica_rt.train.times import Times, TimesProgress, learn_times
+
+from ..pipelines.folders import labelled_dit, text_flux
+from .pipeline_cases import CALLS, SMALL
+
+STEPS = 8
+PROMPTS = ["a cat", "red fox"]
+LEVELS = np.linspace(1.0, 1 / STEPS, STEPS)
+
+
+def flux() -> Any:
+    pipeline = text_flux()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    return pipeline
+
+
+def computing(*steps: int, order: int = 2) -> Schedule:
+    output = np.ones(STEPS, bool)
+    output[list(steps)] = False
+    model = text_flux().transformer
+    return Schedule(output=output, model=type(model).__name__, level="output", order=order)
+
+
+def learned(pipeline: Any, schedules: Any, **more: Any) -> Any:
+    _, call = CALLS["flux"]
+    given = {"iterations": 3, "batch": 2, "validation": 2, "size": 2, "num_inference_steps": STEPS}
+    return learn_times(pipeline, schedules, PROMPTS, **{**given, **call, **more})
+
+
+def snr(pipeline: Any, wanted: torch.Tensor, schedules: Any = None) -> float:
+    """Of the images that a person gets, dB."""
+    call = CALLS["flux"][1] | {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
+    if schedules is not None:
+        hrt.compile(pipeline, schedules)
+        call["sigmas"] = [t / 1000 for t in every(schedules)[0].timesteps]
+    images = Generation(pipeline, PROMPTS, seed=5).generation([0, 1], **call)[0]
+    if schedules is not None:
+        hrt.uncompile(pipeline)
+    return images if wanted is None else 10 * torch.log10(wanted.var() / (images - wanted).square().mean()).item()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own contexts"])
+def test_a_pipeline_that_is_told_the_levels_comes_closer(own: bool) -> None:
+    pipeline, told = flux(), []
+    wanted = snr(pipeline, None)
+    start = computing(0, 3, 5)
+    before = snr(pipeline, wanted, start.replace(timesteps=tuple(1000 * LEVELS)))
+    start = {"cond": start, "uncond": computing(0, 4)} if own else start
+    schedules = learned(pipeline, start, on_progress=told.append)
+    assert [type(each) for each in told] == [TimesProgress] * len(told)
+    assert told[-1].error < told[0].error or len(told) == 1
+    assert snr(pipeline, wanted, schedules) > before + 3
+    first = every(schedules)[0]
+    assert not np.allclose(first.timesteps, 1000 * LEVELS) and (np.diff(first.timesteps) < 0).all()
+    assert all(schedule.timesteps == first.timesteps for schedule in every(schedules))
+    assert all("by Gauss-Newton" in schedule.note for schedule in every(schedules))
+
+
+def test_no_change_is_the_run_as_it_was() -> None:
+    own = computing(0, 3, 5)
+    found, levels = Times(own, LEVELS)(np.zeros(Times(own, LEVELS).size))
+    assert found == own and np.allclose(levels, LEVELS)
+
+
+def test_numbers_are_levels_of_computed_steps_and_weights_between_them() -> None:
+    own = {"cond": computing(0, 3, 4), "uncond": computing(0, 5)}
+    times = Times(own, LEVELS)
+    assert times.nodes.tolist() == [0, 3, 4, 5]
+    # cond: 1 value after step 0, none between 3 and 4, 3 after 4; uncond: 1 after step 0, 2 after 5
+    assert times.size == 3 + (1 + 3) + (1 + 2)
+    change = np.zeros(times.size)
+    change[0], change[3], change[4:7] = 0.05, 0.5, (0.1, 0.2, 0.3)
+    found, levels = times(change)
+    assert levels[0] == 1.0 and levels[3] == pytest.approx(LEVELS[3] + 0.05)
+    assert np.allclose(levels[1:3], 1.0 - (1.0 - levels[3]) / 3 * np.array([1, 2]))
+    assert np.allclose(levels[4:], LEVELS[4:])
+    added = found["cond"].output_weights - own["cond"].output_weights
+    assert np.allclose(added[1:3], [0.5, 0, 0]) and np.allclose(added[5:], [0.1, 0.2, 0.3])
+    assert not added[[0, 3, 4]].any()
+    assert np.array_equal(found["uncond"].output_weights, own["uncond"].output_weights)
+
+
+def test_levels_that_no_longer_fall_are_told() -> None:
+    times = Times(computing(0, 3, 5), LEVELS)
+    assert times.falls(np.zeros(times.size))
+    for at, by in ((0, 0.4), (0, -0.3), (1, -0.4)):
+        change = np.zeros(times.size)
+        change[at] = by
+        assert not times.falls(change)
+
+
+def uneven(pipeline: Any) -> Any:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("make", "schedule", "call", "message"),
+    [
+        (labelled_dit, computing(0, 3), {}, "expected a pipeline whose call takes sigmas, got DiTPipeline"),
+        (flux, computing(0, 3), {"sigmas": [1.0, 0.5]}, r"expected a call without sigmas, got \[1.0, 0.5\]"),
+        (flux, computing(*range(STEPS)), {}, "expected a schedule that reuses the output and nothing else, got"),
+        (lambda: uneven(flux()), computing(0, 3), {}, "expected a scheduler that does not shift sigmas, got shift 3.0"),
+        (flux, computing(0, 3), {"num_inference_steps": 5}, "expected a schedule of 5 steps, got 8"),
+    ],
+    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps"],
+)
+def test_what_cannot_be_learned_is_refused_by_name(make: Any, schedule: Any, call: Any, message: str) -> None:
+    pipeline = make()
+    given = (
+        {"num_inference_steps": STEPS, **SMALL, **call}
+        if "prompt" in inspect.signature(type(pipeline).__call__).parameters
+        else {}
+    )
+    prompts = PROMPTS if given else [0, 1]
+    with pytest.raises(ValueError, match=message):
+        learn_times(pipeline, schedule, prompts, **given)
