@@ -43,6 +43,7 @@ COSTS, SCREEN, MEASURE = "costs", "screen", "measure"  # a row's stage; sets' ha
 SCREENED = HELD_OUT + 10 * APART  # seed of the screen's noises: who is best on some is not judged by them
 MARGIN, SAFE = 1.02, 1.1  # by which a screened time may miss a budget; and be within it, so that the measured one is
 SHORT, EVERY = range(7, 15), (2, 3, 4, 5)  # steps and reuse of runs that tell which samplers are good
+TIMES = ("latency", "latency_p20", "latency_p80", "ms_per_image")
 WARMUP = 2  # of ours: compiled blocks compile at their first call and at the first of another step
 
 
@@ -203,6 +204,15 @@ class Frontier:
         self.fill(MEASURE, wanted, self._measured)
 
     def _measured(self, candidate: Candidate) -> dict[str, Any]:
+        """Quality and time; that of a row whose run makes the same calls, where there is one, is not taken again."""
+        runner = self.measuring
+        for row in self.rows(MEASURE):
+            if runner.same_calls(candidate, Candidate(**row["candidate"])):
+                same = {name: row[name] for name in TIMES} | {"time_of": row["name"]}
+                return runner.quality(candidate, runner.images(candidate, runner.start)) | same
+        return self._timed(candidate)
+
+    def _timed(self, candidate: Candidate) -> dict[str, Any]:
         runner, job = self.measuring, self.job
         some = runner.start[: job.batch]
         with runner.prepared(runner.reference) as reference, runner.prepared(candidate, backend(candidate)) as own:

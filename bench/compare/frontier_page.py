@@ -192,7 +192,8 @@ sampler, spacing, steps, and what reuses there. *PSNR to the run without reuse* 
 steps, and for what reuses nothing, or has fewer steps than the reference, to the reference run. *Ours, unlearned*:
 uniform schedules at all levels, reuse of the model's output too, and samplers without reuse on this engine (`full`).
 Ours run by backend inductor, at level output with the model under torch.compile; plain samplers and peers as they come
-or so compiled.
+or so compiled. Learned schedules of which as many steps compute and reuse the same share one measured time. Images of a
+run at noise levels of its own (`own sigmas`) are compared with the reference run's.
 Spreads are standard deviations over resamples of the noises or of the set; *within spread*: a difference of less than
 both together. Candidates are screened on other noises than they are measured on. Plots: a point a measured candidate,
 stairs the best that is at least so fast, numbers named beside."""

@@ -7,6 +7,7 @@ steps are no fewer than the reference's; else the reference run, so that nobody 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+import harmonica_rt as hrt
 from bench.models import samplers
 from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling, accelerated
@@ -130,6 +132,13 @@ class Runner:
             sampling = replace(sampling, pipeline=own)
         yield sampling
 
+    def same_calls(self, a: Candidate, b: Candidate) -> bool:
+        """Whether runs of two learned schedules take the same time: as many steps compute and reuse the same."""
+        if not (a.learned and b.learned and b.file.is_file() and (a.sampler, a.steps) == (b.sampler, b.steps)):
+            return False
+        first, second = (_calls(each.schedule(self.pipeline)) for each in (a, b))
+        return first == second
+
     def quality(self, candidate: Candidate, images: Tensor) -> dict[str, float]:
         """PSNR columns with their spreads: standard deviations over resamples of the noises."""
         if not torch.isfinite(images).all():
@@ -145,6 +154,18 @@ class Runner:
                 f"{name}_worst_spread": draws.amin(1).std().item(),
             }
         return row
+
+
+def _calls(schedules: hrt.Schedule | dict[str, hrt.Schedule]) -> list[tuple[object, ...]]:
+    """What makes a run's time, by context; one schedule's is the same in all."""
+    own = {} if isinstance(schedules, hrt.Schedule) else schedules
+    return [_kinds_of_steps(own.get(context, schedules)) for context in candidates.GUIDED]
+
+
+def _kinds_of_steps(schedule: hrt.Schedule) -> tuple[object, ...]:
+    steps = Counter((row.tobytes(), reused) for row, reused in zip(schedule.compute, schedule.output))
+    learned = schedule.channels is None, schedule.output_channels is None, schedule.carry.any()
+    return schedule.level, schedule.groups, schedule.order, steps, learned
 
 
 def backend(candidate: Candidate) -> str:

@@ -15,7 +15,7 @@ import harmonica_rt as hrt
 from bench import run_frontier
 from bench.compare import candidates, frontier_page
 from bench.compare.candidates import EAGER, FULL, LEARNED, OURS, PEER, PLAIN, UNLEARNED, WHOLE, Candidate
-from bench.compare.frontier import COSTS, MEASURE, SCREEN, Frontier, known
+from bench.compare.frontier import COSTS, MEASURE, SCREEN, TIMES, Frontier, known
 from bench.compare.frontier_best import AXES, best, verdict
 from bench.compare.frontier_runs import Job, Runner
 from bench.compare.sets import Sets
@@ -31,6 +31,7 @@ from harmonica_rt.measuring import Timing
 
 JOB = Job("dit-fashion", steps=4, count=2, screen=2, batch=1, rounds=1)
 OWN = Candidate("ddim", "leading", 4)
+TIMED = dict(zip(TIMES, (0.5, 0.4, 0.6, 7.0)))
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +426,32 @@ def halved(runs: dict[str, Callable[[], Any]], *rest: Any) -> dict[str, Timing]:
     for run in runs.values():
         run()
     return {name: Timing((1.0 if name == "reference" else 0.5,) * 3) for name in runs}
+
+
+def test_runs_of_which_as_many_steps_do_the_same_share_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontier = Frontier(JOB, Store(tmp_path / "f.jsonl", JOB, key=("stage", "name")))
+    pipeline, timed = frontier.sampling.pipeline, []
+    monkeypatch.setattr(frontier, "_timed", lambda candidate: timed.append(candidate) or TIMED)
+    first = parse_schedule("output:2:1", pipeline, 4)
+    files = {
+        "first": first,
+        "weights": first.replace(output_weights=1.1 * first.output_weights),
+        "blocks": parse_schedule("blocks:2:1", pipeline, 4),
+        "carry": parse_schedule("blocks:2:1:carry=0.5", pipeline, 4),
+        "steps": parse_schedule("output:1of4:1", pipeline, 4),
+        "order": parse_schedule("output:2:0", pipeline, 4),
+        "channels": first.replace(output_channels=0.1 * (first.output_weights != 0)[..., None]),
+    }
+    found = {}
+    for name, schedule in files.items():
+        schedule.save(file := tmp_path / f"{name}.safetensors")
+        (found[name],) = candidates.learned("dit-fashion", pipeline, [file])[0][-1:]
+    frontier.measure(found.values())
+    assert timed == [found[name] for name in ("first", "blocks", "carry", "steps", "order", "channels")]
+    rows = {row["name"]: row for row in frontier.rows(MEASURE)}
+    own = rows[found["weights"].name]
+    assert own["time_of"] == found["first"].name and {name: own[name] for name in TIMES} == TIMED
+    assert "psnr" in own and "psnr" not in rows[found["first"].name]  # its quality is its own
 
 
 def test_screened_measured_judged_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
