@@ -1,6 +1,6 @@
-"""Learn at which noise levels a flow's reference model is computed, from a schedule that reuses its output.
+"""Learn the weights of a reference model's output reuse to the end, by Gauss-Newton, from a schedule that has some.
 
-python bench/run_times.py --model flux-emoji --init flux-emoji-3.3.json --minutes 12 --out flux-emoji-3.3-times.json
+    python bench/run_refine.py --model flux-emoji --init cond=a.json,uncond=b.json --minutes 12 --out refined.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling
 from bench.run_learn import initial
 from harmonica_rt.train.contexts import files_of, save
-from harmonica_rt.train.times import learn_times
+from harmonica_rt.train.refine import refine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--init", metavar="S", required=True, help="a file, cond=FILE,uncond=FILE or output:6of20:2 to start from"
     )
+    parser.add_argument("--times", action="store_true", help="move noise levels of computed steps too")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--iterations", type=positive, default=100)
     parser.add_argument("--steps", type=positive, default=20)
@@ -37,10 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     sampling = Sampling.of(arguments.model)
     names = getattr(sampling.pipeline, "prompts", None)
-    schedules = learn_times(
+    schedules = refine(
         sampling.pipeline,
         initial(arguments.init, sampling.pipeline, arguments.steps),
         None if names is None else [name for name in names.names if name],
+        times=arguments.times,
         minutes=arguments.minutes,
         iterations=arguments.iterations,
         batch=arguments.batch,

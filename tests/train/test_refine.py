@@ -1,4 +1,4 @@
-"""Learning at which noise levels a run's steps are computed."""
+"""Weights of output reuse, and noise levels of computed steps, by Gauss-Newton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.contexts import every
-from harmonica_rt.train.times import Times, TimesProgress, learn_times
+from harmonica_rt.train.refine import OutputNumbers, RefineProgress, refine
 
 from ..pipelines.folders import labelled_dit, text_flux
 from .pipeline_cases import CALLS, SMALL
@@ -40,7 +40,7 @@ def computing(*steps: int, order: int = 2) -> Schedule:
 def learned(pipeline: Any, schedules: Any, **more: Any) -> Any:
     _, call = CALLS["flux"]
     given = {"iterations": 3, "batch": 2, "validation": 2, "size": 2, "num_inference_steps": STEPS}
-    return learn_times(pipeline, schedules, PROMPTS, **{**given, **call, **more})
+    return refine(pipeline, schedules, PROMPTS, **{**given, **call, **more})
 
 
 def snr(pipeline: Any, wanted: torch.Tensor, schedules: Any = None) -> float:
@@ -48,39 +48,45 @@ def snr(pipeline: Any, wanted: torch.Tensor, schedules: Any = None) -> float:
     call = CALLS["flux"][1] | {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
     if schedules is not None:
         hrt.compile(pipeline, schedules)
-        call["sigmas"] = [t / 1000 for t in every(schedules)[0].timesteps]
+        if (timesteps := every(schedules)[0].timesteps) is not None:
+            call["sigmas"] = [t / 1000 for t in timesteps]
     images = Generation(pipeline, PROMPTS, seed=5).generation([0, 1], **call)[0]
     if schedules is not None:
         hrt.uncompile(pipeline)
     return images if wanted is None else 10 * torch.log10(wanted.var() / (images - wanted).square().mean()).item()
 
 
+@pytest.mark.parametrize("times", [False, True], ids=["weights", "times"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own contexts"])
-def test_a_pipeline_that_is_told_the_levels_comes_closer(own: bool) -> None:
+def test_a_persons_images_come_closer(own: bool, times: bool) -> None:
     pipeline, told = flux(), []
     wanted = snr(pipeline, None)
     start = computing(0, 3, 5)
-    before = snr(pipeline, wanted, start.replace(timesteps=tuple(1000 * LEVELS)))
+    before = snr(pipeline, wanted, start)
     start = {"cond": start, "uncond": computing(0, 4)} if own else start
-    schedules = learned(pipeline, start, on_progress=told.append)
-    assert [type(each) for each in told] == [TimesProgress] * len(told)
+    schedules = learned(pipeline, start, times=times, on_progress=told.append)
+    assert [type(each) for each in told] == [RefineProgress] * len(told)
     assert told[-1].error < told[0].error or len(told) == 1
     assert snr(pipeline, wanted, schedules) > before + 3
     first = every(schedules)[0]
-    assert not np.allclose(first.timesteps, 1000 * LEVELS) and (np.diff(first.timesteps) < 0).all()
+    if times:
+        assert not np.allclose(first.timesteps, 1000 * LEVELS) and (np.diff(first.timesteps) < 0).all()
     assert all(schedule.timesteps == first.timesteps for schedule in every(schedules))
     assert all("by Gauss-Newton" in schedule.note for schedule in every(schedules))
 
 
 def test_no_change_is_the_run_as_it_was() -> None:
     own = computing(0, 3, 5)
-    found, levels = Times(own, LEVELS)(np.zeros(Times(own, LEVELS).size))
+    found, levels = OutputNumbers(own, LEVELS)(np.zeros(OutputNumbers(own, LEVELS).size))
     assert found == own and np.allclose(levels, LEVELS)
+    kept = own.replace(timesteps=tuple(1000 * LEVELS))
+    weights = OutputNumbers(kept, None)
+    assert weights.size == OutputNumbers(own, LEVELS).size - 2 and weights(np.zeros(weights.size)) == (kept, None)
 
 
 def test_numbers_are_levels_of_computed_steps_and_weights_between_them() -> None:
     own = {"cond": computing(0, 3, 4), "uncond": computing(0, 5)}
-    times = Times(own, LEVELS)
+    times = OutputNumbers(own, LEVELS)
     assert times.nodes.tolist() == [0, 3, 4, 5]
     # cond: 1 value after step 0, none between 3 and 4, 3 after 4; uncond: 1 after step 0, 2 after 5
     assert times.size == 3 + (1 + 3) + (1 + 2)
@@ -97,7 +103,7 @@ def test_numbers_are_levels_of_computed_steps_and_weights_between_them() -> None
 
 
 def test_levels_that_no_longer_fall_are_told() -> None:
-    times = Times(computing(0, 3, 5), LEVELS)
+    times = OutputNumbers(computing(0, 3, 5), LEVELS)
     assert times.falls(np.zeros(times.size))
     for at, by in ((0, 0.4), (0, -0.3), (1, -0.4)):
         change = np.zeros(times.size)
@@ -116,7 +122,12 @@ def uneven(pipeline: Any) -> Any:
         (labelled_dit, computing(0, 3), {}, "expected a pipeline whose call takes sigmas, got DiTPipeline"),
         (flux, computing(0, 3), {"sigmas": [1.0, 0.5]}, r"expected a call without sigmas, got \[1.0, 0.5\]"),
         (flux, computing(*range(STEPS)), {}, "expected a schedule that reuses the output and nothing else, got"),
-        (lambda: uneven(flux()), computing(0, 3), {}, "expected a scheduler that does not shift sigmas, got shift 3.0"),
+        (
+            lambda: uneven(flux()),
+            computing(0, 3),
+            {},
+            "expected a scheduler that does not shift sigmas, got {.*'shift': 3.0",
+        ),
         (flux, computing(0, 3), {"num_inference_steps": 5}, "expected a schedule of 5 steps, got 8"),
     ],
     ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps"],
@@ -130,4 +141,4 @@ def test_what_cannot_be_learned_is_refused_by_name(make: Any, schedule: Any, cal
     )
     prompts = PROMPTS if given else [0, 1]
     with pytest.raises(ValueError, match=message):
-        learn_times(pipeline, schedule, prompts, **given)
+        refine(pipeline, schedule, prompts, times=True, **given)
