@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 
 from harmonica_rt.compiled import Schedules
-from harmonica_rt.compiling import is_compiled
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
@@ -26,7 +25,7 @@ from .memory import Memory, NotCounted
 from .pipeline_task import PipelineTask
 from .record import Record
 from .reusing import CHECKPOINTS
-from .sampled import Sampled
+from .sampled import Sampled, check_not_compiled
 from .starts import Starts, mean
 from .stopping import never
 from .weights import WeightSettings
@@ -124,10 +123,7 @@ def learn(
         FileNotFoundError: there is nothing to go on from.
         TypeError, ValueError: naming what was expected and what came; EndedEarly: stopped before anything was learned.
     """
-    if compiled := [name for name, part in vars(pipeline).items() if is_compiled(part)]:
-        raise ValueError(
-            f"pipeline: expected one that is not compiled, got a compiled {compiled[0]}: uncompile it first"
-        )
+    check_not_compiled(pipeline)
     if contexts not in CONTEXTS:
         raise ValueError(f"contexts: expected one of {CONTEXTS}, got {contexts!r}")
     if checkpointing not in ("auto", *CHECKPOINTS):

@@ -22,7 +22,7 @@ from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
 from .contexts import each, every, own_numbers
-from .sampled import Sampled
+from .sampled import Sampled, check_not_compiled
 from .starts import Starts, decibels
 from .stopping import never
 from .trainer import TRAIN_SEED
@@ -135,8 +135,12 @@ def refine(
     Raises:
         ValueError: naming what was expected and what came.
     """
+    check_not_compiled(pipeline)
     generation, sampled = Generation(pipeline, prompts, seed=seed, **call), Sampled(pipeline)
     _check(generation, schedules, times)
+    for name, model in sampled.denoisers.items():
+        if model.dtype != torch.float32:  # differences would be rounding
+            raise ValueError(f"refine: expected a {name} in float32, got {model.dtype}")
     with sampled.ready():
         sampled.probe(generation, 0)
         for schedule in every(schedules):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from harmonica_rt.compiled import Schedules, put
-from harmonica_rt.compiling import denoisers_of, put_in, uncompile
+from harmonica_rt.compiling import denoisers_of, is_compiled, put_in, uncompile
 from harmonica_rt.generating import Generation
 from harmonica_rt.pipeline_copies import another, without_model_offload
 
@@ -19,6 +19,14 @@ from .contexts import NumbersOf, each
 from .converged import converged
 from .learning import LearningTransformer
 from .text_encoders import Away, TextEncoders, can_move
+
+
+def check_not_compiled(pipeline: Any) -> None:
+    """Raise ValueError for a pipeline with a compiled part."""
+    if compiled := [name for name, part in vars(pipeline).items() if is_compiled(part)]:
+        raise ValueError(
+            f"pipeline: expected one that is not compiled, got a compiled {compiled[0]}: uncompile it first"
+        )
 
 
 class _Stopped(Exception):

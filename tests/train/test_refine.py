@@ -116,6 +116,10 @@ def uneven(pipeline: Any) -> Any:
     return pipeline
 
 
+def compiled(pipeline: Any) -> Any:
+    return hrt.compile(pipeline, computing(0, 3))
+
+
 @pytest.mark.parametrize(
     ("make", "schedule", "call", "message"),
     [
@@ -129,8 +133,20 @@ def uneven(pipeline: Any) -> Any:
             "expected a scheduler that does not shift sigmas, got {.*'shift': 3.0",
         ),
         (flux, computing(0, 3), {"num_inference_steps": 5}, "expected a schedule of 5 steps, got 8"),
+        (
+            lambda: flux().to(torch.bfloat16),
+            computing(0, 3),
+            {},
+            "expected a transformer in float32, got torch.bfloat16",
+        ),
+        (
+            lambda: compiled(flux()),
+            computing(0, 3),
+            {},
+            "expected one that is not compiled, got a compiled transformer",
+        ),
     ],
-    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps"],
+    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps", "half", "compiled"],
 )
 def test_what_cannot_be_learned_is_refused_by_name(make: Any, schedule: Any, call: Any, message: str) -> None:
     pipeline = make()
