@@ -1,6 +1,6 @@
 """Learn the weights of a reference model's output reuse to the end, by Gauss-Newton, from a schedule that has some.
 
-    python bench/run_refine.py --model flux-emoji --init cond=a.json,uncond=b.json --minutes 12 --out refined.json
+python bench/run_refine.py --model flux-emoji --init cond=a.json,uncond=b.json --minutes 12 --out refined.json
 """
 
 from __future__ import annotations
