@@ -22,12 +22,15 @@ from bench.models.pipelines import PixelPipeline
 from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling
 from bench.models.schedule_specs import parse_schedule
+from harmonica_rt.compiled import Schedules
 from harmonica_rt.schedule_specs import named_files
 from harmonica_rt.train import models
 from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display
 from harmonica_rt.train.stopping import stopping
 from harmonica_rt.train.weights import TARGETS
+
+CHANNELS = {"auto": None, "yes": True, "no": False}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=8, help="images an iteration")
     parser.add_argument("--validation", type=positive, default=32, help="images that tell the best weights")
     parser.add_argument("--power", type=float, default=0.0, help="of errors before their mean is lowered")
+    parser.add_argument("--channels", choices=CHANNELS, default="auto", help="weights per channel")
     parser.add_argument("--contexts", choices=CONTEXTS, default="shared", help="own: a file each, OUT-cond, OUT-uncond")
     parser.add_argument("--out", type=Path, required=True, help=".safetensors")
     arguments = parser.parse_args(argv)
@@ -66,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             init=arguments.init and initial(arguments.init, pipeline, arguments.steps),
             level=arguments.level,
             groups=arguments.groups,
+            channels=CHANNELS[arguments.channels],
             contexts=arguments.contexts,
             minutes=arguments.minutes,
             batch=arguments.batch,
@@ -78,13 +83,18 @@ def main(argv: list[str] | None = None) -> int:
             num_inference_steps=arguments.steps,
             guidance_scale=sampling.guidance,
         )
-    save(schedule, arguments.out)
-    for path, own in files_of(schedule, arguments.out).items():
-        print(path, own, own.note, sep="\n")
+    finish(schedule, arguments.out)
     return 0
 
 
-def initial(text: str, pipeline: PixelPipeline, steps: int) -> hrt.Schedule | dict[str, hrt.Schedule]:
+def finish(schedules: Schedules, out: Path) -> None:
+    """Write and show what was learned."""
+    save(schedules, out)
+    for path, own in files_of(schedules, out).items():
+        print(path, own, own.note, sep="\n")
+
+
+def initial(text: str, pipeline: PixelPipeline, steps: int) -> Schedules:
     files = named_files(text)
     if not files or "" in files:
         return parse_schedule(text, pipeline, steps)

@@ -16,8 +16,7 @@ import torch
 from bench.arguments import positive
 from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling
-from bench.run_learn import initial
-from harmonica_rt.train.contexts import files_of, save
+from bench.run_learn import finish, initial
 from harmonica_rt.train.refine import refine
 
 
@@ -51,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         num_inference_steps=arguments.steps,
         guidance_scale=sampling.guidance,
     )
-    save(schedules, arguments.out)
-    for path, own in files_of(schedules, arguments.out).items():
-        print(path, own, own.note, sep="\n")
+    finish(schedules, arguments.out)
     return 0
 
 

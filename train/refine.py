@@ -23,7 +23,7 @@ from harmonica_rt.schedule import Schedule
 
 from .contexts import each, every, own_numbers
 from .sampled import Sampled, check_not_compiled
-from .starts import Starts, decibels
+from .starts import Starts, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED
 from .weights import VALIDATION_SEED
@@ -214,39 +214,36 @@ def _search(
     return now, first, error
 
 
-def _results(numbers: OutputNumbers, change: np.ndarray, starts: Starts, first: int, count: int) -> Tensor:
+def _parts(starts: Starts, first: int, count: int) -> list[tuple[int, int]]:
+    return [(i, min(i + starts.size, first + count)) for i in range(first, first + count, starts.size)]
+
+
+@torch.no_grad()
+def _results(numbers: OutputNumbers, change: np.ndarray, starts: Starts, parts: list[tuple[int, int]]) -> list[Tensor]:
     schedules, levels = numbers(change)
-    sampled, size = starts.task.sampled, starts.size
     own, generation = own_numbers(schedules, starts.device), _told(starts.generation, levels)
-    with torch.no_grad():
-        parts = [range(i, min(i + size, first + count)) for i in range(first, first + count, size)]
-        return torch.cat([sampled.run(generation, part, schedules, own) for part in parts])
-
-
-def _ends(starts: Starts, first: int, count: int) -> Tensor:
-    parts = [(i, min(i + starts.size, first + count)) for i in range(first, first + count, starts.size)]
-    return torch.cat([starts.end(*part) for part in parts])
+    return [starts.task.sampled.run(generation, range(*part), schedules, own) for part in parts]
 
 
 def _judge(numbers: OutputNumbers, change: np.ndarray, starts: Starts) -> float:
     """Mean error, dB."""
-    errors = _results(numbers, change, starts, 0, len(starts)) - (ends := _ends(starts, 0, len(starts)))
-    relative = errors.square().flatten(1).mean(1) / ends.flatten(1).var(1)
-    mean = decibels(relative.log()).mean().item()
-    return mean if math.isfinite(mean) else math.inf
+    parts = _parts(starts, 0, len(starts))
+    errors = [starts.errors(own, *part) for own, part in zip(_results(numbers, change, starts, parts), parts)]
+    found = mean(decibels(torch.cat(errors)))
+    return found if math.isfinite(found) else math.inf
 
 
 def _normal_equations(
     numbers: OutputNumbers, change: np.ndarray, starts: Starts, iteration: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """J^T J and J^T e of the next images, each by its squared error: of its logarithm."""
-    first = iteration * batch % len(starts)
+    parts = _parts(starts, iteration * batch % len(starts), batch)
 
     def results(own: np.ndarray) -> Tensor:
-        return _results(numbers, own, starts, first, batch).flatten(1).double()
+        return torch.cat(_results(numbers, own, starts, parts)).flatten(1).double()
 
     base = results(change)
-    error = base - _ends(starts, first, batch).flatten(1)
+    error = base - torch.cat([starts.end(*part) for part in parts]).flatten(1)
     columns = [(results(change + STEP * unit) - base) / STEP for unit in np.eye(numbers.size)]
     rows = torch.stack(columns, 1) / error.norm(dim=1)[:, None, None]  # [images, numbers, latents]
     error = error / error.norm(dim=1, keepdim=True)
