@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--batch", type=positive, default=16, help="images an iteration")
     parser.add_argument("--validation", type=positive, default=32, help="images that tell the best numbers")
+    parser.add_argument("--power", type=float, default=0.0, help="of errors before their mean is lowered")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         iterations=arguments.iterations,
         batch=arguments.batch,
         validation=arguments.validation,
+        power=arguments.power,
         on_progress=lambda progress: print(progress, flush=True),
         num_inference_steps=arguments.steps,
         guidance_scale=sampling.guidance,

@@ -23,7 +23,7 @@ from harmonica_rt.schedule import Schedule
 
 from .contexts import each, every, own_numbers
 from .sampled import Sampled, check_not_compiled
-from .starts import Starts, decibels, mean
+from .starts import Starts, check_power, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED
 from .weights import VALIDATION_SEED
@@ -114,6 +114,7 @@ def refine(
     batch: int = 16,
     size: int = 16,
     validation: int = 32,
+    power: float = 0.0,
     seed: int = 0,
     on_progress: Callable[[RefineProgress], None] = lambda progress: None,
     stopped: Callable[[], bool] = never,
@@ -130,12 +131,14 @@ def refine(
             schedule.timesteps])``. For calls that take ``sigmas`` and schedulers that do not shift them.
         batch: images an iteration, as many runs as there are numbers and one more; `size` a call.
         validation: images that tell the best numbers.
+        power: as `hrt.learn` takes it: 0, all images count alike; 1, the mean squared error, so the worst count most.
         call: the pipeline's own arguments.
 
     Raises:
         ValueError: naming what was expected and what came.
     """
     check_not_compiled(pipeline)
+    check_power(power)
     generation, sampled = Generation(pipeline, prompts, seed=seed, **call), Sampled(pipeline)
     _check(generation, schedules, times)
     for name, model in sampled.denoisers.items():
@@ -155,9 +158,12 @@ def refine(
             Starts(task, generation.at([own[i % len(own)] for i in range(count)], apart), "full")
             for own, count, apart in zip(parts, (batch * 8, validation), (TRAIN_SEED + seed, VALIDATION_SEED + seed))
         )
-        best, first, error = _search(numbers, learned_on, judged_on, batch, minutes, iterations, on_progress, stopped)
+        best, first, error = _search(
+            numbers, learned_on, judged_on, batch, power, minutes, iterations, on_progress, stopped
+        )
         found, levels = numbers(best)
-        note = f"by Gauss-Newton: SNR {-first:.1f} -> {-error:.1f} dB on {validation} held out"
+        of_power = f", power {power:g}" if power else ""
+        note = f"by Gauss-Newton{of_power}: SNR {-first:.1f} -> {-error:.1f} dB on {validation} held out"
         more: dict[str, Any] = {}
         if levels is not None:
             with torch.no_grad():
@@ -186,6 +192,7 @@ def _search(
     learned_on: Starts,
     judged_on: Starts,
     batch: int,
+    power: float,
     minutes: float,
     iterations: int,
     on_progress: Callable[[RefineProgress], None],
@@ -194,17 +201,17 @@ def _search(
     """The best change, the error that it started from, and its own, dB."""
     began, damping = time.perf_counter(), 0.1
     now = np.zeros(numbers.size)
-    first = error = _judge(numbers, now, judged_on)
+    first = error = _judge(numbers, now, judged_on, power)
     left, right = np.zeros((numbers.size, numbers.size)), np.zeros(numbers.size)  # of the normal equations
     for iteration in range(iterations):
         if stopped() or time.perf_counter() - began > 60 * minutes:
             break
-        curvature, gradient = _normal_equations(numbers, now, learned_on, iteration, batch)
+        curvature, gradient = _normal_equations(numbers, now, learned_on, iteration, batch, power)
         left, right = KEPT * left + curvature, KEPT * right + curvature @ now - gradient
         while damping < MOST:
             scale = damping * np.diag(np.diag(left))
             tried = np.linalg.solve(left + scale, right + scale @ now)
-            if numbers.falls(tried) and (own := _judge(numbers, tried, judged_on)) < error:
+            if numbers.falls(tried) and (own := _judge(numbers, tried, judged_on, power)) < error:
                 now, error, damping = tried, own, max(damping / 4, 1e-6)
                 break
             damping *= 4
@@ -225,18 +232,18 @@ def _results(numbers: OutputNumbers, change: np.ndarray, starts: Starts, parts: 
     return [starts.task.sampled.run(generation, range(*part), schedules, own) for part in parts]
 
 
-def _judge(numbers: OutputNumbers, change: np.ndarray, starts: Starts) -> float:
+def _judge(numbers: OutputNumbers, change: np.ndarray, starts: Starts, power: float) -> float:
     """Mean error, dB."""
     parts = _parts(starts, 0, len(starts))
     errors = [starts.errors(own, *part) for own, part in zip(_results(numbers, change, starts, parts), parts)]
-    found = mean(decibels(torch.cat(errors)))
+    found = mean(decibels(torch.cat(errors)), power)
     return found if math.isfinite(found) else math.inf
 
 
 def _normal_equations(
-    numbers: OutputNumbers, change: np.ndarray, starts: Starts, iteration: int, batch: int
+    numbers: OutputNumbers, change: np.ndarray, starts: Starts, iteration: int, batch: int, power: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """J^T J and J^T e of the next images, each by its squared error: of its logarithm."""
+    """J^T J and J^T e of the next images, of their squared errors to `power`: at 0 of the logarithm."""
     parts = _parts(starts, iteration * batch % len(starts), batch)
 
     def results(own: np.ndarray) -> Tensor:
@@ -245,8 +252,9 @@ def _normal_equations(
     base = results(change)
     error = base - torch.cat([starts.end(*part) for part in parts]).flatten(1)
     columns = [(results(change + STEP * unit) - base) / STEP for unit in np.eye(numbers.size)]
-    rows = torch.stack(columns, 1) / error.norm(dim=1)[:, None, None]  # [images, numbers, latents]
-    error = error / error.norm(dim=1, keepdim=True)
+    norm = error.norm(dim=1)
+    weight = norm ** (power - 1) / norm.log().mean().exp() ** power  # over what is common, or early iterations rule
+    rows, error = torch.stack(columns, 1) * weight[:, None, None], error * weight[:, None]
     return torch.einsum("ipd,iqd->pq", rows, rows).cpu().numpy(), torch.einsum("ipd,id->p", rows, error).cpu().numpy()
 
 

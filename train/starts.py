@@ -102,6 +102,11 @@ def decibels(logarithm: Tensor) -> Tensor:
     return 10 / math.log(10) * logarithm
 
 
+def check_power(power: float) -> None:
+    if not 0 <= power < math.inf:
+        raise ValueError(f"power: expected a number of at least 0, got {power}")
+
+
 def mean(errors: Tensor, power: float = 0.0) -> float:
     """Of errors in dB, the same number on every kind of device, since processes decide by it.
 

@@ -22,7 +22,7 @@ from harmonica_rt.compiled import Schedules
 from .contexts import ContextWeights
 from .natural_gradient import NaturalGradient
 from .reusing import CHECKPOINTS
-from .starts import Starts, decibels, mean
+from .starts import Starts, check_power, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED, LossNotFinite
 
@@ -77,8 +77,7 @@ class WeightSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
-        if not 0 <= self.power < math.inf:
-            raise ValueError(f"power: expected a number of at least 0, got {self.power}")
+        check_power(self.power)
         if self.pool < self.batch:
             raise ValueError(f"pool: expected at least a batch of {self.batch}, got {self.pool}")
         if self.batch % self.accumulate:

@@ -14,7 +14,7 @@ import harmonica_rt as hrt
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.contexts import every
-from harmonica_rt.train.refine import OutputNumbers, RefineProgress, refine
+from harmonica_rt.train.refine import OutputNumbers, RefineProgress, _normal_equations, refine
 
 from ..pipelines.folders import labelled_dit, text_flux
 from .pipeline_cases import CALLS, SMALL
@@ -73,6 +73,37 @@ def test_a_persons_images_come_closer(own: bool, times: bool) -> None:
         assert not np.allclose(first.timesteps, 1000 * LEVELS) and (np.diff(first.timesteps) < 0).all()
     assert all(schedule.timesteps == first.timesteps for schedule in every(schedules))
     assert all("by Gauss-Newton" in schedule.note for schedule in every(schedules))
+
+
+class Straight:
+    """Results that are straight in two numbers: J^T J and J^T e are known."""
+
+    size, wanted, first = 2, torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.5, 0.0], [0.0, 1.0]])
+    by = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.5, 0.5], [1.0, 0.0]]])  # [numbers, images, latents]
+
+    def results(
+        self, numbers: Any, change: np.ndarray, starts: Any, parts: list[tuple[int, int]]
+    ) -> list[torch.Tensor]:
+        own = self.first + torch.einsum("p,pid->id", torch.as_tensor(change, dtype=torch.float32), self.by)
+        return [own[first:end] for first, end in parts]
+
+    def end(self, first: int, end: int) -> torch.Tensor:
+        return self.wanted[first:end]
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_steps_follow_the_gradient_of_errors_to_the_power(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Straight()
+    monkeypatch.setattr("harmonica_rt.train.refine._results", own.results)
+    _, gradient = _normal_equations(own, np.zeros(2), own, 0, 2, power)
+    change = torch.zeros(2, requires_grad=True)
+    errors = (own.first + torch.einsum("p,pid->id", change, own.by) - own.wanted).square().sum(1)
+    (errors.log() if power == 0 else errors**power / power).sum().backward()
+    expected = change.grad.numpy()
+    assert gradient / np.linalg.norm(gradient) == pytest.approx(expected / np.linalg.norm(expected), abs=1e-3)
 
 
 def test_no_change_is_the_run_as_it_was() -> None:
@@ -145,8 +176,9 @@ def compiled(pipeline: Any) -> Any:
             {},
             "expected one that is not compiled, got a compiled transformer",
         ),
+        (flux, computing(0, 3), {"power": -1.0}, "power: expected a number of at least 0, got -1"),
     ],
-    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps", "half", "compiled"],
+    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps", "half", "compiled", "power"],
 )
 def test_what_cannot_be_learned_is_refused_by_name(make: Any, schedule: Any, call: Any, message: str) -> None:
     pipeline = make()
