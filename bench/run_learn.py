@@ -27,8 +27,8 @@ from harmonica_rt.schedule_specs import named_files
 from harmonica_rt.train import models
 from harmonica_rt.train.contexts import CONTEXTS, files_of, save
 from harmonica_rt.train.progress import Display
+from harmonica_rt.train.starts import TARGETS
 from harmonica_rt.train.stopping import stopping
-from harmonica_rt.train.weights import TARGETS
 
 CHANNELS = {"auto": None, "yes": True, "no": False}
 

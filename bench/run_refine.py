@@ -18,6 +18,7 @@ from bench.models.reference import TRAINED
 from bench.models.sampling import Sampling
 from bench.run_learn import finish, initial
 from harmonica_rt.train.refine import refine
+from harmonica_rt.train.starts import TARGETS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--init", metavar="S", required=True, help="a file, cond=FILE,uncond=FILE or output:6of20:2 to start from"
     )
+    parser.add_argument("--target", choices=TARGETS, default="full")
     parser.add_argument("--times", action="store_true", help="move noise levels of computed steps too")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--iterations", type=positive, default=100)
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         sampling.pipeline,
         initial(arguments.init, sampling.pipeline, arguments.steps),
         None if names is None else [name for name in names.names if name],
+        target=arguments.target,
         times=arguments.times,
         minutes=arguments.minutes,
         iterations=arguments.iterations,

@@ -23,7 +23,7 @@ from harmonica_rt.schedule import Schedule
 
 from .contexts import each, every, own_numbers
 from .sampled import Sampled, check_not_compiled
-from .starts import Starts, check_power, decibels, mean
+from .starts import Starts, check_power, check_target, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED
 from .weights import VALIDATION_SEED
@@ -108,6 +108,7 @@ def refine(
     schedules: Schedules,
     prompts: Sequence[str | int] | None = None,
     *,
+    target: str = "full",
     times: bool = False,
     minutes: float = 15.0,
     iterations: int = 100,
@@ -126,9 +127,10 @@ def refine(
         pipeline: a diffusers pipeline, not compiled, in float32.
         schedules: to start from, one or by context: output reuse alone. Own weights for each context start from the
             same for all: ``{"cond": schedule, "uncond": schedule}``.
-        times: move the noise levels of computed steps too. What is aimed at stays the pipeline's own run, at its own
-            levels. The call of the result is told its levels: ``pipe(..., sigmas=[t / 1000 for t in
-            schedule.timesteps])``. For calls that take ``sigmas`` and schedulers that do not shift them.
+        target: ``"full"``, the same run without reuse, or ``"converged"``, the solution that its sampler approximates.
+        times: move the noise levels of computed steps too; of what is aimed at they stay. The result's call is told
+            its levels: ``pipe(..., sigmas=[t / 1000 for t in schedule.timesteps])``. For calls that take ``sigmas`` and
+            schedulers that do not shift them.
         batch: images an iteration, as many runs as there are numbers and one more; `size` a call.
         validation: images that tell the best numbers.
         power: as `hrt.learn` takes it: 0, all images count alike; 1, the mean squared error, so the worst count most.
@@ -138,6 +140,7 @@ def refine(
         ValueError: naming what was expected and what came.
     """
     check_not_compiled(pipeline)
+    check_target(target)
     check_power(power)
     generation, sampled = Generation(pipeline, prompts, seed=seed, **call), Sampled(pipeline)
     _check(generation, schedules, times)
@@ -155,15 +158,15 @@ def refine(
         subjects = range(generation.count)
         parts = (subjects[:-held], subjects[-held:]) if held else (subjects, subjects)
         learned_on, judged_on = (
-            Starts(task, generation.at([own[i % len(own)] for i in range(count)], apart), "full")
+            Starts(task, generation.at([own[i % len(own)] for i in range(count)], apart), target)
             for own, count, apart in zip(parts, (batch * 8, validation), (TRAIN_SEED + seed, VALIDATION_SEED + seed))
         )
         best, first, error = _search(
             numbers, learned_on, judged_on, batch, power, minutes, iterations, on_progress, stopped
         )
         found, levels = numbers(best)
-        of_power = f", power {power:g}" if power else ""
-        note = f"by Gauss-Newton{of_power}: SNR {-first:.1f} -> {-error:.1f} dB on {validation} held out"
+        how = f"by Gauss-Newton, target {target}{f', power {power:g}' if power else ''}"
+        note = f"{how}: SNR {-first:.1f} -> {-error:.1f} dB on {validation} held out"
         more: dict[str, Any] = {}
         if levels is not None:
             with torch.no_grad():

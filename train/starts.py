@@ -16,6 +16,8 @@ from harmonica_rt.generating import Generation
 from .contexts import NumbersOf, own_numbers
 from .sampled import Sampled
 
+TARGETS = ("full", "converged")
+
 
 class Runs(Protocol):
     """What of a `PipelineTask` its runs need."""
@@ -100,6 +102,11 @@ class Starts:
 
 def decibels(logarithm: Tensor) -> Tensor:
     return 10 / math.log(10) * logarithm
+
+
+def check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {TARGETS}, got {target!r}")
 
 
 def check_power(power: float) -> None:

@@ -22,11 +22,10 @@ from harmonica_rt.compiled import Schedules
 from .contexts import ContextWeights
 from .natural_gradient import NaturalGradient
 from .reusing import CHECKPOINTS
-from .starts import Starts, check_power, decibels, mean
+from .starts import Starts, check_power, check_target, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED, LossNotFinite
 
-TARGETS = ("full", "converged")
 VALIDATION_SEED, HELD_OUT_SEED = 1 << 43, 1 << 44  # apart from training's
 SEARCHED = 10  # iterations after which the steps' length is looked for anew
 RUNG, MOST = 3.0, 5  # times shorter or longer than the length before: a step of the search, and how many of them
@@ -67,9 +66,9 @@ class WeightSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("checkpointing", CHECKPOINTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        check_target(self.target)
+        if self.checkpointing not in CHECKPOINTS:
+            raise ValueError(f"checkpointing: expected one of {CHECKPOINTS}, got {self.checkpointing!r}")
         for name in ("iterations", "batch", "accumulate", "pool", "validation", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -106,6 +106,13 @@ def test_steps_follow_the_gradient_of_errors_to_the_power(power: float, monkeypa
     assert gradient / np.linalg.norm(gradient) == pytest.approx(expected / np.linalg.norm(expected), abs=1e-3)
 
 
+def test_the_converged_solution_may_be_aimed_at() -> None:
+    pipeline, start = flux(), computing(0, 3, 5)
+    call = CALLS["flux"][1] | {"num_inference_steps": 100, "output_type": "latent", "return_dict": False}
+    wanted = Generation(pipeline, PROMPTS, seed=5).generation([0, 1], **call)[0]
+    assert snr(pipeline, wanted, learned(pipeline, start, target="converged")) > snr(pipeline, wanted, start) + 3
+
+
 def test_no_change_is_the_run_as_it_was() -> None:
     own = computing(0, 3, 5)
     found, levels = OutputNumbers(own, LEVELS)(np.zeros(OutputNumbers(own, LEVELS).size))
@@ -176,9 +183,10 @@ def compiled(pipeline: Any) -> Any:
             {},
             "expected one that is not compiled, got a compiled transformer",
         ),
+        (flux, computing(0, 3), {"target": "best"}, r"target: expected one of \('full', 'converged'\), got 'best'"),
         (flux, computing(0, 3), {"power": -1.0}, "power: expected a number of at least 0, got -1"),
     ],
-    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps", "half", "compiled", "power"],
+    ids=["no sigmas", "sigmas", "no reuse", "shifted", "steps", "half", "compiled", "target", "power"],
 )
 def test_what_cannot_be_learned_is_refused_by_name(make: Any, schedule: Any, call: Any, message: str) -> None:
     pipeline = make()
