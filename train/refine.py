@@ -30,8 +30,9 @@ from .weights import VALIDATION_SEED
 
 STEP = 1e-3  # of a difference, in noise levels and weights; float32's rounding is far below what it changes
 KEPT = 0.7  # what an iteration's normal equations count in the next
+PATIENCE = 3  # iterations in which nothing came closer, and no more are made
 CLOSEST = 5e-3  # noise levels of neighbouring steps, and the last one's
-MOST = 1e3  # damping, relative to the curvature: beyond it nothing moves
+FIRST, MOST = 0.1, 1e3  # damping, relative to the curvature: the first, and where nothing moves
 
 
 @dataclass(frozen=True)
@@ -202,24 +203,25 @@ def _search(
     stopped: Callable[[], bool],
 ) -> tuple[np.ndarray, float, float]:
     """The best change, the error that it started from, and its own, dB."""
-    began, damping = time.perf_counter(), 0.1
+    began, damping, failed = time.perf_counter(), FIRST, 0
     now = np.zeros(numbers.size)
     first = error = _judge(numbers, now, judged_on, power)
     left, right = np.zeros((numbers.size, numbers.size)), np.zeros(numbers.size)  # of the normal equations
     for iteration in range(iterations):
-        if stopped() or time.perf_counter() - began > 60 * minutes:
+        if failed == PATIENCE or stopped() or time.perf_counter() - began > 60 * minutes:
             break
         curvature, gradient = _normal_equations(numbers, now, learned_on, iteration, batch, power)
-        left, right = KEPT * left + curvature, KEPT * right + curvature @ now - gradient
+        kept = 1.0 if failed else KEPT  # more images, where those there were told nothing
+        left, right = kept * left + curvature, kept * right + curvature @ now - gradient
         while damping < MOST:
             scale = damping * np.diag(np.diag(left))
             tried = np.linalg.solve(left + scale, right + scale @ now)
             if numbers.falls(tried) and (own := _judge(numbers, tried, judged_on, power)) < error:
-                now, error, damping = tried, own, max(damping / 4, 1e-6)
+                now, error, damping, failed = tried, own, max(damping / 4, 1e-6), 0
                 break
             damping *= 4
         else:
-            break
+            damping, failed = FIRST, failed + 1
         on_progress(RefineProgress(iteration + 1, time.perf_counter() - began, error))
     return now, first, error
 
