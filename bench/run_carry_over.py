@@ -15,7 +15,8 @@ import copy
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ from bench.models.pipelines import PixelPipeline
 from bench.models.sampling import Sampling, accelerated
 from bench.recolour import MODELS, fused
 from harmonica_rt.checks import may_carry
+from harmonica_rt.compiled import Schedules
 from harmonica_rt.measuring import psnr
+from harmonica_rt.schedule_specs import named_files
+from harmonica_rt.train.contexts import each, every
 
 CARRIES = (0.0, 0.5, 1.0)
 UNSEEN = 0.25  # share of prompts, the last, that learning holds out
@@ -70,13 +74,32 @@ class Condition:
             self.sampling.pipeline.transformer.dtype
         )
 
-    def images(self, schedule: hrt.Schedule | None) -> Tensor:
-        """Of the full run, unless a schedule is given."""
-        if schedule is None:
+    def images(self, schedules: Schedules | None) -> Tensor:
+        """Of the full run, unless schedules are given."""
+        if schedules is None:
             return self.sampling(self.start, self.steps).float()
-        with warnings.catch_warnings(), accelerated(self.sampling.pipeline, schedule, backend="eager"):
+        pipeline = self.sampling.pipeline
+        with (
+            warnings.catch_warnings(),
+            at_levels(pipeline, schedules),
+            accelerated(pipeline, schedules, backend="eager"),
+        ):
             warnings.filterwarnings("ignore", message=".*guidance.*")  # that it is another is what is asked
             return self.sampling(self.start, self.steps).float()
+
+
+@contextmanager
+def at_levels(pipeline: PixelPipeline, schedules: Schedules) -> Iterator[None]:
+    """With `pipeline` at the noise levels of `schedules`, if they have some of their own."""
+    own = every(schedules)[0]
+    if own.timesteps is None or np.allclose(own.timesteps, pipeline.timesteps(own.steps), atol=1e-2):
+        yield
+        return
+    pipeline.sigmas = [t / pipeline.scheduler.config.num_train_timesteps for t in own.timesteps]
+    try:
+        yield
+    finally:
+        pipeline.sigmas = None
 
 
 def conditions(name: str, steps: int, count: int, lora: Path | None) -> Iterator[Condition]:
@@ -126,22 +149,33 @@ def rounded(model: nn.Module) -> nn.Module:
     return own
 
 
-def forecasts(schedule: hrt.Schedule) -> Iterator[hrt.Schedule]:
-    """What computes the same and was not learned."""
+def forecasts(schedules: Schedules, timesteps: Sequence[float]) -> Iterator[Schedules]:
+    """What computes the same at these timesteps, the sampler's, and was not learned."""
     bare: dict[str, Any] = {"weights": None, "output_weights": None, "channels": None, "output_channels": None}
-    alone = schedule.left_alone | schedule.compute
-    for order in range(schedule.order + 1):
-        own = schedule.replace(order=order, **bare)
-        carried = may_carry(own.compute, own.groups, own.level) & ~alone
-        for carry in CARRIES if carried.any() else (0.0,):
-            yield own.replace(carry=np.where(carried, carry, 0.0))
+    first = every(schedules)[0]
+    carries = any((may_carry(own.compute, own.groups, own.level) & reuses(own)).any() for own in every(schedules))
+    for order, carry in itertools.product(range(first.order + 1), CARRIES if carries else (0.0,)):
+
+        def forecast(own: hrt.Schedule, order: int = order, carry: float = carry) -> hrt.Schedule:
+            carried = may_carry(own.compute, own.groups, own.level) & reuses(own)
+            return own.replace(order=order, timesteps=tuple(timesteps), **bare).replace(
+                carry=np.where(carried, carry, 0.0)
+            )
+
+        yield each(schedules, forecast)
 
 
-def row(condition: Condition, learned: hrt.Schedule, forecast: hrt.Schedule) -> dict[str, Any]:
+def reuses(schedule: hrt.Schedule) -> np.ndarray:
+    return ~(schedule.left_alone | schedule.compute)
+
+
+def row(condition: Condition, learned: Schedules, forecast: Schedules) -> dict[str, Any]:
     """PSNR of both, mean and worst."""
-    if condition.steps != learned.steps:
+    if condition.steps != every(learned)[0].steps:
         timesteps = tuple(condition.sampling.pipeline.timesteps(condition.steps))
-        learned, forecast = (own.between(condition.steps, timesteps=timesteps) for own in (learned, forecast))
+        learned, forecast = (
+            each(own, lambda one: one.between(condition.steps, timesteps=timesteps)) for own in (learned, forecast)
+        )
     full = condition.images(None)
     values = {name: psnr(condition.images(own), full) for name, own in (("learned", learned), ("forecast", forecast))}
     return {"name": condition.name, **{name: (own.mean().item(), own.min().item()) for name, own in values.items()}}
@@ -156,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def best(home: Condition, found: Iterable[hrt.Schedule], few: int) -> hrt.Schedule:
+def best(home: Condition, found: Iterable[Schedules], few: int) -> Schedules:
     """Of `found` the best where it was learned, on a few images."""
     some = replace(home, count=few)
     full = some.images(None)
@@ -166,22 +200,29 @@ def best(home: Condition, found: Iterable[hrt.Schedule], few: int) -> hrt.Schedu
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="flux-emoji")
-    parser.add_argument("--schedule", type=Path, action="append", required=True, help="learned; may be repeated")
+    parser.add_argument(
+        "--schedule", action="append", required=True, help="a learned file, or cond=FILE,uncond=FILE; may be repeated"
+    )
     parser.add_argument("--lora", type=Path, help="of bench/recolour.py; without it that row is left out")
     parser.add_argument("--count", type=positive, default=32, help="images under each condition")
     parser.add_argument("--few", type=positive, default=8, help="images that the forecast is chosen on")
     parser.add_argument("--only", type=positive, help="so many of the conditions")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    for file in arguments.schedule:
-        learned, rows, forecast = hrt.Schedule.load(file), [], None
-        found = conditions(arguments.model, learned.steps, arguments.count, arguments.lora)
+    for text in arguments.schedule:
+        files = named_files(text) or {"": Path(text)}  # a file that is not there is told by loading it
+        named = {context: hrt.Schedule.load(file) for context, file in files.items()}
+        learned = named.get("", named)
+        rows, forecast = [], None
+        found = conditions(arguments.model, every(learned)[0].steps, arguments.count, arguments.lora)
         for condition in itertools.islice(found, arguments.only):
-            forecast = forecast or best(condition, forecasts(learned), arguments.few)
+            timesteps = condition.sampling.pipeline.timesteps(condition.steps)
+            forecast = forecast or best(condition, forecasts(learned, timesteps), arguments.few)
             rows.append(row(condition, learned, forecast))
             print(rows[-1], file=sys.stderr, flush=True)
-        kind = f"order {forecast.order}, carry {forecast.carry.max():g}"
-        print(f"\n{file.name}; forecast of {kind}:\n\n{table(rows)}")
+        first = every(forecast)[0]
+        kind = f"order {first.order}, carry {first.carry.max(initial=0.0):g}"
+        print(f"\n{', '.join(file.name for file in files.values())}; forecast of {kind}:\n\n{table(rows)}")
     return 0
 
 

@@ -25,10 +25,20 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("\n| ") == 5 and "| 100% |" in out and "| guidance 2 |" in out
 
 
+def test_a_schedule_for_each_half_runs_at_its_own_noise_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [SHIPPED / f"flux-emoji-flow-euler20-output3.3-times-{context}.json" for context in ("cond", "uncond")]
+    asked = ["--schedule", "cond={},uncond={}".format(*files), "--count", "2", "--few", "1", "--only", "1"]
+    assert run_carry_over.main(asked) == 0
+    out = capsys.readouterr().out
+    assert f"{files[0].name}, {files[1].name}; forecast of order" in out
+    gain = float(out.split("| as learned, other noises |")[1].split("|")[2])
+    assert gain > 3
+
+
 def test_forecasts_compute_the_same_and_are_not_learned() -> None:
     for name in ("pixart-emoji-dpmsolver++20-2x-trunk.safetensors", "flux-emoji-flow-euler20-output2.json"):
         learned = hrt.Schedule.load(SHIPPED / name)
-        found = list(run_carry_over.forecasts(learned))
+        found = list(run_carry_over.forecasts(learned, learned.timesteps))
         assert len(found) == len(set(found)) == (9 if learned.level == "branches" else 3)
         for own in found:
             assert not own.learned and own.timesteps == learned.timesteps
