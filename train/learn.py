@@ -15,7 +15,7 @@ from harmonica_rt.compiled import Schedules
 from .contexts import every, noted
 from .pipeline_task import PipelineTask
 from .record import Course, Kept, Record
-from .starts import mean
+from .starts import HOLDS, mean
 from .stopping import EndedEarly, never
 from .trainer import TRAIN_SEED, LossNotFinite
 from .weights import HELD_OUT_SEED, WeightProgress, WeightSettings, WeightTrainer
@@ -223,6 +223,6 @@ def _verdict(task: PipelineTask, trainer: WeightTrainer, seconds: float, failure
     note = (
         f"learned on the end error, target {settings.target}: {settings.batch} noises an iteration of "
         f"{settings.pool}, {power}seed {settings.seed}, {seconds:.0f} s; {reached:.1f} dB SNR to {aim} on "
-        f"{task.held_out} noises held out, the forecast {forecast:.1f}; for this guidance and number of steps alone"
+        f"{task.held_out} noises held out, the forecast {forecast:.1f}; {HOLDS}"
     )
     return Learned(noted(schedule, note), reached, forecast, full, failure)

@@ -23,7 +23,7 @@ from harmonica_rt.schedule import Schedule
 
 from .contexts import each, every, own_numbers
 from .sampled import Sampled, check_not_compiled
-from .starts import Starts, check_power, check_target, decibels, mean
+from .starts import HOLDS, Starts, check_power, check_target, decibels, mean
 from .stopping import never
 from .trainer import TRAIN_SEED
 from .weights import VALIDATION_SEED
@@ -150,9 +150,10 @@ def refine(
             raise ValueError(f"refine: expected a {name} in float32, got {model.dtype}")
     with sampled.ready():
         sampled.probe(generation, 0)
+        timesteps = sampled.timesteps()
         for schedule in every(schedules):
-            if schedule.steps != (steps := len(sampled.timesteps())):
-                raise ValueError(f"refine: expected a schedule of {steps} steps, got {schedule.steps}")
+            if schedule.steps != len(timesteps):
+                raise ValueError(f"refine: expected a schedule of {len(timesteps)} steps, got {schedule.steps}")
         numbers = OutputNumbers(schedules, _levels(sampled) if times else None)
         task = _Runs(sampled, size, sampled.device)
         held = generation.count // 4 if generation.count >= 8 else 0
@@ -168,13 +169,23 @@ def refine(
         found, levels = numbers(best)
         how = f"by Gauss-Newton, target {target}{f', power {power:g}' if power else ''}"
         note = f"{how}: SNR {-first:.1f} -> {-error:.1f} dB on {validation} held out"
-        more: dict[str, Any] = {}
         if levels is not None:
             with torch.no_grad():
                 sampled.run(_told(generation, levels), [0])
-            more["timesteps"] = sampled.timesteps()
+            timesteps = sampled.timesteps()
             note = f"times and weights {note}; to be called with sigmas, a thousandth of its timesteps"
-        return each(found, lambda own: own.replace(note=f"{own.note}; {note}".strip("; "), **more))
+
+        fields: dict[str, Any] = {
+            "sampler": type(pipeline.scheduler).__name__,
+            "timesteps": timesteps,
+            "guidance_scale": generation.guidance,
+        }
+
+        def said(own: Schedule) -> Schedule:
+            before = own.note.replace(HOLDS, "").strip("; ")
+            return own.replace(note="; ".join([*filter(None, [before]), note, HOLDS]), **fields)
+
+        return each(found, said)
 
 
 def _told(generation: Generation, levels: list[float] | None) -> Generation:

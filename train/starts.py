@@ -17,6 +17,7 @@ from .contexts import NumbersOf, own_numbers
 from .sampled import Sampled
 
 TARGETS = ("full", "converged")
+HOLDS = "for this guidance and number of steps alone"  # of a learned schedule's note: bench/CARRY_OVER.md
 
 
 class Runs(Protocol):

@@ -15,6 +15,7 @@ from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 from harmonica_rt.train.contexts import every
 from harmonica_rt.train.refine import OutputNumbers, RefineProgress, _normal_equations, refine
+from harmonica_rt.train.starts import HOLDS
 
 from ..pipelines.folders import labelled_dit, text_flux
 from .pipeline_cases import CALLS, SMALL
@@ -72,7 +73,13 @@ def test_a_persons_images_come_closer(own: bool, times: bool) -> None:
     if times:
         assert not np.allclose(first.timesteps, 1000 * LEVELS) and (np.diff(first.timesteps) < 0).all()
     assert all(schedule.timesteps == first.timesteps for schedule in every(schedules))
-    assert all("by Gauss-Newton" in schedule.note for schedule in every(schedules))
+    for schedule in every(schedules):
+        assert "by Gauss-Newton" in schedule.note and schedule.note.count(HOLDS) == 1
+        assert schedule.sampler == "FlowMatchEulerDiscreteScheduler"
+        assert schedule.guidance_scale == CALLS["flux"][1].get("true_cfg_scale", CALLS["flux"][1].get("guidance_scale"))
+        assert times or np.allclose(schedule.timesteps, 1000 * LEVELS)
+    again = learned(pipeline, schedules, iterations=1, times=times)
+    assert all(schedule.note.count(HOLDS) == 1 for schedule in every(again))
 
 
 class Straight:
