@@ -23,6 +23,11 @@ def every(own: T | Mapping[str, T]) -> list[T]:
     return [*own.values()] if isinstance(own, Mapping) else [own]
 
 
+def check_schedules(name: str, own: Any) -> None:
+    if not every(own) or not all(isinstance(one, Schedule) for one in every(own)):
+        raise TypeError(f"{name}: expected a Schedule, or one by context, got {own!r}")
+
+
 def each(own: T | Mapping[str, T], make: Callable[[T], Any]) -> Any:
     """What `make` makes of the one there is, or by context of each."""
     if isinstance(own, Mapping):

@@ -19,7 +19,7 @@ from harmonica_rt.schedule import Schedule
 
 from . import learn as learning
 from .checkpoint import check_path, fingerprint
-from .contexts import CONTEXTS, each, every
+from .contexts import CONTEXTS, check_schedules, each, every
 from .errors import check_file
 from .memory import Memory, NotCounted
 from .pipeline_task import PipelineTask
@@ -217,8 +217,7 @@ def _as_in(
     channels: bool | None,
 ) -> tuple[str, int, int, str]:
     """Level, groups, order and contexts of `init`. Raises TypeError or ValueError for others beside it."""
-    if not every(init) or not all(isinstance(own, Schedule) for own in every(init)):
-        raise TypeError(f"init: expected a Schedule, or one by context, got {init!r}")
+    check_schedules("init", init)
     schedule = every(init)[0]
     if channels is False and any(own.channels is not None for own in every(init)):
         raise ValueError("channels: expected True beside an init with weights per channel, got False")

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica_rt.checks import positive
 from harmonica_rt.compiled import Schedules
 from harmonica_rt.generating import Generation
 from harmonica_rt.schedule import Schedule
 
-from .contexts import each, every, own_numbers
+from .contexts import check_schedules, each, every, own_numbers
+from .learn import check_minutes
 from .sampled import Sampled, check_not_compiled
 from .starts import HOLDS, Starts, check_power, check_target, decibels, mean
 from .stopping import never
@@ -138,11 +140,16 @@ def refine(
         call: the pipeline's own arguments.
 
     Raises:
-        ValueError: naming what was expected and what came.
+        TypeError, ValueError: naming what was expected and what came.
     """
     check_not_compiled(pipeline)
+    check_schedules("schedules", schedules)
     check_target(target)
     check_power(power)
+    check_minutes(minutes)
+    counts = {"iterations": iterations, "batch": batch, "size": size, "validation": validation}
+    for name, count in counts.items():
+        positive(name, count)
     generation, sampled = Generation(pipeline, prompts, seed=seed, **call), Sampled(pipeline)
     _check(generation, schedules, times)
     for name, model in sampled.denoisers.items():

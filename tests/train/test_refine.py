@@ -205,3 +205,23 @@ def test_what_cannot_be_learned_is_refused_by_name(make: Any, schedule: Any, cal
     prompts = PROMPTS if given else [0, 1]
     with pytest.raises(ValueError, match=message):
         refine(pipeline, schedule, prompts, times=True, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(({name: 0}, f"{name}: expected a positive integer, got 0") for name in ("batch", "size", "validation")),
+        ({"iterations": 2.5}, "iterations: expected a positive integer, got 2.5"),
+        ({"minutes": float("nan")}, "minutes: expected a number above 0, got nan"),
+    ],
+    ids=lambda each: str(each)[:24],
+)
+def test_bad_numbers_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        learned(flux(), computing(0, 3), **given)
+
+
+@pytest.mark.parametrize("schedules", ["mine.json", {}, {"cond": None}], ids=str)
+def test_no_schedules_are_refused_by_name(schedules: Any) -> None:
+    with pytest.raises(TypeError, match="schedules: expected a Schedule, or one by context, got"):
+        learned(flux(), schedules)
